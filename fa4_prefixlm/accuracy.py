@@ -1,0 +1,84 @@
+"""How exact is an output: the fp64 oracle, the error measure, and the two wrong answers that exactness is for."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .backends import Options
+from .backends.reference import dense_attention
+from .mask import Mask
+from .masks import PrefixLM
+from .ranges import HostSpans
+
+Seqlens = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def relative_error(out: torch.Tensor, exact: torch.Tensor) -> float:
+    """`||out - exact|| / ||exact||` in float64; NaN where any element is NaN, infinite where only `exact` is zero."""
+    difference = torch.linalg.vector_norm(out.double() - exact.double())
+    norm = torch.linalg.vector_norm(exact.double())
+    if norm == 0:
+        return 0.0 if difference == 0 else math.inf if difference == difference else math.nan
+    return float(difference / norm)
+
+
+def exact_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    mask: Mask,
+    spans: HostSpans,
+    seqlens: Seqlens,
+    options: Options | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(out, lse)` in float64 for packed tensors `(total, heads, head_dim)`, straight from the spans (no bounds)."""
+    options = options or Options(q.shape[-1] ** -0.5, 0.0, None)
+    return dense_attention(
+        q, k, v, mask=mask, spans=spans, seqlens=seqlens, options=options, accumulate=torch.float64
+    )
+
+
+def plain_causal(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, window: int | None, seqlens: Seqlens
+) -> torch.Tensor:
+    """What a causal kernel computes when it ignores the spans (transformers' flash attention path, 5.23)."""
+    options = Options(q.shape[-1] ** -0.5, 0.0, None)
+    spans: HostSpans = ((),) * len(seqlens[0])
+    out, _ = dense_attention(q, k, v, mask=PrefixLM(window), spans=spans, seqlens=seqlens, options=options)
+    return out.to(q.dtype)
+
+
+def overlapping_two_pass(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, window: int | None, spans: HostSpans, seqlens: Seqlens
+) -> torch.Tensor:
+    """The wrong answer of vLLM's PR 42175 in its first form: a causal pass and a pass over the whole span, merged by LSE.
+
+    For the row at position p in span [s, e) both passes hold the keys [s, p], which so count twice.
+    """
+    options = Options(q.shape[-1] ** -0.5, 0.0, None)
+    nothing: HostSpans = ((),) * len(spans)
+    out, lse = dense_attention(q, k, v, mask=PrefixLM(window), spans=nothing, seqlens=seqlens, options=options)
+    query = key = 0
+    for seqlen_q, seqlen_k, own in zip(*seqlens, spans, strict=True):
+        for start, end in own:
+            first = max(start - (seqlen_k - seqlen_q), 0)
+            rows = slice(query + first, query + max(end - (seqlen_k - seqlen_q), first))
+            keys = slice(key + start, key + end)
+            whole = ((0, end - start),)
+            inside, inside_lse = dense_attention(
+                q[rows],
+                k[keys],
+                v[keys],
+                mask=PrefixLM(),
+                spans=(whole,),
+                seqlens=((rows.stop - rows.start,), (end - start,)),
+                options=options,
+            )
+            total = torch.logaddexp(lse[:, rows], inside_lse)
+            share = torch.exp(inside_lse - total).T[..., None]
+            out[rows] = out[rows] * (1 - share) + inside * share
+        query, key = query + seqlen_q, key + seqlen_k
+    return out.to(q.dtype)

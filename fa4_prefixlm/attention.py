@@ -1,0 +1,187 @@
+"""The public call."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, overload
+
+import torch
+
+from . import call as calls
+from .backends import Options
+from .errors import InputError, UnsupportedError
+from .lengths import CuSeqlens
+from .mask import Mask
+from .plan import Plan, plan
+from .ranges import Ranges
+
+
+@overload
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    ranges: Ranges | Plan = ...,
+    *,
+    return_lse: Literal[False] = ...,
+    cu_seqlens_q: CuSeqlens | None = ...,
+    cu_seqlens_k: CuSeqlens | None = ...,
+    max_seqlen_q: int | None = ...,
+    max_seqlen_k: int | None = ...,
+    max_range: int | None = ...,
+    mask: Mask | None = ...,
+    softmax_scale: float | None = ...,
+    softcap: float = ...,
+    learnable_sink: torch.Tensor | None = ...,
+    out: torch.Tensor | None = ...,
+    backend: str | None = ...,
+) -> torch.Tensor: ...
+
+
+@overload
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    ranges: Ranges | Plan = ...,
+    *,
+    return_lse: Literal[True],
+    cu_seqlens_q: CuSeqlens | None = ...,
+    cu_seqlens_k: CuSeqlens | None = ...,
+    max_seqlen_q: int | None = ...,
+    max_seqlen_k: int | None = ...,
+    max_range: int | None = ...,
+    mask: Mask | None = ...,
+    softmax_scale: float | None = ...,
+    softcap: float = ...,
+    learnable_sink: torch.Tensor | None = ...,
+    out: torch.Tensor | None = ...,
+    backend: str | None = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    ranges: Ranges | Plan = None,
+    *,
+    return_lse: bool = False,
+    cu_seqlens_q: CuSeqlens | None = None,
+    cu_seqlens_k: CuSeqlens | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    max_range: int | None = None,
+    mask: Mask | None = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    learnable_sink: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Exact PrefixLM attention: causal, except that the tokens of a range all see each other.
+
+    Two packed sequences of 300 and 600 tokens with one and two images:
+
+        cu = torch.tensor([0, 300, 900], dtype=torch.int32, device="cuda")
+        out = attention(q, k, v, [[(4, 260)], [(0, 256), (300, 556)]], cu_seqlens_q=cu, cu_seqlens_k=cu)
+
+    Args:
+        q: `(total_q, heads, head_dim)`, or `(batch, seqlen_q, heads, head_dim)`. bfloat16 or float16 on FA4; the
+            reference takes any floating point dtype. The last dimension must be contiguous; batched tensors that can't
+            be viewed as packed are copied.
+        k, v: `(total_k, kv_heads, head_dim)` and `(total_k, kv_heads, head_dim_v)`, or batched. `heads` is a multiple
+            of `kv_heads` (GQA, MQA).
+        ranges: the spans, or a `Plan` made once and reused; with a plan, the arguments that went into it stay out.
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, max_range, mask, backend: see `plan`.
+        softmax_scale: default `1 / sqrt(head_dim)`.
+        softcap: scores become `softcap * tanh(scores / softcap)`; 0.0 is off.
+        learnable_sink: `(heads,)` logits, one per query head, that join the softmax of every row and carry no value.
+        return_lse: also return the log-sum-exp of each row's scores (natural log, the sink included).
+        out: where to write the output: contiguous, the output's shape and dtype.
+
+    Returns:
+        out, `(total_q, heads, head_dim_v)` or batched, in q's dtype; with `return_lse` also lse, float32
+        `(heads, total_q)`, or `(batch, heads, seqlen_q)`. A row that sees no key gives 0 and an LSE of -inf.
+
+    Raises:
+        InputError, UnsupportedError: see `plan`; no kernel was launched.
+    """
+    if isinstance(ranges, Plan):
+        _refuse_plan_arguments(
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k,
+            max_range=max_range,
+            mask=mask,
+            backend=backend,
+        )
+        ready = ranges
+        spec = calls.describe(q, k, v)
+        _check_same(spec, ready)
+    else:
+        given = {} if mask is None else {"mask": mask}
+        ready = plan(
+            ranges,
+            like=(q, k, v),
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k,
+            max_range=max_range,
+            backend=backend or "auto",
+            **given,
+        )
+        spec = ready.call
+    calls.check_sink(learnable_sink, spec)
+    calls.check_out(out, spec)
+    options = Options(_scale(softmax_scale, spec), _softcap(softcap), learnable_sink)
+    if spec.batched:
+        q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+        out = out.flatten(0, 1) if out is not None else None
+    result, lse = ready.prepared.run(q, k, v, options, out)
+    if spec.batched:
+        result = result.unflatten(0, spec.shape_q)
+        lse = lse.unflatten(1, spec.shape_q).transpose(0, 1)
+    return (result, lse) if return_lse else result
+
+
+def _refuse_plan_arguments(**arguments: object) -> None:
+    for name, value in arguments.items():
+        if value is not None:
+            raise InputError(name, "to be given to plan(), not together with a plan", value)
+
+
+def _check_same(spec: calls.CallSpec, ready: Plan) -> None:
+    wanted = ready.call
+    for argument, field in (
+        ("q", "shape_q"),
+        ("k", "shape_k"),
+        ("q", "heads_q"),
+        ("k", "heads_kv"),
+        ("q", "head_dim"),
+        ("v", "head_dim_v"),
+        ("q", "dtype"),
+        ("q", "device"),
+    ):
+        if getattr(spec, field) != getattr(wanted, field):
+            expected = f"{field} = {getattr(wanted, field)}, as the plan was made for"
+            raise InputError(argument, expected, getattr(spec, field))
+    if spec.needs_grad and not ready.choice.backend.differentiable:
+        expected = f"no gradient: the plan's backend {ready.choice.name} has no backward yet (use torch.no_grad())"
+        raise UnsupportedError("q", expected, "requires_grad")
+
+
+def _scale(softmax_scale: float | None, spec: calls.CallSpec) -> float:
+    if softmax_scale is None:
+        return 1.0 / math.sqrt(spec.head_dim)
+    if not isinstance(softmax_scale, int | float) or not math.isfinite(softmax_scale):
+        raise InputError("softmax_scale", "a finite number", softmax_scale)
+    return float(softmax_scale)
+
+
+def _softcap(softcap: float) -> float:
+    if not isinstance(softcap, int | float) or not math.isfinite(softcap) or softcap < 0:
+        raise InputError("softcap", "a finite number, 0.0 for none", softcap)
+    return float(softcap)

@@ -1,0 +1,76 @@
+"""What every backend is: a verdict on a call, and a prepared state that runs it."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from ..call import CallSpec
+from ..intervals import Bounds, Tokens
+from ..lengths import Lengths
+from ..mask import Mask
+from ..ranges import Spans
+
+
+@dataclass(frozen=True)
+class Work:
+    """One batch under one mask, ready for any backend."""
+
+    call: CallSpec
+    mask: Mask
+    spans: Spans
+    lengths: Lengths
+    where: Tokens
+    bounds: Bounds
+
+
+@dataclass(frozen=True)
+class Options:
+    """Per-call options, checked. softcap 0.0 is none; lse `(heads, total_q)` float32 is written if given."""
+
+    softmax_scale: float
+    softcap: float
+    learnable_sink: torch.Tensor | None
+
+
+class TileCounts(NamedTuple):
+    """(query tile, key tile) pairs of one head: visited without a mask, visited with one, and not visited."""
+
+    full: int
+    partial: int
+    skipped: int
+
+
+class Prepared(abc.ABC):
+    """A backend's state for one batch and mask, reused by every layer."""
+
+    @abc.abstractmethod
+    def run(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, out: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(out, lse)` for packed tensors `(total, heads, head_dim)`; lse is `(heads, total_q)` float32."""
+
+    @abc.abstractmethod
+    def describe(self) -> list[tuple[str, str]]:
+        """(label, text) lines for `print(plan)`."""
+
+    def tile_counts(self) -> TileCounts | None:
+        """How many key tiles are visited; None where the backend has no tiles. Synchronises."""
+        return None
+
+
+class Backend(abc.ABC):
+    name: str
+    summary: str
+    differentiable = False
+
+    @abc.abstractmethod
+    def refusal(self, call: CallSpec, lengths: Lengths) -> str | None:
+        """Why this backend can't run the call exactly; None if it can."""
+
+    @abc.abstractmethod
+    def prepare(self, work: Work) -> Prepared:
+        """Build the state on the device without synchronising it."""

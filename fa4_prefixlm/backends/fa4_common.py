@@ -1,0 +1,106 @@
+"""What the two one-call FA4 backends share: their verdict, their tile, and the launch of a prepared state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..blocks import BlockLists, TileRuns, ceil_div
+from ..call import CallSpec
+from ..fa4 import build as builds
+from ..fa4.build import Build
+from ..fa4.launch import masked_forward
+from ..fa4.tiles import Tile, forward_tile, unsupported_head_dim
+from ..lengths import Lengths
+from ..mask import Mask
+from .base import Options, Prepared, TileCounts
+
+DTYPES = (torch.bfloat16, torch.float16)
+
+# A packed PackGQA tile would cover fewer tokens than its block list does: the same work, more bookkeeping.
+PACK_GQA = False
+
+
+def common_refusal(call: CallSpec) -> str | None:
+    """What stops every FA4 backend."""
+    if call.device.type != "cuda":
+        return f"FA4 needs a GPU, the tensors are on {call.device}"
+    build = builds.installed()
+    if build is None:
+        return "flash-attn-4 is not installed"
+    if build.missing:
+        return f"{build} is unknown: its forward has no argument {', '.join(sorted(build.missing))}"
+    if call.dtype not in DTYPES:
+        return f"FA4 takes bfloat16 and float16, not {call.dtype}"
+    if call.needs_grad:
+        return "no backward yet: q, k or v requires grad"
+    return unsupported_head_dim(builds.device_arch(call.device), call.head_dim, call.head_dim_v)
+
+
+def installed_build() -> Build:
+    build = builds.installed()
+    assert build is not None, "a backend is prepared only after its verdict"
+    return build
+
+
+def choose_tile(call: CallSpec, mask: Mask, lengths: Lengths, max_seqlen_q: int) -> Tile:
+    arch = builds.device_arch(call.device)
+    windowed = mask.reach(lengths.max_seqlen_k).left is not None
+    return forward_tile(arch, call.head_dim, call.head_dim_v, windowed=windowed, max_seqlen_q=max_seqlen_q)
+
+
+@dataclass
+class OneCall(Prepared):
+    """One launch: a mask_mod, its bounds and its block lists.
+
+    lengths: the sequences as the kernel sees them: the batch's own (varlen), or all of it as one.
+    """
+
+    build: Build
+    mask_mod: str
+    tile: Tile
+    bounds: torch.Tensor
+    lists: BlockLists | None
+    lengths: Lengths
+    varlen: bool
+    runs: TileRuns
+
+    def run(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, out: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if out is None:
+            out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
+        lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+        tensors = (q, k, v, out, lse) if self.varlen else tuple(tensor.unsqueeze(0) for tensor in (q, k, v, out, lse))
+        masked_forward(
+            *tensors,
+            lengths=self.lengths if self.varlen else None,
+            build=self.build,
+            mask_mod=self.mask_mod,
+            bounds=self.bounds,
+            lists=self.lists,
+            tile=self.tile,
+            pack_gqa=PACK_GQA,
+            softmax_scale=options.softmax_scale,
+            softcap=options.softcap,
+            learnable_sink=options.learnable_sink,
+        )
+        return out, lse
+
+    def describe(self) -> list[tuple[str, str]]:
+        lists = self.lists.nbytes() if self.lists is not None else 0
+        arch = builds.device_arch(self.bounds.device)
+        tested = "" if arch // 10 == 9 else " (compiled, not run)"
+        return [
+            ("kernel", f"{self.build}, sm_{arch}{tested}, tile {self.tile}"),
+            ("memory", f"bounds {self.bounds.nbytes / 2**20:.2f} MiB, block lists {lists / 2**20:.2f} MiB"),
+        ]
+
+    def tile_counts(self) -> TileCounts:
+        rows, keys = self.lengths.on_host()
+        full, partial = int(self.runs.full.sum()), int(self.runs.partial.sum())
+        everything = sum(
+            ceil_div(sq, self.tile.block_m) * ceil_div(sk, self.tile.n) for sq, sk in zip(rows, keys, strict=True)
+        )
+        return TileCounts(full, partial, everything - full - partial)

@@ -1,0 +1,104 @@
+"""The tensors of a call: their validation, and what a backend must know of them to be chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .errors import InputError
+
+QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class CallSpec:
+    """Everything about `q`, `k`, `v` but their values.
+
+    batched: `(batch, seqlen, heads, head_dim)` tensors; otherwise packed `(total, heads, head_dim)`.
+    shape_q, shape_k: all dimensions before the heads.
+    """
+
+    batched: bool
+    shape_q: tuple[int, ...]
+    shape_k: tuple[int, ...]
+    heads_q: int
+    heads_kv: int
+    head_dim: int
+    head_dim_v: int
+    dtype: torch.dtype
+    device: torch.device
+    needs_grad: bool
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        return (*self.shape_q, self.heads_q, self.head_dim_v)
+
+
+def describe(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> CallSpec:
+    """Check `q`, `k`, `v` against each other. Looks at shapes, dtypes, strides and devices, never at values."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, torch.Tensor):
+            raise InputError(name, "a torch.Tensor", type(tensor).__name__)
+        if tensor.ndim not in (3, 4):
+            raise InputError(
+                name, "(total, heads, head_dim) or (batch, seqlen, heads, head_dim)", f"shape {tuple(tensor.shape)}"
+            )
+        if tensor.ndim != q.ndim:
+            raise InputError(name, f"{q.ndim} dimensions, as q", f"shape {tuple(tensor.shape)}")
+        if not tensor.dtype.is_floating_point:
+            raise InputError(name, "a floating point dtype", tensor.dtype)
+        if tensor.dtype != q.dtype:
+            raise InputError(name, f"q's dtype {q.dtype}", tensor.dtype)
+        if tensor.device != q.device:
+            raise InputError(name, f"q's device {q.device}", tensor.device)
+        if tensor.shape[-1] == 0 or tensor.shape[-2] == 0:
+            raise InputError(name, "at least one head and one head dimension", f"shape {tuple(tensor.shape)}")
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            raise InputError(name, "a contiguous last dimension (stride 1)", f"stride {tensor.stride(-1)}")
+    if k.shape[:-1] != v.shape[:-1]:
+        raise InputError("v", f"k's tokens and heads {tuple(k.shape[:-1])}", tuple(v.shape[:-1]))
+    if q.shape[-1] != k.shape[-1]:
+        raise InputError("k", f"q's head_dim {q.shape[-1]}", k.shape[-1])
+    if q.shape[-2] % k.shape[-2]:
+        raise InputError("q", f"a multiple of the {k.shape[-2]} key heads", f"{q.shape[-2]} heads")
+    if q.ndim == 4 and q.shape[0] != k.shape[0]:
+        raise InputError("k", f"q's batch size {q.shape[0]}", k.shape[0])
+    return CallSpec(
+        batched=q.ndim == 4,
+        shape_q=tuple(q.shape[:-2]),
+        shape_k=tuple(k.shape[:-2]),
+        heads_q=q.shape[-2],
+        heads_kv=k.shape[-2],
+        head_dim=q.shape[-1],
+        head_dim_v=v.shape[-1],
+        dtype=q.dtype,
+        device=q.device,
+        needs_grad=torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v)),
+    )
+
+
+def check_sink(learnable_sink: torch.Tensor | None, call: CallSpec) -> None:
+    if learnable_sink is None:
+        return
+    if learnable_sink.shape != (call.heads_q,):
+        raise InputError("learnable_sink", f"shape ({call.heads_q},), one per query head", tuple(learnable_sink.shape))
+    if learnable_sink.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise InputError("learnable_sink", "dtype float32, bfloat16 or float16", learnable_sink.dtype)
+    if learnable_sink.device != call.device:
+        raise InputError("learnable_sink", f"q's device {call.device}", learnable_sink.device)
+
+
+def check_out(out: torch.Tensor | None, call: CallSpec) -> None:
+    if out is None:
+        return
+    if tuple(out.shape) != call.out_shape:
+        raise InputError("out", f"shape {call.out_shape}", tuple(out.shape))
+    if out.dtype != call.dtype:
+        raise InputError("out", f"q's dtype {call.dtype}", out.dtype)
+    if out.device != call.device:
+        raise InputError("out", f"q's device {call.device}", out.device)
+    if not out.is_contiguous():
+        raise InputError("out", "a contiguous tensor", f"strides {out.stride()}")
+    if out.data_ptr() % 16:
+        raise InputError("out", "memory aligned to 16 bytes", f"an offset of {out.data_ptr() % 16}")

@@ -1,0 +1,131 @@
+"""Compile the kernels for a GPU that is not here: `python -m fa4_prefixlm.fa4.crosscompile --arch sm_90`.
+
+Runs the public call on fake tensors (`FakeTensorMode`), so plan, block lists and launch are the real ones; FA4 compiles
+the kernel and does not launch it. One process per architecture: FA4 and the CuTe DSL read theirs from the environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from unittest import mock
+
+import torch
+
+TARGETS = {
+    "sm_90": {"FLASH_ATTENTION_ARCH": "sm_90", "CUTE_DSL_ARCH": "sm_90a", "FLASH_ATTENTION_NUM_SMS": "132"},
+    "sm_100": {"FLASH_ATTENTION_ARCH": "sm_100", "CUTE_DSL_ARCH": "sm_100a", "FLASH_ATTENTION_NUM_SMS": "148"},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One kernel: backend, head dims, and the options that change the generated code."""
+
+    backend: str
+    head_dim: int
+    head_dim_v: int
+    window: int | None = None
+    softcap: float = 0.0
+    sink: bool = False
+    device_inputs: bool = False
+
+
+def standard_variants() -> list[Variant]:
+    """What CI proves for every architecture: both one-call backends at the usual head dims, and one with every option."""
+    variants = [
+        Variant(backend, head_dim, head_dim)
+        for backend, head_dim in itertools.product(("varlen", "packed"), (64, 128, 256))
+    ]
+    variants.append(Variant("varlen", 192, 128))
+    variants.append(Variant("packed", 128, 128, window=256, softcap=30.0, sink=True, device_inputs=True))
+    variants.append(Variant("varlen", 256, 256, window=256, softcap=30.0, sink=True, device_inputs=True))
+    return variants
+
+
+def compile_variant(variant: Variant) -> str:
+    """Compile in this process, whose environment must name the target already. Returns the plan's kernel line."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    import fa4_prefixlm as fp
+
+    with _target_hardware(), FakeTensorMode():
+        cu: object = [0, 700, 1300]
+        ranges: object = [[(4, 260)], [(0, 256), (300, 556)]]
+        if variant.device_inputs:
+            cu = torch.empty(3, dtype=torch.int32, device="cuda")
+            ranges = torch.empty(2, 4, 2, dtype=torch.int32, device="cuda")
+        q = torch.empty(1300, 4, variant.head_dim, dtype=torch.bfloat16, device="cuda")
+        k = torch.empty(1300, 2, variant.head_dim, dtype=torch.bfloat16, device="cuda")
+        v = torch.empty(1300, 2, variant.head_dim_v, dtype=torch.bfloat16, device="cuda")
+        sink = torch.empty(4, dtype=torch.float32, device="cuda") if variant.sink else None
+        plan = fp.plan(
+            ranges,  # type: ignore[arg-type]
+            cu_seqlens_q=cu,  # type: ignore[arg-type]
+            cu_seqlens_k=cu,  # type: ignore[arg-type]
+            mask=fp.PrefixLM(variant.window),
+            like=(q, k, v),
+            backend=variant.backend,
+        )
+        fp.attention(q, k, v, plan, softcap=variant.softcap, learnable_sink=sink)
+    return dict(plan.prepared.describe())["kernel"]
+
+
+@contextlib.contextmanager
+def _target_hardware() -> Iterator[None]:
+    """FA4's persistent schedulers (SM100) ask the CUDA driver for the number of SMs: answer for the target instead."""
+    import cutlass.utils
+    from flash_attn.cute import tile_scheduler
+
+    class TargetHardware:
+        def get_device_multiprocessor_count(self) -> int:
+            return int(os.environ["FLASH_ATTENTION_NUM_SMS"])
+
+    with mock.patch.object(cutlass.utils, "HardwareInfo", TargetHardware):
+        with mock.patch.object(tile_scheduler, "HardwareInfo", TargetHardware):
+            yield
+
+
+def compile_in_subprocess(arch: str, variants: list[Variant]) -> list[dict[str, object]]:
+    """Compile for `arch` ("sm_90", "sm_100") in a fresh process: one report per variant, "error" None if it compiled."""
+    command = [sys.executable, "-m", "fa4_prefixlm.fa4.crosscompile", "--arch", arch, "--variants", "-"]
+    specs = json.dumps([dataclasses.asdict(variant) for variant in variants])
+    done = subprocess.run(
+        command, input=specs, env={**os.environ, **TARGETS[arch]}, capture_output=True, text=True, check=False
+    )
+    reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    if len(reports) != len(variants):
+        raise RuntimeError(f"cross-compiling for {arch} died:\n{done.stdout}\n{done.stderr}")
+    return reports
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", choices=TARGETS, required=True)
+    parser.add_argument("--variants", metavar="-", help="read variants as JSON from standard input")
+    arguments = parser.parse_args()
+    os.environ.update(TARGETS[arguments.arch])
+    variants = [Variant(**spec) for spec in json.load(sys.stdin)] if arguments.variants else standard_variants()
+    failed = False
+    for variant in variants:
+        began, error, kernel = time.monotonic(), None, None
+        try:
+            kernel = compile_variant(variant)
+        except Exception as exception:
+            error = f"{type(exception).__name__}: {exception}"
+            failed = True
+        report = {**dataclasses.asdict(variant), "arch": arguments.arch, "kernel": kernel, "error": error}
+        print(json.dumps({**report, "seconds": round(time.monotonic() - began, 1)}), flush=True)
+    sys.exit(1 if failed and not arguments.variants else 0)
+
+
+if __name__ == "__main__":
+    main()

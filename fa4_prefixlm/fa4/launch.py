@@ -1,0 +1,122 @@
+"""Launch one FA4 forward. Everything FA4 could choose by itself (tile, PackGQA) is said."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+from ..blocks import BlockLists
+from ..intervals import EMPTY_HI, EMPTY_LO, Bounds
+from ..lengths import Lengths
+from . import cures
+from .build import Build
+from .tiles import Tile
+
+# FA4 evaluates a mask_mod on every row of a query tile, also past the last query: 256 rows is the largest (SM100).
+ROW_PADDING = 256
+
+
+def bounds_tensor(bounds: Bounds) -> torch.Tensor:
+    """`(total_q + ROW_PADDING, 2)` int32: what `mask_mods` read as `aux_tensors[0]`."""
+    lo = torch.nn.functional.pad(bounds.lo, (0, ROW_PADDING), value=EMPTY_LO)
+    hi = torch.nn.functional.pad(bounds.hi, (0, ROW_PADDING), value=EMPTY_HI)
+    return torch.stack([lo, hi], dim=1)
+
+
+def masked_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    *,
+    lengths: Lengths | None,
+    build: Build,
+    mask_mod: str,
+    bounds: torch.Tensor,
+    lists: BlockLists | None,
+    tile: Tile,
+    pack_gqa: bool,
+    softmax_scale: float,
+    softcap: float,
+    learnable_sink: torch.Tensor | None,
+) -> None:
+    """Write attention under `mask_mods.<mask_mod>` to `out` and `lse`.
+
+    lengths: those of a varlen call; None for `(batch, seqlen, heads, head_dim)` tensors.
+    lists: None visits every key tile.
+    """
+    from flash_attn.cute import interface
+    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+
+    from . import mask_mods
+
+    sparse = None
+    if lists is not None:
+        sparse = BlockSparseTensorsTorch(
+            mask_block_cnt=lists.partial_count,
+            mask_block_idx=lists.partial_idx,
+            full_block_cnt=lists.full_count,
+            full_block_idx=lists.full_idx,
+            cu_total_m_blocks=lists.cu_tiles,
+            cu_block_idx_offsets=lists.cu_entries,
+            block_size=lists.block_size,
+        )
+    needs_cure = lists is not None and lengths is not None and build.sm90_list_stride == "128"
+    device = torch.cuda.device(q.device) if torch.cuda.is_available() else contextlib.nullcontext()
+    with device, cures.sm90_list_stride() if needs_cure else contextlib.nullcontext():
+        interface._flash_attn_fwd(
+            q,
+            k,
+            v,
+            cu_seqlens_q=lengths.cu_seqlens_q if lengths else None,
+            cu_seqlens_k=lengths.cu_seqlens_k if lengths else None,
+            max_seqlen_q=lengths.max_seqlen_q if lengths else None,
+            max_seqlen_k=lengths.max_seqlen_k if lengths else None,
+            softmax_scale=softmax_scale,
+            softcap=softcap or None,
+            learnable_sink=learnable_sink,
+            tile_mn=(tile.m, tile.n),
+            mma_pv_is_rs=tile.p_in_registers,
+            pack_gqa=pack_gqa,
+            mask_mod=getattr(mask_mods, mask_mod),
+            block_sparse_tensors=sparse,
+            aux_tensors=[bounds],
+            out=out,
+            lse=lse,
+        )
+
+
+def causal_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    lengths: Lengths,
+    softmax_scale: float,
+    window: int | None = None,
+    causal: bool = True,
+    softcap: float = 0.0,
+    learnable_sink: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """FA4's own varlen call with its own tiles, `(out, lse)`: the peer of every benchmark and error band."""
+    from flash_attn.cute import interface
+
+    out, lse, *_ = interface._flash_attn_fwd(
+        q,
+        k,
+        v,
+        cu_seqlens_q=lengths.cu_seqlens_q,
+        cu_seqlens_k=lengths.cu_seqlens_k,
+        max_seqlen_q=lengths.max_seqlen_q,
+        max_seqlen_k=lengths.max_seqlen_k,
+        softmax_scale=softmax_scale,
+        softcap=softcap or None,
+        learnable_sink=learnable_sink,
+        causal=causal and window is None,
+        window_size_left=None if window is None else window - 1,
+        window_size_right=None if window is None else 0,
+        return_lse=True,
+    )
+    return out, lse

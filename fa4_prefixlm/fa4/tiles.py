@@ -1,0 +1,60 @@
+"""Which tile a forward kernel runs with, and which head dims it takes. Given to FA4 explicitly, never left to its
+heuristics: the block lists must be cut with the very same tile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tile:
+    """m, n: rows and keys of one tile. stages: query tiles a CTA holds, so a block list covers `m * stages` rows.
+
+    p_in_registers: FA4's `mma_pv_is_rs` (SM90).
+    """
+
+    m: int
+    n: int
+    stages: int = 1
+    p_in_registers: bool = True
+
+    @property
+    def block_m(self) -> int:
+        return self.m * self.stages
+
+    def __str__(self) -> str:
+        return f"{self.block_m}x{self.n}"
+
+
+def unsupported_head_dim(arch: int, head_dim: int, head_dim_v: int) -> str | None:
+    """Why FA4 has no forward kernel for these head dims on this architecture; None if it has one."""
+    if head_dim % 8 or head_dim_v % 8:
+        return "head dims must be multiples of 8"
+    if arch // 10 == 9:
+        return None if max(head_dim, head_dim_v) <= 256 else "SM90 takes head dims up to 256"
+    if arch // 10 in (10, 11):
+        if max(head_dim, head_dim_v) <= 128 or (head_dim, head_dim_v) in ((192, 128), (256, 256)):
+            return None
+        return "SM100 takes head dims up to 128, (192, 128) and (256, 256)"
+    return f"no kernel for sm_{arch}: FA4's masked kernels run on SM90 and SM100"
+
+
+def forward_tile(arch: int, head_dim: int, head_dim_v: int, *, windowed: bool, max_seqlen_q: int) -> Tile:
+    """The forward tile for head dims that `unsupported_head_dim` accepts.
+
+    windowed: rows see few keys, so a narrow key tile wastes less at the edges.
+    max_seqlen_q: query rows of the longest sequence as the kernel sees it (SM100 runs one stage on short ones).
+    """
+    if arch // 10 != 9:
+        one_stage = max_seqlen_q <= 128 or head_dim_v == 256
+        return Tile(128, 128, stages=1 if one_stage else 2)
+    widest = max(head_dim, head_dim_v)
+    if widest <= 64:
+        return Tile(192, 128)
+    if widest <= 96:
+        return Tile(192, 128, p_in_registers=False)
+    if widest <= 128:
+        return Tile(128, 128)
+    if widest <= 192:
+        return Tile(128, 128 if head_dim_v <= 128 else 112)
+    return Tile(128, 64 if windowed else 80)

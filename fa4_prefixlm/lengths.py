@@ -1,0 +1,180 @@
+"""Where each sequence of a packed batch begins and ends, for queries and for keys.
+
+Positions are key positions: query row `i` of a sequence stands at `i + seqlen_k - seqlen_q`, so the queries are the
+last `seqlen_q` of `seqlen_k` positions (FlashAttention's bottom-right alignment).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from . import debug
+from .errors import InputError
+
+CuSeqlens = torch.Tensor | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Sequence lengths of one batch; valid by construction.
+
+    cu_seqlens_q, cu_seqlens_k: `(batch + 1,)` int32 on the device, `[0, 2, 6]` for lengths 2 and 4.
+    total_q, total_k: tokens of the whole batch.
+    max_seqlen_q, max_seqlen_k: upper bounds, known on the host.
+    seqlens_q, seqlens_k: the lengths themselves where the host knows them, else None.
+    same: every sequence is known to have as many queries as keys.
+    """
+
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    total_q: int
+    total_k: int
+    max_seqlen_q: int
+    max_seqlen_k: int
+    seqlens_q: tuple[int, ...] | None
+    seqlens_k: tuple[int, ...] | None
+    same: bool
+
+    @property
+    def batch(self) -> int:
+        return self.cu_seqlens_q.shape[0] - 1
+
+    @property
+    def device(self) -> torch.device:
+        return self.cu_seqlens_q.device
+
+    def on_host(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(seqlens_q, seqlens_k); reads them from the device, which synchronises, where the host does not know them."""
+        if self.seqlens_q is not None and self.seqlens_k is not None:
+            return self.seqlens_q, self.seqlens_k
+        return _differences(self.cu_seqlens_q.tolist()), _differences(self.cu_seqlens_k.tolist())
+
+
+def packed(
+    cu_seqlens_q: CuSeqlens,
+    cu_seqlens_k: CuSeqlens,
+    *,
+    total_q: int,
+    total_k: int,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    device: torch.device,
+) -> Lengths:
+    """Lengths of a varlen batch. Host values (lists, CPU tensors) are checked; device values are in debug mode."""
+    host_q = _host_values("cu_seqlens_q", cu_seqlens_q, total_q, device)
+    host_k = _host_values("cu_seqlens_k", cu_seqlens_k, total_k, device)
+    batch_q, batch_k = len(cu_seqlens_q) - 1, len(cu_seqlens_k) - 1
+    if batch_q != batch_k:
+        raise InputError("cu_seqlens_k", f"{batch_q + 1} entries, as in cu_seqlens_q", f"{batch_k + 1}")
+    seqlens_q = _differences(host_q) if host_q is not None else None
+    seqlens_k = _differences(host_k) if host_k is not None else None
+    if seqlens_q is not None and seqlens_k is not None:
+        for index, (rows, keys) in enumerate(zip(seqlens_q, seqlens_k, strict=True)):
+            if rows > keys:
+                raise InputError(
+                    f"cu_seqlens_q (sequence {index})", f"seqlen_q <= seqlen_k = {keys}", f"seqlen_q = {rows}"
+                )
+    return Lengths(
+        cu_seqlens_q=_on_device(cu_seqlens_q, device),
+        cu_seqlens_k=_on_device(cu_seqlens_k, device),
+        total_q=total_q,
+        total_k=total_k,
+        max_seqlen_q=_upper_bound("max_seqlen_q", max_seqlen_q, seqlens_q, total_q),
+        max_seqlen_k=_upper_bound("max_seqlen_k", max_seqlen_k, seqlens_k, total_k),
+        seqlens_q=seqlens_q,
+        seqlens_k=seqlens_k,
+        same=cu_seqlens_q is cu_seqlens_k or (seqlens_q is not None and seqlens_q == seqlens_k),
+    )
+
+
+def batched(batch: int, seqlen_q: int, seqlen_k: int, device: torch.device) -> Lengths:
+    """Lengths of a `(batch, seqlen, heads, head_dim)` batch: the same for every sequence."""
+    if seqlen_q > seqlen_k:
+        raise InputError("q", f"seqlen_q <= seqlen_k = {seqlen_k}", f"seqlen_q = {seqlen_q}")
+    steps = torch.arange(batch + 1, device=device, dtype=torch.int32)
+    return Lengths(
+        cu_seqlens_q=steps * seqlen_q,
+        cu_seqlens_k=steps * seqlen_k,
+        total_q=batch * seqlen_q,
+        total_k=batch * seqlen_k,
+        max_seqlen_q=seqlen_q,
+        max_seqlen_k=seqlen_k,
+        seqlens_q=(seqlen_q,) * batch,
+        seqlens_k=(seqlen_k,) * batch,
+        same=seqlen_q == seqlen_k,
+    )
+
+
+def as_one_sequence(lengths: Lengths) -> Lengths:
+    """The batch seen as a single sequence of `total_q` queries and `total_k` keys."""
+    steps = torch.arange(2, device=lengths.device, dtype=torch.int32)
+    return Lengths(
+        cu_seqlens_q=steps * lengths.total_q,
+        cu_seqlens_k=steps * lengths.total_k,
+        total_q=lengths.total_q,
+        total_k=lengths.total_k,
+        max_seqlen_q=lengths.total_q,
+        max_seqlen_k=lengths.total_k,
+        seqlens_q=(lengths.total_q,),
+        seqlens_k=(lengths.total_k,),
+        same=lengths.total_q == lengths.total_k,
+    )
+
+
+def to_device(values: object, device: torch.device) -> torch.Tensor:
+    """An int32 tensor on `device`, copied without waiting for the device."""
+    if isinstance(values, torch.Tensor):
+        tensor = values
+    else:
+        tensor = torch.tensor(values, dtype=torch.int32, device="cpu")
+    if device.type == "cuda" and tensor.device.type == "cpu" and torch.cuda.is_available():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def _on_device(values: CuSeqlens, device: torch.device) -> torch.Tensor:
+    return to_device(values if isinstance(values, torch.Tensor) else list(values), device).contiguous()
+
+
+def _host_values(name: str, values: CuSeqlens, total: int, device: torch.device) -> list[int] | None:
+    """Check one cu_seqlens; its values if they are on the host (or debug mode reads them), else None."""
+    if isinstance(values, torch.Tensor):
+        if values.dtype != torch.int32:
+            raise InputError(name, "dtype torch.int32", values.dtype)
+        if values.ndim != 1 or values.shape[0] < 1:
+            raise InputError(name, "shape (batch + 1,)", tuple(values.shape))
+        if values.device.type != "cpu" and values.device != device:
+            raise InputError(name, f"a tensor on the CPU or on q's device {device}", values.device)
+        if values.device.type != "cpu" and not debug.enabled():
+            return None
+        host = values.tolist()
+    else:
+        host = list(values)
+        if not host or not all(isinstance(value, int) for value in host):
+            raise InputError(name, "an int32 tensor or a list of batch + 1 integers", values)
+    if host[0] != 0:
+        raise InputError(f"{name}[0]", "0", host[0])
+    for index in range(1, len(host)):
+        if host[index] < host[index - 1]:
+            raise InputError(f"{name}[{index}]", f"an ascending value, at least {host[index - 1]}", host[index])
+    if host[-1] != total:
+        raise InputError(f"{name}[-1]", f"the tensor's length {total}", host[-1])
+    return host
+
+
+def _upper_bound(name: str, given: int | None, seqlens: tuple[int, ...] | None, total: int) -> int:
+    if given is not None and (not isinstance(given, int) or given < 0):
+        raise InputError(name, "a non-negative integer", given)
+    if seqlens is None:
+        return total if given is None else min(given, total)
+    longest = max(seqlens, default=0)
+    if given is not None and given < longest:
+        raise InputError(name, f"at least the longest sequence, {longest}", given)
+    return longest
+
+
+def _differences(cumulative: Sequence[int]) -> tuple[int, ...]:
+    return tuple(b - a for a, b in zip(cumulative, cumulative[1:], strict=False))
