@@ -2,7 +2,7 @@
 
 from .attention import attention
 from .backends import Choice
-from .debug import debug
+from .debugging import debug
 from .errors import InputError, UnsupportedError
 from .mask import Mask
 from .masks import PrefixLM

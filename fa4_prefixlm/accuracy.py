@@ -36,9 +36,7 @@ def exact_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`(out, lse)` in float64 for packed tensors `(total, heads, head_dim)`, straight from the spans (no bounds)."""
     options = options or Options(q.shape[-1] ** -0.5, 0.0, None)
-    return dense_attention(
-        q, k, v, mask=mask, spans=spans, seqlens=seqlens, options=options, accumulate=torch.float64
-    )
+    return dense_attention(q, k, v, mask=mask, spans=spans, seqlens=seqlens, options=options, accumulate=torch.float64)
 
 
 def plain_causal(
@@ -54,7 +52,7 @@ def plain_causal(
 def overlapping_two_pass(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, window: int | None, spans: HostSpans, seqlens: Seqlens
 ) -> torch.Tensor:
-    """The wrong answer of vLLM's PR 42175 in its first form: a causal pass and a pass over the whole span, merged by LSE.
+    """The wrong answer of vLLM's PR 42175 in its first form: a causal pass and one over the whole span, merged by LSE.
 
     For the row at position p in span [s, e) both passes hold the keys [s, p], which so count twice.
     """

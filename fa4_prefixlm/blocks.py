@@ -155,12 +155,11 @@ def varlen_lists(
         flat = torch.empty(entries + 1, dtype=torch.int32, device=matrix.device)
         return flat.scatter_(0, target.reshape(-1), matrix.reshape(-1)).unsqueeze(0)
 
-    partial, full = _matrices(runs, columns, columns)
     return BlockLists(
         partial_count=runs.partial.unsqueeze(0),
-        partial_idx=scatter(partial, runs.partial),
+        partial_idx=scatter(_partial_matrix(runs, columns), runs.partial),
         full_count=runs.full.unsqueeze(0),
-        full_idx=scatter(full, runs.full),
+        full_idx=scatter(_full_matrix(runs, columns), runs.full),
         cu_tiles=tiles.cu_tiles,
         cu_entries=cu_entries.to(torch.int32),
         block_size=(block_m, block_n),
@@ -169,11 +168,8 @@ def varlen_lists(
 
 def packed_lists(runs: TileRuns, lengths: Lengths, reach: Reach, block_m: int, block_n: int) -> BlockLists:
     width = PackedWidth.of(lengths, reach, block_m, block_n)
-    if width.full_from_zero:
-        partial, _ = _matrices(runs, width.partial, 1)
-        full = torch.arange(width.full, device=partial.device, dtype=torch.int32).expand(partial.shape[0], -1)
-    else:
-        partial, full = _matrices(runs, width.partial, width.full)
+    partial = _partial_matrix(runs, width.partial)
+    full = _full_matrix(runs, width.full, from_zero=width.full_from_zero)
     return BlockLists(
         partial_count=_as_4d(runs.partial),
         partial_idx=_as_4d(partial),
@@ -207,7 +203,9 @@ class PackedWidth:
             across = ceil_div(2 * lengths.max_seqlen_k + block_m, block_n) + 1
         else:
             across = everything
-        return cls(min(across, everything), min(_extent_tiles(reach, block_m, block_n), per_sequence, everything), False)
+        return cls(
+            min(across, everything), min(_extent_tiles(reach, block_m, block_n), per_sequence, everything), False
+        )
 
 
 def _varlen_size(lengths: Lengths, block_m: int, block_n: int) -> tuple[int, int]:
@@ -227,17 +225,29 @@ def _extent_tiles(reach: Reach, block_m: int, block_n: int) -> int:
     return ceil_div(block_m + reach.left + reach.right, block_n) + 1
 
 
-def _matrices(runs: TileRuns, partial_columns: int, full_columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The lists as `(query_tiles, columns)` matrices; entries past a row's count hold no meaning."""
-    torch._assert_async(
-        ((runs.partial <= partial_columns) & (runs.full <= full_columns)).all(),
-        "block lists: longer than max_seqlen_k, max_range and the mask's reach allow",
-    )
-    column = torch.arange(max(partial_columns, full_columns), device=runs.first.device, dtype=torch.int32)
+def _partial_matrix(runs: TileRuns, columns: int) -> torch.Tensor:
+    """The partial lists as `(query_tiles, columns)`; entries past a row's count hold no meaning."""
+    _assert_fits(runs.partial, columns)
+    column = torch.arange(columns, device=runs.first.device, dtype=torch.int32)
     before = (runs.full_first - runs.first).unsqueeze(1)
-    left = column.narrow(0, 0, partial_columns)
-    partial = left + torch.where(left < before, runs.first.unsqueeze(1), runs.full_end.unsqueeze(1) - before)
-    return partial, column.narrow(0, 0, full_columns) + runs.full_first.unsqueeze(1)
+    return column + torch.where(column < before, runs.first.unsqueeze(1), runs.full_end.unsqueeze(1) - before)
+
+
+def _full_matrix(runs: TileRuns, columns: int, from_zero: bool = False) -> torch.Tensor:
+    """The full lists as `(query_tiles, columns)`. from_zero: they all are 0, 1, 2, ..., one row repeated (stride 0)."""
+    _assert_fits(runs.full, columns)
+    column = torch.arange(columns, device=runs.first.device, dtype=torch.int32)
+    if from_zero:
+        torch._assert_async((runs.full_first * runs.full == 0).all(), "block lists: a row does not see its first key")
+        return column.expand(runs.first.shape[0], -1)
+    return column + runs.full_first.unsqueeze(1)
+
+
+def _assert_fits(count: torch.Tensor, columns: int) -> None:
+    """Checked on the device, without synchronising it: a bound that the caller or a mask gave was too small."""
+    torch._assert_async(
+        (count <= columns).all(), "block lists: longer than max_seqlen_k, max_range and the mask's reach allow"
+    )
 
 
 def _as_4d(per_tile: torch.Tensor) -> torch.Tensor:

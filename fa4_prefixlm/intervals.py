@@ -26,7 +26,7 @@ class Bounds:
     lo, hi: `(total_q,)` int32. Row `i` sees keys `[lo[i], hi[i])`. A row that sees nothing is `(EMPTY_LO, EMPTY_HI)`:
     neutral for the minimum of `lo` and the maximum of `hi` over a tile, and no tile that holds it can be full.
 
-    The dense mask of a single sequence is `(kv >= lo[:, None]) & (kv < hi[:, None])` with `kv = torch.arange(seqlen_k)`.
+    The dense mask of one sequence is `(kv >= lo[:, None]) & (kv < hi[:, None])` with `kv = torch.arange(seqlen_k)`.
     """
 
     lo: torch.Tensor

@@ -6,12 +6,13 @@ last `seqlen_q` of `seqlen_k` positions (FlashAttention's bottom-right alignment
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from . import debug
+from . import debugging
 from .errors import InputError
 
 CuSeqlens = torch.Tensor | Sequence[int]
@@ -126,10 +127,7 @@ def as_one_sequence(lengths: Lengths) -> Lengths:
 
 def to_device(values: object, device: torch.device) -> torch.Tensor:
     """An int32 tensor on `device`, copied without waiting for the device."""
-    if isinstance(values, torch.Tensor):
-        tensor = values
-    else:
-        tensor = torch.tensor(values, dtype=torch.int32, device="cpu")
+    tensor = values if isinstance(values, torch.Tensor) else torch.tensor(values, dtype=torch.int32, device="cpu")
     if device.type == "cuda" and tensor.device.type == "cpu" and torch.cuda.is_available():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
@@ -148,7 +146,7 @@ def _host_values(name: str, values: CuSeqlens, total: int, device: torch.device)
             raise InputError(name, "shape (batch + 1,)", tuple(values.shape))
         if values.device.type != "cpu" and values.device != device:
             raise InputError(name, f"a tensor on the CPU or on q's device {device}", values.device)
-        if values.device.type != "cpu" and not debug.enabled():
+        if values.device.type != "cpu" and not debugging.enabled():
             return None
         host = values.tolist()
     else:
@@ -177,4 +175,4 @@ def _upper_bound(name: str, given: int | None, seqlens: tuple[int, ...] | None, 
 
 
 def _differences(cumulative: Sequence[int]) -> tuple[int, ...]:
-    return tuple(b - a for a, b in zip(cumulative, cumulative[1:], strict=False))
+    return tuple(b - a for a, b in itertools.pairwise(cumulative))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 
-import torch
-
 from . import backends, call, intervals, lengths, ranges
 from .backends import Choice, Prepared, TileCounts, Work
 from .call import QKV, CallSpec
@@ -20,25 +18,23 @@ from .ranges import Ranges
 class Plan:
     """Made by `plan`. `print(plan)` shows the backend and why, the tiles and the exact work (which synchronises).
 
-    Attributes: `mask`; `choice`, the backend with its reason; `call`, what `q`, `k`, `v` must look like; `lengths`.
+    Attributes: `mask`; `choice`, the backend with its reason; `call`, what `q`, `k`, `v` must look like; `lengths`;
+    `bounds`, the keys each query row sees; `prepared`, the backend's own state.
     """
 
     def __init__(self, work: Work, choice: Choice) -> None:
         self.mask, self.call, self.lengths, self.choice = work.mask, work.call, work.lengths, choice
         self.bounds = work.bounds
-        self._prepared: Prepared = choice.backend.prepare(work)
-
-    @property
-    def prepared(self) -> Prepared:
-        return self._prepared
+        self.prepared: Prepared = choice.backend.prepare(work)
 
     def tiles(self) -> TileCounts | None:
         """Tiles of one head visited in full, in part, and skipped; None for the reference. Synchronises."""
-        return self._prepared.tile_counts()
+        return self.prepared.tile_counts()
 
     def flops(self) -> int:
         """Exact floating point operations of the forward: `2 * heads * (head_dim + head_dim_v)` for every pair of a
-        query and a key it sees. Synchronises."""
+        query and a key it sees. Synchronises.
+        """
         return self._flops(int(self.bounds.visible_pairs()))
 
     def causal_flops(self) -> int:
@@ -60,12 +56,14 @@ class Plan:
             ("heads", f"{self.call.heads_q} query, {self.call.heads_kv} key, head dim {_dims(self.call)}"),
             ("backend", str(self.choice)),
             *[("not", f"{name}: {reason}") for name, reason in self.choice.passed_over],
-            *self._prepared.describe(),
+            *self.prepared.describe(),
         ]
         tiles = self.tiles()
         if tiles is not None:
             lines.append(("tiles", f"{tiles.full} full, {tiles.partial} partial, {tiles.skipped} skipped (a head)"))
-        lines.append(("work", f"{flops / 1e9:.3f} GFLOP exact; causal {_ratio(causal, flops)}, dense {_ratio(dense, flops)}"))
+        lines.append(
+            ("work", f"{flops / 1e9:.3f} GFLOP exact; causal {_ratio(causal, flops)}, dense {_ratio(dense, flops)}")
+        )
         return "\n".join(f"{label:8} {text}" for label, text in lines)
 
     def __repr__(self) -> str:
@@ -137,7 +135,8 @@ def _lengths(
     for name, value in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
         if value is None:
             raise InputError(name, "(batch + 1,) int32 with packed (total, heads, head_dim) tensors", None)
-    assert cu_q is not None and cu_k is not None
+    assert cu_q is not None
+    assert cu_k is not None
     return lengths.packed(
         cu_q,
         cu_k,

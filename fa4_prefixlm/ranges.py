@@ -6,17 +6,19 @@ spans: their tokens do not see each other forward.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from . import debug
+from . import debugging
 from .errors import InputError
 from .lengths import Lengths, to_device
 
 Ranges = torch.Tensor | Sequence[Sequence[tuple[int, int]]] | None
-HostSpans = tuple[tuple[tuple[int, int], ...], ...]
+SequenceSpans = tuple[tuple[int, int], ...]
+HostSpans = tuple[SequenceSpans, ...]
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def parse(ranges: Ranges, lengths: Lengths, max_range: int | None = None) -> Spa
         ranges = [()] * lengths.batch
     if isinstance(ranges, torch.Tensor):
         _check_tensor(ranges, lengths)
-        on_host = ranges.device.type == "cpu" or debug.enabled()
+        on_host = ranges.device.type == "cpu" or debugging.enabled()
         host = _used_rows(ranges) if on_host else None
         if host is None:
             longest = lengths.max_seqlen_k if max_range is None else min(max_range, lengths.max_seqlen_k)
@@ -106,7 +108,7 @@ def _check_host(host: HostSpans, lengths: Lengths, max_range: int | None) -> Hos
             if max_range is not None and end - start > max_range:
                 raise InputError(name, f"at most max_range = {max_range} tokens", (start, end))
         ordered = sorted(spans)
-        for before, after in zip(ordered, ordered[1:], strict=False):
+        for before, after in itertools.pairwise(ordered):
             if after[0] < before[1]:
                 raise InputError(f"ranges[{sequence}]", "spans that do not overlap", f"{before} and {after}")
         result.append(tuple(ordered))
@@ -132,6 +134,8 @@ def _used_rows(ranges: torch.Tensor) -> HostSpans:
     return tuple(tuple((start, end) for start, end in rows if (start, end) != (0, 0)) for rows in ranges.tolist())
 
 
-def _padded(host: HostSpans) -> list[list[tuple[int, int]]]:
-    width = max((len(spans) for spans in host), default=0) or 1
-    return [list(spans) + [(0, 0)] * (width - len(spans)) for spans in host]
+def _padded(host: HostSpans) -> torch.Tensor:
+    """`(batch, max_spans, 2)` int32 on the host, unused rows `(0, 0)`."""
+    width = max((len(spans) for spans in host), default=0)
+    rows = [[*spans, *[(0, 0)] * (width - len(spans))] for spans in host]
+    return torch.tensor(rows, dtype=torch.int32).reshape(len(host), width, 2)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 
 import torch
 
-from fa4_prefixlm import Mask, PrefixLM
+from fa4_prefixlm import Mask, PrefixLM, intervals, lengths, ranges
 
 EDGES = (1, 2, 63, 64, 65, 79, 80, 81, 127, 128, 129, 191, 192, 193, 255, 256, 257, 383, 384, 385)
 
@@ -42,10 +43,16 @@ class Batch:
         generator = torch.Generator(device).manual_seed(seed)
 
         def normal(total: int, head_count: int, dim: int) -> torch.Tensor:
-            return torch.randn(total, head_count, dim, generator=generator, device=device, dtype=torch.float32).to(dtype)
+            return torch.randn(total, head_count, dim, generator=generator, device=device, dtype=torch.float32).to(
+                dtype
+            )
 
         total_q, total_k = self.cu_q[-1], self.cu_k[-1]
-        return normal(total_q, heads[0], dims[0]), normal(total_k, heads[1], dims[0]), normal(total_k, heads[1], dims[1])
+        return (
+            normal(total_q, heads[0], dims[0]),
+            normal(total_k, heads[1], dims[0]),
+            normal(total_k, heads[1], dims[1]),
+        )
 
 
 def brute_mask(mask: PrefixLM, rows: int, keys: int, spans: tuple[tuple[int, int], ...]) -> torch.Tensor:
@@ -73,7 +80,7 @@ def random_spans(rng: random.Random, keys: int) -> tuple[tuple[int, int], ...]:
         cuts[0] = 0
     if rng.random() < 0.3:
         cuts[-1] = keys
-    spans = [pair for pair in zip(cuts, cuts[1:], strict=False) if pair[0] < pair[1] and rng.random() < 0.7]
+    spans = [pair for pair in itertools.pairwise(cuts) if pair[0] < pair[1] and rng.random() < 0.7]
     rng.shuffle(spans)
     return tuple(spans)
 
@@ -101,7 +108,9 @@ UGLY = {
     "one token": Batch(((1, 1),), (((0, 1),),)),
     "one token, no span": Batch(((1, 1),), ((),)),
     "one query after a cache": Batch(((1, 300),), (((40, 299),),)),
-    "empty sequences around": Batch(((0, 0), (130, 130), (0, 40), (65, 65), (0, 0)), ((), ((0, 60),), (), ((60, 65),), ())),
+    "empty sequences around": Batch(
+        ((0, 0), (130, 130), (0, 40), (65, 65), (0, 0)), ((), ((0, 60),), (), ((60, 65),), ())
+    ),
     "span at both borders": Batch(((257, 257),), (((0, 64), (200, 257)),)),
     "adjacent spans": Batch(((512, 512),), (((0, 128), (128, 256), (256, 257), (257, 512)),)),
     "whole sequence": Batch(((385, 385), (128, 128)), (((0, 385),), ((0, 128),))),
@@ -116,12 +125,12 @@ UGLY = {
 class Blind(PrefixLM):
     """PrefixLM, but the first 200 positions of a sequence and every third row after them see nothing."""
 
-    def bounds(self, rows):  # noqa: ANN001, ANN201
+    def bounds(self, rows):
         lo, hi = super().bounds(rows)
         blind = (rows.position < 200) | (rows.position % 3 == 0)
         return lo.masked_fill(blind, 5), hi.masked_fill(blind, 5)
 
-    def visible(self, q_pos, kv_pos, same_span):  # noqa: ANN001, ANN201
+    def visible(self, q_pos, kv_pos, same_span):
         return super().visible(q_pos, kv_pos, same_span) & (q_pos >= 200) & (q_pos % 3 != 0)
 
 
@@ -129,6 +138,23 @@ def masks_for(batch: Batch) -> list[Mask]:
     longest = max((end - start for own in batch.spans for start, end in own), default=1)
     shorter = max(1, longest // 2)
     return [PrefixLM(), PrefixLM(shorter), PrefixLM(shorter, clamp=False), PrefixLM(longest + 10)]
+
+
+def prepare(batch: Batch, mask: Mask) -> tuple[lengths.Lengths, ranges.Spans, intervals.Tokens, intervals.Bounds]:
+    """The stages up to the bounds, on the CPU."""
+    totals = {"total_q": batch.cu_q[-1], "total_k": batch.cu_k[-1]}
+    sizes = lengths.packed(
+        batch.cu_q, batch.cu_k, max_seqlen_q=None, max_seqlen_k=None, device=torch.device("cpu"), **totals
+    )
+    spans = ranges.parse(batch.spans, sizes)
+    where = intervals.tokens(sizes)
+    return sizes, spans, where, intervals.row_bounds(mask, spans, where)
+
+
+def dense(bounds: intervals.Bounds, keys: int) -> torch.Tensor:
+    """`(rows, keys)` bool of bounds that belong to one sequence."""
+    kv = torch.arange(keys)
+    return (kv >= bounds.lo[:, None]) & (kv < bounds.hi[:, None])
 
 
 def _cumulative(values: list[int]) -> list[int]:

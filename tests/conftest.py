@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--gpu-report", metavar="FILE", help="append the errors that GPU tests measure to FILE, a JSON a line")
+    parser.addoption("--gpu-report", metavar="FILE", help="append what GPU tests measure to FILE, one JSON a line")
 
 
 @pytest.fixture

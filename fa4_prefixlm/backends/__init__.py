@@ -52,7 +52,9 @@ def choose(name: str, call: CallSpec, mask: Mask, lengths: Lengths, longest_span
         if refusal is not None:
             raise UnsupportedError("backend", f"a backend that can run this call ({refusal})", repr(name))
         return Choice(name, "asked for by name")
-    passed_over = []
+    if lengths.total_q == 0:
+        return Choice(Reference.name, "there are no queries")
+    passed_over: list[tuple[str, str]] = []
     for backend in BACKENDS.values():
         reason = backend.refusal(call, lengths)
         if reason is None and backend.name == "varlen":

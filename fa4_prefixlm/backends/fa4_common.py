@@ -65,6 +65,7 @@ class OneCall(Prepared):
     lengths: Lengths
     varlen: bool
     runs: TileRuns
+    pack_gqa: bool = PACK_GQA
 
     def run(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, out: torch.Tensor | None
@@ -81,7 +82,7 @@ class OneCall(Prepared):
             bounds=self.bounds,
             lists=self.lists,
             tile=self.tile,
-            pack_gqa=PACK_GQA,
+            pack_gqa=self.pack_gqa,
             softmax_scale=options.softmax_scale,
             softcap=options.softcap,
             learnable_sink=options.learnable_sink,

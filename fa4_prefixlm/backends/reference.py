@@ -13,15 +13,15 @@ import torch
 from ..call import CallSpec
 from ..lengths import Lengths
 from ..mask import Mask
-from ..ranges import HostSpans
+from ..ranges import HostSpans, SequenceSpans
 from .base import Backend, Options, Prepared, Work
 
 CHUNK_SCORES = 2**26
 
 
-def dense_mask(mask: Mask, seqlen_q: int, seqlen_k: int, spans: HostSpans | tuple = (), device: object = "cpu") -> torch.Tensor:
+def dense_mask(mask: Mask, seqlen_q: int, seqlen_k: int, spans: SequenceSpans = ()) -> torch.Tensor:
     """The boolean mask `(seqlen_q, seqlen_k)` of one sequence with the spans `((start, end), ...)`."""
-    return _mask_rows(mask, torch.arange(seqlen_k - seqlen_q, seqlen_k, device=device), seqlen_k, spans)
+    return _mask_rows(mask, torch.arange(seqlen_k - seqlen_q, seqlen_k), seqlen_k, spans)
 
 
 def dense_attention(
@@ -40,7 +40,8 @@ def dense_attention(
     spans: per sequence, half-open. seqlens: (seqlens_q, seqlens_k). A row that sees nothing gives 0 and an LSE of -inf
     (the sink, if there is one).
     """
-    outs, lses = [], []
+    outs = [q.new_zeros(0, q.shape[1], v.shape[2], dtype=accumulate)]
+    lses = [q.new_zeros(q.shape[1], 0, dtype=accumulate)]
     row = key = 0
     for seqlen_q, seqlen_k, own in zip(*seqlens, spans, strict=True):
         keys, values = k[key : key + seqlen_k].to(accumulate), v[key : key + seqlen_k].to(accumulate)
@@ -56,7 +57,7 @@ def dense_attention(
     return torch.cat(outs), torch.cat(lses, dim=1)
 
 
-def _mask_rows(mask: Mask, position: torch.Tensor, seqlen_k: int, spans: tuple) -> torch.Tensor:
+def _mask_rows(mask: Mask, position: torch.Tensor, seqlen_k: int, spans: SequenceSpans) -> torch.Tensor:
     q_pos, kv_pos = position[:, None], torch.arange(seqlen_k, device=position.device)[None]
     same_span = torch.zeros(position.shape[0], seqlen_k, dtype=torch.bool, device=position.device)
     for start, end in spans:

@@ -17,9 +17,30 @@ MODULE = "flash_attn.cute"
 
 # Arguments of the build's launch function that this library uses.
 LAUNCH_ARGUMENTS = frozenset(
-    "q k v cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k softmax_scale causal softcap window_size_left"
-    " window_size_right learnable_sink tile_mn mma_pv_is_rs pack_gqa mask_mod block_sparse_tensors return_lse out lse"
-    " aux_tensors".split()
+    [
+        "q",
+        "k",
+        "v",
+        "cu_seqlens_q",
+        "cu_seqlens_k",
+        "max_seqlen_q",
+        "max_seqlen_k",
+        "softmax_scale",
+        "causal",
+        "softcap",
+        "window_size_left",
+        "window_size_right",
+        "learnable_sink",
+        "tile_mn",
+        "mma_pv_is_rs",
+        "pack_gqa",
+        "mask_mod",
+        "block_sparse_tensors",
+        "return_lse",
+        "out",
+        "lse",
+        "aux_tensors",
+    ]
 )
 VARLEN_LIST_FIELDS = frozenset({"cu_total_m_blocks", "cu_block_idx_offsets", "block_size"})
 VARLEN_MASK_REFUSAL = "mask_mod with aux_tensors is not yet supported for varlen"

@@ -40,7 +40,7 @@ class Variant:
 
 
 def standard_variants() -> list[Variant]:
-    """What CI proves for every architecture: both one-call backends at the usual head dims, and one with every option."""
+    """What CI proves for every architecture: both one-call backends at the usual head dims, and with every option."""
     variants = [
         Variant(backend, head_dim, head_dim)
         for backend, head_dim in itertools.product(("varlen", "packed"), (64, 128, 256))
@@ -89,13 +89,16 @@ def _target_hardware() -> Iterator[None]:
         def get_device_multiprocessor_count(self) -> int:
             return int(os.environ["FLASH_ATTENTION_NUM_SMS"])
 
-    with mock.patch.object(cutlass.utils, "HardwareInfo", TargetHardware):
-        with mock.patch.object(tile_scheduler, "HardwareInfo", TargetHardware):
-            yield
+    name = "HardwareInfo"
+    with (
+        mock.patch.object(cutlass.utils, name, TargetHardware),
+        mock.patch.object(tile_scheduler, name, TargetHardware),
+    ):
+        yield
 
 
 def compile_in_subprocess(arch: str, variants: list[Variant]) -> list[dict[str, object]]:
-    """Compile for `arch` ("sm_90", "sm_100") in a fresh process: one report per variant, "error" None if it compiled."""
+    """Compile for `arch` ("sm_90", "sm_100") in a fresh process: a report per variant, "error" None if it compiled."""
     command = [sys.executable, "-m", "fa4_prefixlm.fa4.crosscompile", "--arch", arch, "--variants", "-"]
     specs = json.dumps([dataclasses.asdict(variant) for variant in variants])
     done = subprocess.run(

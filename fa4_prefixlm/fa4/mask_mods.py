@@ -17,7 +17,7 @@ from flash_attn.cute import utils
 
 @cute.jit
 def varlen(batch_idx: Any, head_idx: Any, q_idx: Any, kv_idx: Any, seqlen_info: Any, aux_tensors: Any) -> Any:
-    """Indices are local to the sequence; the bounds of its rows begin at the sequence's offset in the packed queries."""
+    """Indices are local to the sequence; the bounds of its rows begin at its offset in the packed queries."""
     bounds = aux_tensors[0]
     row = utils.ssa_to_scalar(q_idx) + seqlen_info.offset_q
     lo = utils.scalar_to_ssa(bounds[row, 0], cutlass.Int32)

@@ -1,5 +1,6 @@
 """Which tile a forward kernel runs with, and which head dims it takes. Given to FA4 explicitly, never left to its
-heuristics: the block lists must be cut with the very same tile."""
+heuristics: the block lists must be cut with the very same tile.
+"""
 
 from __future__ import annotations
 

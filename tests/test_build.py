@@ -1,0 +1,194 @@
+"""What is read from a build's source, and the choice of backend that follows: values that can be asserted."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+import pytest
+import torch
+
+import fa4_prefixlm as fp
+from fa4_prefixlm import backends, lengths
+from fa4_prefixlm.backends import fa4_common
+from fa4_prefixlm.call import CallSpec
+from fa4_prefixlm.fa4 import build as builds
+from fa4_prefixlm.fa4.tiles import forward_tile, unsupported_head_dim
+
+GPU_CALL = CallSpec(
+    batched=False,
+    shape_q=(1000,),
+    shape_k=(1000,),
+    heads_q=4,
+    heads_kv=2,
+    head_dim=128,
+    head_dim_v=128,
+    dtype=torch.bfloat16,
+    device=torch.device("cuda", 0),
+    needs_grad=False,
+)
+GOOD = builds.Build("flash_attn.cute", "9.9", frozenset(), varlen_mask=True, varlen_lists=True, sm90_list_stride="tile")
+
+INTERFACE = """
+def _flash_attn_fwd({arguments}):
+    pass
+"""
+SPARSITY = """
+class BlockSparseTensorsTorch(NamedTuple):
+    mask_block_cnt: torch.Tensor
+    cu_total_m_blocks: torch.Tensor | None = None
+    cu_block_idx_offsets: torch.Tensor | None = None
+    block_size: tuple[int, int] | None = None
+"""
+
+
+def write_build(folder: pathlib.Path, *, arguments: str | None = None, extra: str = "", sm90: str = "") -> builds.Build:
+    listed = ", ".join(sorted(builds.LAUNCH_ARGUMENTS)) if arguments is None else arguments
+    (folder / "interface.py").write_text(INTERFACE.format(arguments=listed) + extra)
+    (folder / "block_sparsity.py").write_text(SPARSITY)
+    (folder / "flash_fwd_sm90.py").write_text(sm90)
+    return builds.describe(folder, "9.9")
+
+
+def test_a_build_is_read_from_its_source(tmp_path: pathlib.Path) -> None:
+    sm90 = "SeqlenInfoCls = partial(SeqlenInfoQK.create, seqlen_q_static=1, tile_m=self.tile_m, tile_n=self.tile_n)"
+    assert write_build(tmp_path, sm90=sm90) == GOOD
+
+
+@pytest.mark.parametrize(
+    ("sm90", "stride"),
+    [
+        ("x = partial(SeqlenInfoQK.create, seqlen_q_static=1)", "128"),
+        ("x = SeqlenInfoQK.create(b, tile_n=self.tile_n)", "tile"),
+        ("x = SeqlenInfoQK.create(b, tile_n=self.tile_n); y = SeqlenInfoQK.create(b)", "unknown"),
+        ("x = partial(SomethingElse.create)", "unknown"),
+    ],
+)
+def test_the_list_stride(tmp_path: pathlib.Path, sm90: str, stride: str) -> None:
+    assert write_build(tmp_path, sm90=sm90).sm90_list_stride == stride
+
+
+def test_an_old_build_refuses_a_varlen_mask(tmp_path: pathlib.Path) -> None:
+    refusal = 'raise NotImplementedError("mask_mod with aux_tensors is not yet supported for varlen sequences")'
+    assert not write_build(tmp_path, extra=refusal).varlen_mask
+    assert write_build(tmp_path, arguments="q, k").missing == builds.LAUNCH_ARGUMENTS - {"q", "k"}
+
+
+def test_the_installed_build_is_one_we_know() -> None:
+    pytest.importorskip("flash_attn")
+    build = builds.installed()
+    assert build is not None
+    assert build.missing == frozenset()
+    assert build.varlen_mask
+    assert build.varlen_lists
+    assert build.sm90_list_stride == ("128" if build.version == "4.0.0b36" else build.sm90_list_stride)
+
+
+def choose(
+    monkeypatch: pytest.MonkeyPatch,
+    build: builds.Build | None,
+    call: CallSpec = GPU_CALL,
+    name: str = "auto",
+    tokens: int = 1000,
+    arch: str = "sm_90",
+) -> backends.Choice:
+    monkeypatch.setattr(builds, "installed", lambda: build)
+    monkeypatch.setenv("FLASH_ATTENTION_ARCH", arch)
+    sizes = lengths.batched(1, tokens, tokens, torch.device("cpu"))
+    return backends.choose(name, call, fp.PrefixLM(1024), sizes, longest_span=256)
+
+
+def test_auto_takes_the_first_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    choice = choose(monkeypatch, GOOD)
+    assert (choice.name, choice.passed_over) == ("varlen", ())
+    assert str(choice) == "varlen: one FlashAttention-4 varlen call, block-sparse (the first choice)"
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "why"),
+    [
+        ({"varlen_mask": False}, "packed", "refuses mask_mod with aux_tensors for varlen"),
+        ({"varlen_lists": False}, "packed", "has no varlen block sparsity"),
+        ({"sm90_list_stride": "unknown"}, "packed", "could not be told from its source"),
+        ({"sm90_list_stride": "128"}, "varlen", None),
+        (
+            {"missing": frozenset({"tile_mn"})},
+            "reference",
+            "is unknown: its forward has no argument tile_mn",
+        ),
+    ],
+)
+def test_what_a_build_cannot_do_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch, change: dict, name: str, why: str
+) -> None:
+    choice = choose(monkeypatch, dataclasses.replace(GOOD, **change))
+    assert choice.name == name
+    assert why is None or why in choice.passed_over[0][1]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"needs_grad": True}, "no backward yet"),
+        ({"dtype": torch.float32}, "FA4 takes bfloat16 and float16, not torch.float32"),
+        ({"head_dim": 320}, "SM90 takes head dims up to 256"),
+        ({"head_dim": 100}, "multiples of 8"),
+        ({"device": torch.device("cpu")}, "the tensors are on cpu"),
+    ],
+)
+def test_what_fa4_cannot_run_goes_to_the_reference(monkeypatch: pytest.MonkeyPatch, change: dict, why: str) -> None:
+    call = dataclasses.replace(GPU_CALL, **change)
+    choice = choose(monkeypatch, GOOD, call)
+    assert choice.name == "reference"
+    assert [name for name, _ in choice.passed_over] == ["varlen", "packed"]
+    assert all(why in reason for _, reason in choice.passed_over)
+    with pytest.raises(fp.UnsupportedError, match=why):
+        choose(monkeypatch, GOOD, call, name="packed")
+
+
+def test_no_fa4_and_no_fitting_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose(monkeypatch, None).passed_over[0] == ("varlen", "flash-attn-4 is not installed")
+    assert "no kernel for sm_80" in choose(monkeypatch, GOOD, arch="sm_80").passed_over[0][1]
+
+
+def test_long_windowed_sequences_take_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    choice = choose(monkeypatch, GOOD, tokens=2**19)
+    assert choice.name == "packed"
+    assert choice.passed_over == (("varlen", "its block lists would take 128 MiB, packed ones 0 MiB"),)
+    assert choose(monkeypatch, GOOD, name="varlen", tokens=2**19).reason == "asked for by name"
+
+
+def test_no_query_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose(monkeypatch, GOOD, tokens=0).reason == "there are no queries"
+
+
+def test_the_defect_is_harmless_only_with_tile_128_or_the_cure() -> None:
+    """The tiles that need the cure are the ones of head dims above 128."""
+    narrow = [
+        dim for dim in (64, 96, 128, 192, 256) if forward_tile(90, dim, dim, windowed=False, max_seqlen_q=999).n != 128
+    ]
+    assert narrow == [192, 256]
+
+
+@pytest.mark.parametrize(
+    ("arch", "dims", "fine"),
+    [
+        (90, (256, 256), True),
+        (90, (264, 64), False),
+        (100, (192, 128), True),
+        (100, (192, 192), False),
+        (100, (256, 256), True),
+    ],
+)
+def test_head_dims(arch: int, dims: tuple[int, int], fine: bool) -> None:
+    assert (unsupported_head_dim(arch, *dims) is None) == fine
+
+
+def test_sm100_blocks_cover_both_stages() -> None:
+    assert str(forward_tile(100, 128, 128, windowed=False, max_seqlen_q=1000)) == "256x128"
+    assert str(forward_tile(100, 128, 128, windowed=False, max_seqlen_q=128)) == "128x128"
+    assert str(forward_tile(100, 256, 256, windowed=False, max_seqlen_q=1000)) == "128x128"
+
+
+def test_pack_gqa_is_said_not_left_to_fa4() -> None:
+    assert fa4_common.PACK_GQA is False

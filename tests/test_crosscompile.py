@@ -1,0 +1,90 @@
+"""Every kernel compiles for Hopper and Blackwell, here, without a GPU; and the plan that feeds it never synchronises.
+
+The calls are real ones on fake tensors. A plan that looked at a value on the device would raise under FakeTensorMode.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("flash_attn", reason="flash-attn-4 is not installed")
+
+from fa4_prefixlm.fa4 import mask_mods
+from fa4_prefixlm.fa4.crosscompile import TARGETS, compile_in_subprocess, standard_variants
+
+VARIANTS = standard_variants()
+
+
+@pytest.fixture(scope="module")
+def reports() -> dict[tuple[str, int], dict]:
+    """Both architectures at once, one process each."""
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        done = dict(zip(TARGETS, pool.map(lambda arch: compile_in_subprocess(arch, VARIANTS), TARGETS), strict=True))
+    return {(arch, index): report for arch in TARGETS for index, report in enumerate(done[arch])}
+
+
+@pytest.mark.parametrize("index", range(len(VARIANTS)), ids=lambda index: str(VARIANTS[index]))
+@pytest.mark.parametrize("arch", TARGETS)
+def test_compiles(reports: dict, arch: str, index: int) -> None:
+    report = reports[arch, index]
+    assert report["error"] is None
+    assert arch in report["kernel"]
+
+
+def test_every_mask_mod_is_compiled() -> None:
+    defined = {
+        name
+        for name, value in vars(mask_mods).items()
+        if inspect.isfunction(value) and value.__module__ == mask_mods.__name__
+    }
+    assert defined
+    assert defined <= {variant.backend for variant in VARIANTS}
+
+
+CURE_SCRIPT = """
+import functools, os, sys
+from fa4_prefixlm.fa4 import crosscompile, cures
+os.environ.update(crosscompile.TARGETS["sm_90"])
+from flash_attn.cute.seqlen_info import SeqlenInfoQK
+create, seen = SeqlenInfoQK.create, set()
+def watched(*arguments, **keywords):
+    seen.add(keywords.get("tile_n", 128))
+    return create(*arguments, **keywords)
+SeqlenInfoQK.create = staticmethod(watched)
+cures._enabled = sys.argv[1] == "on"
+crosscompile.compile_variant(crosscompile.Variant("varlen", 256, 256))
+print("tile_n", seen)
+"""
+
+
+@pytest.mark.parametrize(("cure", "seen"), [("on", "tile_n {80}"), ("off", "tile_n {128}")])
+def test_the_cure_gives_the_sm90_kernel_its_tile(cure: str, seen: str) -> None:
+    """With the cure off the kernel reads varlen block lists with the stride of a 128-key tile: the defect."""
+    from fa4_prefixlm.fa4 import build
+
+    if build.installed().sm90_list_stride != "128":
+        pytest.skip("the installed build does not have the defect")
+    done = subprocess.run([sys.executable, "-c", CURE_SCRIPT, cure], capture_output=True, text=True, check=False)
+    assert seen in done.stdout, done.stderr
+
+
+RESTORE_SCRIPT = """
+from fa4_prefixlm.fa4 import cures
+from flash_attn.cute import interface
+before = interface.FlashAttentionForwardSm90
+with cures.sm90_list_stride():
+    during = interface.FlashAttentionForwardSm90
+assert issubclass(during, before) and during is not before
+assert interface.FlashAttentionForwardSm90 is before
+print("as it was")
+"""
+
+
+def test_the_cure_leaves_fa4_as_it_was() -> None:
+    done = subprocess.run([sys.executable, "-c", RESTORE_SCRIPT], capture_output=True, text=True, check=False)
+    assert "as it was" in done.stdout, done.stderr

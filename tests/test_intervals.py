@@ -1,0 +1,89 @@
+"""Bounds and the reference's dense mask against a double loop in plain Python, and against FlexAttention's algebra."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from cases import UGLY, Batch, brute_mask, dense, masks_for, prepare, random_batch, random_mask
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.attention import flex_attention as flex
+
+from fa4_prefixlm import PrefixLM, intervals, ranges
+from fa4_prefixlm.backends.reference import dense_mask
+
+
+def check(batch: Batch, mask: PrefixLM) -> None:
+    *_, bounds = prepare(batch, mask)
+    for index, (rows, keys) in enumerate(batch.seqlens):
+        here = slice(batch.cu_q[index], batch.cu_q[index] + rows)
+        wanted = brute_mask(mask, rows, keys, batch.spans[index])
+        assert torch.equal(dense(intervals.Bounds(bounds.lo[here], bounds.hi[here]), keys), wanted)
+        assert torch.equal(dense_mask(mask, rows, keys, batch.spans[index]), wanted)
+    assert int(bounds.visible_pairs()) == sum(
+        int(brute_mask(mask, rows, keys, own).sum())
+        for (rows, keys), own in zip(batch.seqlens, batch.spans, strict=True)
+    )
+
+
+@settings(max_examples=80, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_random_batches(seed: int) -> None:
+    rng = random.Random(seed)
+    check(random_batch(rng, longest=60), random_mask(rng))
+
+
+@pytest.mark.parametrize("name", [name for name in UGLY if UGLY[name].cu_k[-1] < 400])
+def test_ugly_batches(name: str) -> None:
+    for mask in masks_for(UGLY[name]):
+        check(UGLY[name], mask)
+
+
+def test_the_worked_example_of_the_docstring() -> None:
+    batch = Batch(((10, 10),), (((2, 8),),))
+    for clamp, expected in ((True, (4, 8)), (False, (2, 8))):
+        *_, bounds = prepare(batch, PrefixLM(4, clamp=clamp))
+        assert (int(bounds.lo[7]), int(bounds.hi[7])) == expected
+
+
+def test_adjacent_spans_stay_two_spans() -> None:
+    *_, bounds = prepare(Batch(((8, 8),), (((0, 4), (4, 8)),)), PrefixLM())
+    assert bounds.hi.tolist() == [4, 4, 4, 4, 8, 8, 8, 8]
+
+
+def test_unused_rows_do_not_hide_a_span_at_zero() -> None:
+    batch = Batch(((6, 6), (6, 6)), (((0, 3),), ((0, 6),)))
+    sizes, _, where, bounds = prepare(batch, PrefixLM())
+    for order in ([0, 1, 2], [2, 1, 0], [1, 0, 2]):
+        spans = ranges.parse(torch.nn.functional.pad(batch.ranges_tensor(), (0, 0, 0, 1))[:, order], sizes)
+        assert torch.equal(intervals.row_bounds(PrefixLM(), spans, where).hi, bounds.hi)
+
+
+@pytest.mark.parametrize(
+    "mask", [PrefixLM(), PrefixLM(20), PrefixLM(20, clamp=False)], ids=["global", "clamped", "joined"]
+)
+def test_flex_attention_composes_the_same_mask(mask: PrefixLM) -> None:
+    keys, spans = 200, ((10, 60), (60, 70), (150, 200))
+    owner = torch.full((keys,), -1)
+    for index, (start, end) in enumerate(spans):
+        owner[start:end] = index
+
+    def causal(b, h, q, kv):
+        return q >= kv
+
+    def window(b, h, q, kv):
+        return q - kv < (mask.window or keys)
+
+    def same_span(b, h, q, kv):
+        return (owner[q] == owner[kv]) & (owner[q] >= 0)
+
+    if mask.clamp:
+        composed = flex.and_masks(flex.or_masks(causal, same_span), window)
+    else:
+        composed = flex.or_masks(flex.and_masks(causal, window), same_span)
+    wanted = flex.create_mask(composed, 1, 1, keys, keys, device="cpu")[0, 0]
+    assert torch.equal(dense_mask(mask, keys, keys, spans), wanted)
+    *_, bounds = prepare(Batch(((keys, keys),), (spans,)), mask)
+    assert torch.equal(dense(bounds, keys), wanted)
