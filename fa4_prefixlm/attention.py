@@ -136,6 +136,7 @@ def attention(
         spec = ready.call
     calls.check_sink(learnable_sink, spec)
     calls.check_out(out, spec)
+    _check_gradients(spec, learnable_sink, ready)
     options = Options(_scale(softmax_scale, spec), _softcap(softcap), learnable_sink)
     if spec.batched:
         q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
@@ -168,9 +169,16 @@ def _check_same(spec: calls.CallSpec, ready: Plan) -> None:
         if getattr(spec, field) != getattr(wanted, field):
             expected = f"{field} = {getattr(wanted, field)}, as the plan was made for"
             raise InputError(argument, expected, getattr(spec, field))
-    if spec.needs_grad and not ready.choice.backend.differentiable:
-        expected = f"no gradient: the plan's backend {ready.choice.name} has no backward yet (use torch.no_grad())"
-        raise UnsupportedError("q", expected, "requires_grad")
+
+
+def _check_gradients(spec: calls.CallSpec, learnable_sink: torch.Tensor | None, ready: Plan) -> None:
+    if ready.choice.backend.differentiable or not torch.is_grad_enabled():
+        return
+    expected = f"no gradient: backend {ready.choice.name} has no backward yet (torch.no_grad(), or backend='reference')"
+    if spec.needs_grad:
+        raise UnsupportedError("q, k, v", expected, "requires_grad")
+    if learnable_sink is not None and learnable_sink.requires_grad:
+        raise UnsupportedError("learnable_sink", expected, "requires_grad")
 
 
 def _scale(softmax_scale: float | None, spec: calls.CallSpec) -> float:

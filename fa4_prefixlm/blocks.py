@@ -13,6 +13,7 @@ no mask evaluation, no synchronisation. The lists FlashAttention-4 reads are the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -43,6 +44,14 @@ class TileRuns:
     @property
     def partial(self) -> torch.Tensor:
         return self.end - self.first - self.full
+
+
+class TileCounts(NamedTuple):
+    """(query tile, key tile) pairs of one head: visited without a mask, visited with one, and not visited."""
+
+    full: int
+    partial: int
+    skipped: int
 
 
 @dataclass(frozen=True)
@@ -122,6 +131,14 @@ def tile_runs(bounds: Bounds, tiles: QueryTiles, block_m: int, block_n: int) -> 
     full_end = torch.minimum(hi_min // block_n, end)
     none = full_end <= full_first
     return TileRuns(first, torch.where(none, end, full_first), torch.where(none, end, full_end), end)
+
+
+def count_tiles(runs: TileRuns, lengths: Lengths, block_m: int, block_n: int) -> TileCounts:
+    """What `runs` visits and skips. Synchronises."""
+    full, partial = int(runs.full.sum()), int(runs.partial.sum())
+    pairs = zip(*lengths.on_host(), strict=True)
+    everything = sum(ceil_div(rows, block_m) * ceil_div(keys, block_n) for rows, keys in pairs)
+    return TileCounts(full, partial, everything - full - partial)
 
 
 def varlen_bytes(lengths: Lengths, block_m: int, block_n: int) -> int:

@@ -1,88 +1,189 @@
 """Pictures of masks, made by the code that runs: `dense_mask` says who sees whom, `tile_runs` what a kernel visits.
 
-Needs Pillow; `mask_text` does not. Queries run down, keys run to the right.
+Queries run down, keys run to the right. Images need Pillow; `mask_text` does not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING
 
+import torch
+
+from . import blocks, intervals, lengths, ranges
+from .backends.reference import dense_mask
 from .mask import Mask
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from PIL.Image import Image
+    from PIL.ImageDraw import ImageDraw
 
-Span = tuple[int, int]
-Colour = tuple[int, int, int]
-Box = tuple[int, int, int, int]
+Pairs = Sequence[tuple[int, int]]
+Box = tuple[int, int, int, int]  # left, top, right, bottom
 
-# States of a (query, key) pair; a tile's kind is added to them: HIDDEN + SKIPPED is a hidden pair of a skipped tile.
+# The state of a (query, key) pair, to which the kind of its tile is added.
 HIDDEN, PLAIN, SPAN = 0, 1, 2
 PARTIAL, FULL, SKIPPED = 0, 3, 6
-
-# Blue and orange of the Okabe-Ito palette, which the colour-blind can tell apart, darker where a tile is full.
-INK, FAINT, WRONG = (40, 44, 52), (196, 199, 204), (214, 0, 120)
-COLOURS: dict[int, Colour] = {
-    HIDDEN: (233, 235, 238),
-    PLAIN: (86, 160, 211),
-    SPAN: (240, 170, 40),
-    FULL + PLAIN: (20, 92, 150),
-    FULL + SPAN: (190, 106, 0),
-    SKIPPED + HIDDEN: (255, 255, 255),
-    # Never seen unless the block lists are wrong: a full tile with a hidden pair, a skipped tile with a visible one.
-    FULL + HIDDEN: WRONG,
-    SKIPPED + PLAIN: WRONG,
-    SKIPPED + SPAN: WRONG,
-}
-TEXT = {HIDDEN: ".", PLAIN: "#", SPAN: "o"}
-MARGIN, BAR, FONT_SIZE, SWATCH = 58, 5, 15, 14
+LETTERS = ".#o"
+# Blue and orange, which the colour-blind can tell apart; darker where a tile is full. Pink never shows unless the tiles
+# are wrong: a full one with a hidden pair, or a skipped one with a visible pair.
+COLOURS = ("#dcdfe4", "#64abdb", "#f2b134", "#d60078", "#14619c", "#c06c00", "#ffffff", "#d60078", "#d60078")
+INK, RULE, WHITE = "#282c34", "#6d737d", "#ffffff"
+MARGIN, LINE, SWATCH = 66, 25, 16
 
 
-def mask_text(mask: Mask, *, seqlen_k: int, spans: Sequence[Span] = (), seqlen_q: int | None = None) -> str:
-    """The mask of one sequence as text: one line per query, one character per key, and a legend.
+def mask_text(mask: Mask, *, seqlen_k: int, spans: Pairs = (), seqlen_q: int | None = None) -> str:
+    """The mask of one sequence as text: one line per query, one character per key, then a legend.
 
     spans: half-open `(start, end)` key positions. seqlen_q: the queries are the last `seqlen_q` of the `seqlen_k`
-    positions; None is all of them.
+    positions; None: all of them.
     """
     states = _pair_states(mask, *_sequence(seqlen_q, seqlen_k, spans))
-    legend = f"{TEXT[PLAIN]} visible, {TEXT[SPAN]} visible because of a span, {TEXT[HIDDEN]} hidden"
-    return "\n".join(["".join(TEXT[state] for state in row) for row in states.tolist()] + [legend])
+    rows = ["".join(LETTERS[state] for state in row) for row in states.tolist()]
+    legend = f"{LETTERS[PLAIN]} visible, {LETTERS[SPAN]} visible because of a span, {LETTERS[HIDDEN]} hidden"
+    return "\n".join([*rows, legend])
 
 
 def mask_image(
     mask: Mask,
     *,
     seqlen_k: int,
-    spans: Sequence[Span] = (),
+    spans: Pairs = (),
     seqlen_q: int | None = None,
     cell: float | None = None,
     tile: tuple[int, int] | None = None,
-) -> Image.Image:
+) -> Image:
     """The mask of one sequence as an RGB image with axes, span markers and a legend; arguments as in `mask_text`.
 
-    cell: pixels per token, below 1 for long sequences; None makes the keys about 600 pixels wide.
-    tile: `(tile_m, tile_n)` draws the tiles too, and which of them a kernel visits with a mask, without, or not at all.
+    cell: pixels per token, below 1 for long sequences; None: the keys are at most 600 pixels wide.
+    tile: `(tile_m, tile_n)` also draws the tiles: which a kernel visits with a mask, which without, which not at all.
     """
     sizes, checked = _sequence(seqlen_q, seqlen_k, spans)
-    scale = cell or (max(1.0, 600 // seqlen_k) if seqlen_k <= 1200 else 600 / seqlen_k)
-    states = _pair_states(mask, sizes, checked)
-    tiles = list(_tiles(mask, sizes, checked, tile)) if tile else []
+    if cell is None:
+        cell = 600 / seqlen_k if seqlen_k > 600 else 600 // max(seqlen_k, 1)
+    tiles = _tiles(mask, sizes, checked, *tile) if tile else []
+    plot = _plot(_pair_states(mask, sizes, checked), cell, tiles)
+    lines = [[(PLAIN, PLAIN, "causal"), (SPAN, SPAN, "because of a span"), (HIDDEN, HIDDEN, "hidden")]]
+    if tile:
+        kinds = [kind for _, kind in tiles]
+        full = (FULL + SPAN, FULL + PLAIN, f"{kinds.count(FULL)} tiles full: no mask needed")
+        partial = (HIDDEN, PLAIN, f"{kinds.count(PARTIAL)} partial")
+        lines.append([full, partial, (SKIPPED, SKIPPED, f"{kinds.count(SKIPPED)} skipped")])
+    width = max(plot.width, 440 if tile else 330)  # room for the legend
+    image, draw = _canvas(MARGIN + width + 26, MARGIN + plot.height + 14 + len(lines) * LINE)
+    image.paste(plot, (MARGIN, MARGIN))
+    _axis(draw, (0, seqlen_k), checked.on_host()[0], cell, down=False)
+    _axis(draw, (seqlen_k - sizes.total_q, seqlen_k), checked.on_host()[0], cell, down=True)
+    for row, entries in enumerate(lines):
+        _legend(draw, entries, MARGIN + plot.height + 14 + row * LINE)
+    return image
+
+
+def side_by_side(images: Sequence[Image], titles: Sequence[str]) -> Image:
+    """One RGB image: the images in a row, tops aligned, each under its title (lines split at newlines)."""
+    gap, size = 28, 20
+    top = 14 + max(title.count("\n") + 1 for title in titles) * (size + 6)
+    width, height = sum(image.width + gap for image in images), max(image.height for image in images)
+    result, draw = _canvas(gap + width, top + height + 12)
+    x = gap
+    for image, title in zip(images, titles, strict=True):
+        draw.multiline_text((x, 10), title, INK, _pillow()[2].load_default(size), spacing=6)
+        result.paste(image, (x, top))
+        x += image.width + gap
+    return result
+
+
+def _pillow() -> tuple[ModuleType, ModuleType, ModuleType]:
+    try:
+        from PIL import Image, ImageDraw, ImageFont
+    except ImportError as error:
+        raise ImportError("pictures need Pillow: pip install fa4_prefixlm[pictures]") from error
+    return Image, ImageDraw, ImageFont
+
+
+def _canvas(width: int, height: int) -> tuple[Image, ImageDraw]:
+    image, draw, font = _pillow()
+    canvas = image.new("RGB", (width, height), WHITE)
+    pen = draw.Draw(canvas)
+    pen.font = font.load_default(15)
+    return canvas, pen
+
+
+def _sequence(seqlen_q: int | None, seqlen_k: int, spans: Pairs) -> tuple[lengths.Lengths, ranges.Spans]:
+    """The one sequence as a batch, checked as `plan` checks it."""
+    sizes = lengths.batched(1, seqlen_k if seqlen_q is None else seqlen_q, seqlen_k, torch.device("cpu"))
+    return sizes, ranges.parse([spans], sizes)
+
+
+def _pair_states(mask: Mask, sizes: lengths.Lengths, spans: ranges.Spans) -> torch.Tensor:
+    """`(seqlen_q, seqlen_k)` uint8: HIDDEN, PLAIN or SPAN."""
+    visible = dense_mask(mask, sizes.total_q, sizes.total_k, spans.on_host()[0])
+    without_spans = dense_mask(mask, sizes.total_q, sizes.total_k)
+    return torch.where(visible, torch.where(without_spans, PLAIN, SPAN), HIDDEN).to(torch.uint8)
+
+
+def _tiles(mask: Mask, sizes: lengths.Lengths, spans: ranges.Spans, tile_m: int, tile_n: int) -> list[tuple[Box, int]]:
+    """Every tile: its box in tokens, and its kind as the block lists have it."""
+    bounds = intervals.row_bounds(mask, spans, intervals.tokens(sizes))
+    runs = blocks.tile_runs(bounds, blocks.query_tiles(sizes, tile_m), tile_m, tile_n)
+    per_row = torch.stack([runs.first, runs.full_first, runs.full_end, runs.end], dim=1).tolist()
+    result = []
+    for m, (first, full_first, full_end, end) in enumerate(per_row):
+        for n in range(blocks.ceil_div(sizes.total_k, tile_n)):
+            kind = FULL if full_first <= n < full_end else PARTIAL if first <= n < end else SKIPPED
+            right, bottom = min((n + 1) * tile_n, sizes.total_k), min((m + 1) * tile_m, sizes.total_q)
+            result.append(((n * tile_n, m * tile_m, right, bottom), kind))
+    return result
+
+
+def _plot(states: torch.Tensor, cell: float, tiles: list[tuple[Box, int]]) -> Image:
+    """The mask alone: a colour per pair, a grid where cells are large enough, tile borders."""
     for (left, top, right, bottom), kind in tiles:
         states[top:bottom, left:right] += kind
-    plot = _plot(states, scale, tiles)
-    entries = [(PLAIN, "causal"), (SPAN, "because of a span"), (HIDDEN, "hidden")]
-    names = {PARTIAL: "partial: masked", FULL: "full: no mask needed", SKIPPED: "skipped"}
-    counts = {kind: sum(kind == own for _, own in tiles) for kind in names}
-    entries += [(10 + kind, f"{counts[kind]} tiles {names[kind]}") for kind in names if tile]
-    image = _canvas(plot.width + MARGIN + 24, MARGIN + plot.height + 8 + _legend(None, entries, plot.width, (0, 0)))
-    image.paste(plot, (MARGIN, MARGIN))
-    down = _axis(
-        "queries",
-        sizes.max_seqlen_q,
-        [(s - _first(sizes), e - _first(sizes)) for s, e in checked.on_host()[0]],
-        scale,
-        _first(sizes),
-    )
-    image.paste(_axis("keys", seqlen_k, checked.on_host()[0], scale, 0), (MARGIN, 0))
-    return image
+    image, drawing, _ = _pillow()
+    small = image.frombytes("P", states.shape[::-1], bytes(states.flatten().tolist()))
+    small.putpalette(bytes.fromhex("".join(colour[1:] for colour in COLOURS)))
+    width, height = round(states.shape[1] * cell), round(states.shape[0] * cell)
+    plot: Image = small.convert("RGB").resize((width, height), image.Resampling.NEAREST)
+    draw = drawing.Draw(plot)
+    for along in range(1, max(states.shape)) if cell >= 5 else ():
+        draw.line((along * cell, 0, along * cell, height), WHITE)
+        draw.line((0, along * cell, width, along * cell), WHITE)
+    for box, _ in tiles:
+        left, top, right, bottom = (round(edge * cell) for edge in box)
+        draw.rectangle((left, top, min(right, width - 1), min(bottom, height - 1)), outline=RULE)
+    return plot
+
+
+def _axis(draw: ImageDraw, extent: tuple[int, int], spans: Pairs, cell: float, *, down: bool) -> None:
+    """Name, span markers, and the positions where spans begin and end, along the top or (`down`) along the left."""
+    first, last = extent
+
+    def at(position: int, across: int, back: int = 0) -> tuple[int, int]:
+        along = MARGIN + round((position - first) * cell) - back
+        return (across, along) if down else (along, across)
+
+    seen = [(max(start, first), end) for start, end in spans if end > first]
+    for start, end in seen:
+        (x, y), (right, bottom) = at(start, MARGIN - 9), at(end, MARGIN - 5, back=3)
+        draw.rectangle((x, y, max(x, right), max(y, bottom)), COLOURS[SPAN])
+    before = first - 1000 / cell
+    for position in sorted({first, last, *(border for span in seen for border in span)}):
+        if (position - before) * cell >= (18 if down else 30):  # pixels a number needs
+            draw.text(at(position, MARGIN - 13), str(position), INK, anchor="rm" if down else "mb")
+            before = position
+    draw.text((6 if down else MARGIN + 32, 6), "queries" if down else "keys", INK)
+    # The font has no arrows.
+    draw.polygon(((64, 11), (74, 11), (69, 20)) if down else ((140, 10), (140, 20), (149, 15)), INK)
+
+
+def _legend(draw: ImageDraw, entries: Sequence[tuple[int, int, str]], y: int) -> None:
+    """One line of swatches with their texts; a swatch shows two states, which may be the same."""
+    x = MARGIN
+    for upper, lower, text in entries:
+        draw.rectangle((x, y, x + SWATCH, y + SWATCH), COLOURS[upper], RULE)
+        if upper != lower:
+            draw.polygon(((x, y), (x, y + SWATCH), (x + SWATCH, y + SWATCH)), COLOURS[lower], RULE)
+        draw.text((x + SWATCH + 7, y + SWATCH / 2), text, INK, anchor="lm")
+        x += SWATCH + 29 + round(draw.textlength(text))

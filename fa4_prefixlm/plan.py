@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 
 from . import backends, call, intervals, lengths, ranges
-from .backends import Choice, Prepared, TileCounts, Work
+from .backends import Choice, Prepared, Work
+from .blocks import TileCounts
 from .call import QKV, CallSpec
 from .errors import InputError
 from .lengths import CuSeqlens, Lengths
@@ -19,12 +19,12 @@ class Plan:
     """Made by `plan`. `print(plan)` shows the backend and why, the tiles and the exact work (which synchronises).
 
     Attributes: `mask`; `choice`, the backend with its reason; `call`, what `q`, `k`, `v` must look like; `lengths`;
-    `bounds`, the keys each query row sees; `prepared`, the backend's own state.
+    `spans`; `bounds`, the keys each query row sees; `prepared`, the backend's own state.
     """
 
     def __init__(self, work: Work, choice: Choice) -> None:
         self.mask, self.call, self.lengths, self.choice = work.mask, work.call, work.lengths, choice
-        self.bounds = work.bounds
+        self.spans, self.bounds = work.spans, work.bounds
         self.prepared: Prepared = choice.backend.prepare(work)
 
     def tiles(self) -> TileCounts | None:
@@ -61,9 +61,8 @@ class Plan:
         tiles = self.tiles()
         if tiles is not None:
             lines.append(("tiles", f"{tiles.full} full, {tiles.partial} partial, {tiles.skipped} skipped (a head)"))
-        lines.append(
-            ("work", f"{flops / 1e9:.3f} GFLOP exact; causal {_ratio(causal, flops)}, dense {_ratio(dense, flops)}")
-        )
+        share = f"{_share(flops, causal)} of plain causal, {_share(flops, dense)} of dense"
+        lines.append(("work", f"{flops / 1e9:.3f} GFLOP exact, {share}"))
         return "\n".join(f"{label:8} {text}" for label, text in lines)
 
     def __repr__(self) -> str:
@@ -108,8 +107,9 @@ def plan(
         raise InputError("mask", "a fa4_prefixlm mask such as PrefixLM(window=1024)", repr(mask))
     spans = _parse_ranges(ranges, sizes, max_range)
     choice = backends.choose(backend, spec, mask, sizes, spans.longest)
-    if spec.needs_grad and backend == "auto" and spec.device.type == "cuda":
-        warnings.warn(f"fa4_prefixlm runs {choice}; it is dense and slow on long sequences", stacklevel=2)
+    if choice.passed_over and choice.name == "reference" and spec.device.type == "cuda":
+        why = choice.passed_over[0][1]
+        warnings.warn(f"fa4_prefixlm takes the dense reference, slow on long sequences: {why}", stacklevel=2)
     where = intervals.tokens(sizes)
     bounds = intervals.row_bounds(mask, spans, where)
     return Plan(Work(spec, mask, spans, sizes, where, bounds), choice)
@@ -157,5 +157,5 @@ def _dims(spec: CallSpec) -> str:
     return f"{spec.head_dim}, {spec.dtype}" if same else f"{spec.head_dim} (value {spec.head_dim_v}), {spec.dtype}"
 
 
-def _ratio(flops: int, exact: int) -> str:
-    return f"{flops / exact:.2f}x" if exact else f"{math.nan}"
+def _share(flops: int, whole: int) -> str:
+    return f"{flops / whole:.0%}" if whole else "0%"

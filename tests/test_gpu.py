@@ -6,7 +6,10 @@ With `--gpu-report FILE` (see conftest) the measured errors are kept as JSON.
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from fa4_prefixlm.backends import Options
 pytestmark = pytest.mark.gpu
 
 BACKENDS = ("varlen", "packed")
+EVERY = (*BACKENDS, "reference")
 BAND = 1.25
 DIMS = ((64, 64), (96, 96), (128, 128), (192, 192), (192, 128), (256, 256), (64, 128), (128, 64))
 
@@ -134,7 +138,7 @@ def test_random_batches_are_within_the_causal_band(kind: Kind, gpu_report) -> No
         batch, mask = random_batch(rng, longest=900), random_mask(rng)
         q, k, v, options = tensors_of(kind, batch, seed)
         band, lse_band = causal_band(q, k, v, batch, mask.window, options)
-        for backend in BACKENDS:
+        for backend in EVERY:
             error, lse_error = run(kind, batch, mask, backend, seed, device_inputs=rng.random() < 0.5)
             gpu_report(
                 kind=str(kind),
@@ -158,7 +162,7 @@ def test_ugly_batches(name: str, dims: tuple[int, int], gpu_report) -> None:
     q, k, v, options = tensors_of(kind, batch, 3)
     for mask in masks_for(batch):
         band, lse_band = causal_band(q, k, v, batch, mask.window, options)
-        for backend in BACKENDS:
+        for backend in EVERY:
             error, lse_error = run(kind, batch, mask, backend, 3)
             gpu_report(
                 kind=str(kind),
@@ -266,6 +270,49 @@ def test_a_gradient_falls_back_to_the_reference_and_says_so() -> None:
         plan = fp.plan([[(3, 50)]], like=(q, k, v), cu_seqlens_q=[0, 100], cu_seqlens_k=[0, 100])
     with pytest.raises(fp.UnsupportedError, match="no backward"):
         fp.attention(q, k, v, plan)
+    sink = torch.zeros(2, device="cuda", requires_grad=True)
+    with pytest.raises(fp.UnsupportedError, match="learnable_sink: expected no gradient"):
+        fp.attention(q.detach(), k.detach(), v.detach(), plan, learnable_sink=sink)
+
+
+def test_debug_mode_reads_device_values_back() -> None:
+    q, k, v = (torch.randn(100, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    cu = torch.tensor([0, 100], dtype=torch.int32, device="cuda")
+    bad = torch.tensor([[[50, 40]]], dtype=torch.int32, device="cuda")
+    with fp.debug(), pytest.raises(fp.InputError, match="start below end"):
+        fp.attention(q, k, v, bad, cu_seqlens_q=cu, cu_seqlens_k=cu)
+    with fp.debug(), pytest.raises(fp.InputError, match="the tensor's length 100"):
+        fp.attention(q, k, v, cu_seqlens_q=cu - 1, cu_seqlens_k=cu)
+
+
+DEVICE_SCRIPT = """
+import sys, torch, fa4_prefixlm as fp
+q = torch.randn(100, 2, 64, device="cuda", dtype=torch.bfloat16)
+cu = torch.tensor([0, 100], dtype=torch.int32, device="cuda")
+ranges = torch.tensor([eval(sys.argv[1])], dtype=torch.int32, device="cuda")
+fp.attention(q, q, q, ranges, cu_seqlens_q=cu, cu_seqlens_k=cu, max_range=60)
+torch.cuda.synchronize()
+print("fine")
+"""
+
+
+@pytest.mark.parametrize(
+    ("spans", "message"),
+    [
+        ("[(50, 40)]", "reversed"),
+        ("[(0, 20), (10, 30)]", "overlap"),
+        ("[(90, 101)]", "past its keys"),
+        ("[(0, 61)]", "longer than max_range"),
+        ("[(50, 60), (0, 50), (0, 0)]", None),
+    ],
+)
+def test_device_values_are_asserted_on_the_device(spans: str, message: str | None) -> None:
+    done = subprocess.run([sys.executable, "-c", DEVICE_SCRIPT, spans], capture_output=True, text=True, check=False)
+    if message is None:
+        assert done.stdout.strip() == "fine", done.stderr
+    else:
+        assert done.returncode != 0
+        assert message in done.stderr
 
 
 CURE_SCRIPT = """
@@ -284,10 +331,6 @@ print(relative_error(out, exact))
 
 
 def test_without_the_list_stride_cure_head_dim_256_is_wrong() -> None:
-    import os
-    import subprocess
-    import sys
-
     from fa4_prefixlm.fa4 import build
 
     if build.installed().sm90_list_stride != "128":

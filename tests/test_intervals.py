@@ -87,3 +87,10 @@ def test_flex_attention_composes_the_same_mask(mask: PrefixLM) -> None:
     assert torch.equal(dense_mask(mask, keys, keys, spans), wanted)
     *_, bounds = prepare(Batch(((keys, keys),), (spans,)), mask)
     assert torch.equal(dense(bounds, keys), wanted)
+
+
+def test_bounds_are_clipped_to_the_keys_and_empty_rows_have_one_form() -> None:
+    lo, hi, keys = (torch.tensor(values, dtype=torch.int32) for values in ([-5, 3, 7, 9], [4, 99, 7, 8], [10] * 4))
+    bounds = intervals.canonical(lo, hi, keys)
+    assert bounds.lo.tolist() == [0, 3, intervals.EMPTY_LO, intervals.EMPTY_LO]
+    assert bounds.hi.tolist() == [4, 10, intervals.EMPTY_HI, intervals.EMPTY_HI]

@@ -9,13 +9,13 @@ from ..call import CallSpec
 from ..errors import InputError, UnsupportedError
 from ..lengths import Lengths
 from ..mask import Mask
-from .base import Backend, Options, Prepared, TileCounts, Work
+from .base import Backend, Options, Prepared, Work
 from .fa4_common import choose_tile
 from .packed import Packed
 from .reference import Reference
 from .varlen import Varlen
 
-__all__ = ["BACKENDS", "Backend", "Choice", "Options", "Prepared", "TileCounts", "Work", "choose"]
+__all__ = ["BACKENDS", "Backend", "Choice", "Options", "Prepared", "Work", "choose"]
 
 # In order of preference.
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Varlen(), Packed(), Reference())}
@@ -60,7 +60,7 @@ def choose(name: str, call: CallSpec, mask: Mask, lengths: Lengths, longest_span
         if reason is None and backend.name == "varlen":
             reason = _too_large(call, mask, lengths, longest_span)
         if reason is None:
-            why = "the first choice" if not passed_over else "the first that can run this call"
+            why = f"{', '.join(name for name, _ in passed_over)} passed over" if passed_over else "the first choice"
             return Choice(backend.name, why, tuple(passed_over))
         passed_over.append((backend.name, reason))
     raise AssertionError("the reference runs every call")

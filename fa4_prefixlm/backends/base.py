@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
+from ..blocks import TileCounts
 from ..call import CallSpec
 from ..intervals import Bounds, Tokens
 from ..lengths import Lengths
@@ -34,14 +34,6 @@ class Options:
     softmax_scale: float
     softcap: float
     learnable_sink: torch.Tensor | None
-
-
-class TileCounts(NamedTuple):
-    """(query tile, key tile) pairs of one head: visited without a mask, visited with one, and not visited."""
-
-    full: int
-    partial: int
-    skipped: int
 
 
 class Prepared(abc.ABC):

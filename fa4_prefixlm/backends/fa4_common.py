@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..blocks import BlockLists, TileRuns, ceil_div
+from ..blocks import BlockLists, TileCounts, TileRuns, count_tiles
 from ..call import CallSpec
 from ..fa4 import build as builds
 from ..fa4.build import Build
@@ -14,7 +14,7 @@ from ..fa4.launch import masked_forward
 from ..fa4.tiles import Tile, forward_tile, unsupported_head_dim
 from ..lengths import Lengths
 from ..mask import Mask
-from .base import Options, Prepared, TileCounts
+from .base import Options, Prepared
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -99,9 +99,4 @@ class OneCall(Prepared):
         ]
 
     def tile_counts(self) -> TileCounts:
-        rows, keys = self.lengths.on_host()
-        full, partial = int(self.runs.full.sum()), int(self.runs.partial.sum())
-        everything = sum(
-            ceil_div(sq, self.tile.block_m) * ceil_div(sk, self.tile.n) for sq, sk in zip(rows, keys, strict=True)
-        )
-        return TileCounts(full, partial, everything - full - partial)
+        return count_tiles(self.runs, self.lengths, self.tile.block_m, self.tile.n)

@@ -1,0 +1,38 @@
+# make demo, make test, make check, make bench, make pictures. Each sets up what it needs, in .venv.
+# PYTHON=python3 uses an environment that is there already (a GPU host without a network).
+VENV := .venv
+PYTHON ?= $(VENV)/bin/python
+export PYTHONUNBUFFERED = 1
+
+ifeq ($(PYTHON),$(VENV)/bin/python)
+ENVIRONMENT := $(VENV)/.ready
+endif
+
+.PHONY: demo test test-gpu check bench pictures
+
+demo: $(ENVIRONMENT)
+	$(PYTHON) examples/photo.py --out demo.png
+
+test: $(ENVIRONMENT)
+	$(PYTHON) -m pytest -n 2 --dist loadfile
+
+test-gpu: $(ENVIRONMENT)
+	$(PYTHON) -m pytest -m gpu -n 8
+
+check: $(ENVIRONMENT)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+bench: $(ENVIRONMENT)
+	$(PYTHON) benchmarks/forward.py
+
+pictures: $(ENVIRONMENT)
+	$(PYTHON) docs/pictures.py
+
+# torch first and by its version: where a CPU build is at hand this takes it instead of fetching gigabytes of CUDA.
+$(VENV)/.ready: pyproject.toml
+	python3 -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q torch==2.13.0
+	$(VENV)/bin/python -m pip install -q -e ".[dev]"
+	touch $@

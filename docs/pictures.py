@@ -1,0 +1,53 @@
+"""Make the pictures in docs/pictures again: `python docs/pictures.py`. Each is drawn from the library's own masks."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+from typing import TYPE_CHECKING
+
+from fa4_prefixlm import PrefixLM
+from fa4_prefixlm.picture import mask_image, side_by_side
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FOLDER = pathlib.Path(__file__).parent / "pictures"
+SPANS = [(6, 24), (32, 46)]
+
+
+def pictures() -> dict[str, Image]:
+    """File name -> picture."""
+    clamped, joined = PrefixLM(window=10), PrefixLM(window=10, clamp=False)
+    tiles = mask_image(PrefixLM(window=256), seqlen_k=768, spans=[(40, 296), (400, 656)], tile=(128, 64))
+    return {
+        "causal.png": titled("No spans: causal", mask_image(PrefixLM(), seqlen_k=54)),
+        "prefix_lm.png": titled("PrefixLM()", mask_image(PrefixLM(), seqlen_k=54, spans=SPANS)),
+        "window_clamp.png": titled("PrefixLM(window=10)", mask_image(clamped, seqlen_k=54, spans=SPANS)),
+        "window_joined.png": titled("PrefixLM(window=10, clamp=False)", mask_image(joined, seqlen_k=54, spans=SPANS)),
+        "chunked.png": titled(
+            "PrefixLM(), the last 18 of 54 tokens are queries",
+            mask_image(PrefixLM(), seqlen_k=54, seqlen_q=18, spans=SPANS),
+        ),
+        "tiles.png": titled("PrefixLM(window=256), tiles of 128 queries and 64 keys", tiles),
+    }
+
+
+def titled(title: str, image: Image) -> Image:
+    return side_by_side([image], [title])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=pathlib.Path, default=FOLDER, help="folder to write to")
+    folder = parser.parse_args(arguments).out
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, image in pictures().items():
+        # Few colours, so a palette of 64 loses nothing that can be seen, and a file takes a few KB.
+        image.quantize(64).save(folder / name, optimize=True)
+        print(f"{folder / name}  {(folder / name).stat().st_size / 1024:.1f} KiB")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
