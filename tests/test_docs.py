@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 import re
+import sys
 
 import pytest
 
@@ -27,3 +29,11 @@ def test_links_and_pictures_exist(page: pathlib.Path) -> None:
     targets = re.findall(r"\]\(([^)#:]+)\)", page.read_text())
     missing = [target for target in targets if not (page.parent / target).exists()]
     assert not missing
+
+
+def test_the_readme_quotes_the_kept_results() -> None:
+    results = json.loads((ROOT / "benchmarks" / "results" / "h200-forward.json").read_text())
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from table import table
+
+    assert table(results) in (ROOT / "README.md").read_text()
