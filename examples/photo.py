@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageDraw
 
 import fa4_prefixlm as fp
-from fa4_prefixlm import accuracy, blocks
+from fa4_prefixlm import accuracy, tiling
 from fa4_prefixlm.backends.reference import dense_mask
 from fa4_prefixlm.fa4 import build, tiles
 from fa4_prefixlm.fa4.crosscompile import Variant, compile_in_subprocess
@@ -133,8 +133,8 @@ def print_tiles(plan: fp.Plan) -> None:
     if counts is None:
         longest = plan.lengths.max_seqlen_q
         tile = tiles.forward_tile(90, HEAD_DIM, HEAD_DIM, windowed=False, max_seqlen_q=longest)
-        runs = blocks.tile_runs(plan.bounds, blocks.query_tiles(plan.lengths, tile.block_m), tile.block_m, tile.n)
-        counts = blocks.count_tiles(runs, plan.lengths, tile.block_m, tile.n)
+        runs = tiling.tile_runs(plan.bounds, tiling.query_tiles(plan.lengths, tile.block_m), tile.block_m, tile.n)
+        counts = tiling.count_tiles(runs, plan.lengths, tile.block_m, tile.n)
         how = f"computed for the sm_90 kernel with tile {tile}, not run: see above"
     share = counts.skipped / sum(counts)
     print(f"tiles: {counts.full} full, {counts.partial} partial, {counts.skipped} skipped ({share:.0%}); {how}")
@@ -186,7 +186,7 @@ def draw(batch: Batch, photo: Image.Image, q: torch.Tensor, k: torch.Tensor) -> 
     length, spans = batch.seqlens[0], batch.spans[0]
     start, end = spans[0]
     row = start + BROW
-    masks = [dense_mask(fp.PrefixLM(), length, length, own)[row] for own in ((), spans)]
+    masks = [dense_mask(fp.PrefixLM(), length, length, {"image": own})[row] for own in ((), spans)]
     weights = [attention_row(q.cpu(), k.cpu(), row, mask)[start:end].tolist() for mask in masks]
     brightest = sorted(weights[1])[-8]
     pictures = [

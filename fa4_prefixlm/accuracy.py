@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from .backends import Options
-from .backends.reference import dense_attention
+from .backends.reference import dense_attention as _dense_attention
 from .mask import Mask
 from .masks import PrefixLM
-from .ranges import HostSpans
+from .ranges import HostSpans, by_name
 
+NamedSpans = HostSpans | Mapping[str, HostSpans]
 Seqlens = tuple[tuple[int, ...], tuple[int, ...]]
 
 
@@ -30,13 +33,24 @@ def exact_attention(
     v: torch.Tensor,
     *,
     mask: Mask,
-    spans: HostSpans,
+    spans: NamedSpans,
     seqlens: Seqlens,
     options: Options | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(out, lse)` in float64 for packed tensors `(total, heads, head_dim)`, straight from the spans (no bounds)."""
+    """`(out, lse)` in float64 for packed tensors `(total, heads, head_dim)`, straight from the spans (no intervals).
+
+    spans: per sequence, or by name for a mask that reads several sets.
+    """
     options = options or Options(q.shape[-1] ** -0.5, 0.0, None)
     return dense_attention(q, k, v, mask=mask, spans=spans, seqlens=seqlens, options=options, accumulate=torch.float64)
+
+
+def dense_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, mask: Mask, spans: NamedSpans, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`backends.reference.dense_attention`, which takes spans by name, for spans with or without names."""
+    named = {name: own or () for name, own in by_name(mask, spans).items()}
+    return _dense_attention(q, k, v, mask=mask, spans=named, **options)  # type: ignore[arg-type]
 
 
 def plain_causal(

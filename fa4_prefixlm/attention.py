@@ -13,7 +13,7 @@ from .errors import InputError, UnsupportedError
 from .lengths import CuSeqlens
 from .mask import Mask
 from .plan import Plan, plan
-from .ranges import Ranges
+from .ranges import MaxRange, NamedRanges
 
 
 @overload
@@ -21,14 +21,14 @@ def attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    ranges: Ranges | Plan = ...,
+    ranges: NamedRanges | Plan = ...,
     *,
     return_lse: Literal[False] = ...,
     cu_seqlens_q: CuSeqlens | None = ...,
     cu_seqlens_k: CuSeqlens | None = ...,
     max_seqlen_q: int | None = ...,
     max_seqlen_k: int | None = ...,
-    max_range: int | None = ...,
+    max_range: MaxRange = ...,
     mask: Mask | None = ...,
     softmax_scale: float | None = ...,
     softcap: float = ...,
@@ -43,14 +43,14 @@ def attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    ranges: Ranges | Plan = ...,
+    ranges: NamedRanges | Plan = ...,
     *,
     return_lse: Literal[True],
     cu_seqlens_q: CuSeqlens | None = ...,
     cu_seqlens_k: CuSeqlens | None = ...,
     max_seqlen_q: int | None = ...,
     max_seqlen_k: int | None = ...,
-    max_range: int | None = ...,
+    max_range: MaxRange = ...,
     mask: Mask | None = ...,
     softmax_scale: float | None = ...,
     softcap: float = ...,
@@ -64,14 +64,14 @@ def attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    ranges: Ranges | Plan = None,
+    ranges: NamedRanges | Plan = None,
     *,
     return_lse: bool = False,
     cu_seqlens_q: CuSeqlens | None = None,
     cu_seqlens_k: CuSeqlens | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
-    max_range: int | None = None,
+    max_range: MaxRange = None,
     mask: Mask | None = None,
     softmax_scale: float | None = None,
     softcap: float = 0.0,
@@ -184,12 +184,13 @@ def _check_gradients(spec: calls.CallSpec, learnable_sink: torch.Tensor | None, 
 def _scale(softmax_scale: float | None, spec: calls.CallSpec) -> float:
     if softmax_scale is None:
         return 1.0 / math.sqrt(spec.head_dim)
-    if not isinstance(softmax_scale, int | float) or not math.isfinite(softmax_scale):
-        raise InputError("softmax_scale", "a finite number", softmax_scale)
+    # FA4 multiplies masked scores, which are -inf, with it: only a positive scale leaves them so.
+    if not isinstance(softmax_scale, int | float) or not math.isfinite(softmax_scale) or softmax_scale <= 0:
+        raise InputError("softmax_scale", "a positive finite number", softmax_scale)
     return float(softmax_scale)
 
 
 def _softcap(softcap: float) -> float:
     if not isinstance(softcap, int | float) or not math.isfinite(softcap) or softcap < 0:
-        raise InputError("softcap", "a finite number, 0.0 for none", softcap)
+        raise InputError("softcap", "a non-negative finite number, 0.0 for none", softcap)
     return float(softcap)

@@ -81,6 +81,8 @@ def describe(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> CallSpec:
 def check_sink(learnable_sink: torch.Tensor | None, call: CallSpec) -> None:
     if learnable_sink is None:
         return
+    if not isinstance(learnable_sink, torch.Tensor):
+        raise InputError("learnable_sink", "a torch.Tensor", type(learnable_sink).__name__)
     if learnable_sink.shape != (call.heads_q,):
         raise InputError("learnable_sink", f"shape ({call.heads_q},), one per query head", tuple(learnable_sink.shape))
     if learnable_sink.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -92,6 +94,8 @@ def check_sink(learnable_sink: torch.Tensor | None, call: CallSpec) -> None:
 def check_out(out: torch.Tensor | None, call: CallSpec) -> None:
     if out is None:
         return
+    if not isinstance(out, torch.Tensor):
+        raise InputError("out", "a torch.Tensor", type(out).__name__)
     if tuple(out.shape) != call.out_shape:
         raise InputError("out", f"shape {call.out_shape}", tuple(out.shape))
     if out.dtype != call.dtype:

@@ -13,6 +13,9 @@ class InputError(ValueError):
         self.argument, self.expected, self.got = argument, expected, got
         super().__init__(f"{argument}: expected {expected}, got {got}")
 
+    def __reduce__(self) -> tuple[type[InputError], tuple[str, str, object]]:
+        return type(self), (self.argument, self.expected, self.got)  # so that it crosses process borders
+
 
 class UnsupportedError(InputError):
     """The arguments make sense, but the asked-for backend can't run this call exactly."""

@@ -1,4 +1,4 @@
-"""What the ranges mean: for every query row one interval `[lo, hi)` of the keys it sees.
+"""What the ranges mean: for every query row the few intervals `[lo, hi)` of the keys it sees.
 
 Built with torch operations that never synchronise, on the device of the lengths: O(tokens) work and memory. Operations
 that also run on fake CUDA tensors where torch has no CUDA, so that kernels cross-compile: no `tensor[...]`.
@@ -11,35 +11,66 @@ from typing import NamedTuple
 
 import torch
 
+from .algebra import emptied
+from .errors import InputError
 from .lengths import Lengths
-from .mask import Mask, Rows
-from .ranges import Spans
+from .mask import EMPTY_HI, EMPTY_LO, Intervals, Mask, Reach
+from .ranges import Spans, SpanSets
 
-EMPTY_LO = torch.iinfo(torch.int32).max
-EMPTY_HI = 0
+# Intervals per row that the mask_mods are made for. A mask that may need more runs on the reference.
+MOST_INTERVALS = 4
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of tokens that all see each other, by tags: row `i` sees key `j` if `row_tag[i] == key_tag[j]`.
+
+    row_tag: `(total_q,)` int32, the row's sequence if it is in the block, else -1.
+    key_tag: `(total_k,)` int32, the key's sequence if it is in the block, else -2.
+    """
+
+    row_tag: torch.Tensor
+    key_tag: torch.Tensor
 
 
 @dataclass(frozen=True)
 class Bounds:
     """The keys each query row sees, local to its sequence.
 
-    lo, hi: `(total_q,)` int32. Row `i` sees keys `[lo[i], hi[i])`. A row that sees nothing is `(EMPTY_LO, EMPTY_HI)`:
-    neutral for the minimum of `lo` and the maximum of `hi` over a tile, and no tile that holds it can be full.
+    lo, hi: `(total_q, K)` int32. Row `i` sees keys `[lo[i, k], hi[i, k])` for every k; its intervals are disjoint and
+    ascending. An empty one is `(EMPTY_LO, EMPTY_HI)`: neutral for the minimum of `lo` and the maximum of `hi` over a
+    tile, and no tile that holds an all-empty row can be full.
+    block: what the row sees on top of that, None for nearly every mask.
 
-    The dense mask of one sequence is `(kv >= lo[:, None]) & (kv < hi[:, None])` with `kv = torch.arange(seqlen_k)`.
+    The dense mask of one sequence without a block, with `kv = torch.arange(seqlen_k)`, is
+    `((kv >= lo[:, :, None]) & (kv < hi[:, :, None])).any(1)`.
     """
 
     lo: torch.Tensor
     hi: torch.Tensor
+    block: Block | None = None
 
-    def visible_pairs(self) -> torch.Tensor:
-        """Number of (query, key) pairs that attend, a 0-d int64 tensor on the device."""
-        return (self.hi.long() - self.lo.long()).clamp(min=0).sum()
+    @property
+    def count(self) -> int:
+        return self.lo.shape[1]
 
     def shifted(self, offset: torch.Tensor) -> Bounds:
-        """The same intervals moved right by `offset` `(total_q,)` int32; rows that see nothing stay as they are."""
+        """The same intervals moved right by `offset` `(total_q,)` int32; empty ones stay as they are."""
+        empty, by = self.lo >= self.hi, offset.unsqueeze(1)
+        return Bounds(torch.where(empty, self.lo, self.lo + by), torch.where(empty, self.hi, self.hi + by), self.block)
+
+    def visible_pairs(self, where: Tokens) -> torch.Tensor:
+        """Number of (query, key) pairs that attend, a 0-d int64 tensor on the device."""
+        pairs = (self.hi.long() - self.lo.long()).clamp(min=0).sum()
+        if self.block is None:
+            return pairs
+        tagged = torch.nn.functional.pad((self.block.key_tag >= 0).long().cumsum(0), (1, 0))
+        offset = where.key_offset.long()
+        everything = tagged.take(offset + where.seqlen_k) - tagged.take(offset)
         empty = self.lo >= self.hi
-        return Bounds(torch.where(empty, self.lo, self.lo + offset), torch.where(empty, self.hi, self.hi + offset))
+        lo, hi = (edge.long().masked_fill(empty, 0) + offset.unsqueeze(1) for edge in (self.lo, self.hi))
+        counted = (tagged.take(hi) - tagged.take(lo)).masked_fill(empty, 0).sum(1)
+        return pairs + ((everything - counted) * (self.block.row_tag >= 0)).sum()
 
 
 class Tokens(NamedTuple):
@@ -55,43 +86,121 @@ class Tokens(NamedTuple):
     position: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Demand:
+    """What a mask with these spans asks of a kernel, known on the host.
+
+    intervals: per row, at most. tagged: with a block of tags beside them. chained: every row sees one interval around
+    its own position, so that neighbouring rows see intervals that touch. custom: the mask brings its own kernel code.
+    """
+
+    intervals: int
+    tagged: bool
+    chained: bool
+    reach: Reach
+    custom: bool = False
+
+
+def demand(mask: Mask, spans: SpanSets) -> Demand:
+    most = {name: own.values.shape[1] for name, own in spans.items()}
+    tagged = _tags_pay(mask, most)
+    base = mask.without_block() if tagged else mask
+    chained = base.centered and base.total and not tagged
+    reach = mask.reach({name: own.longest for name, own in spans.items()}) if chained else Reach(None, None)
+    return Demand(base.count(most), tagged, chained, reach, mask.custom_kernel is not None)
+
+
 def tokens(lengths: Lengths) -> Tokens:
     cu_q, cu_k = lengths.cu_seqlens_q, lengths.cu_seqlens_k
     row = torch.arange(lengths.total_q, device=lengths.device, dtype=torch.int32)
-    sequence = torch.searchsorted(cu_q.narrow(0, 1, lengths.batch), row, right=True, out_int32=True)
-    # A cu_seqlens on the device that ends early would index past the batch. Kernels never visit the tokens after it.
-    sequence = sequence.clamp(max=max(lengths.batch - 1, 0))
+    sequence = _sequence_of(row, cu_q)
     key_offset = cu_k.index_select(0, sequence)
     key_end, query_end = cu_k.index_select(0, sequence + 1), cu_q.index_select(0, sequence + 1)
     return Tokens(sequence, key_offset, key_end - key_offset, key_end - key_offset - (query_end - row))
 
 
-def row_bounds(mask: Mask, spans: Spans, where: Tokens) -> Bounds:
-    """Evaluate `mask.bounds` for every query token of the batch, clipped to the keys of its sequence."""
-    span_start, span_end = containing_span(spans, where)
-    lo, hi = mask.bounds(Rows(where.position, where.seqlen_k, span_start, span_end))
-    return canonical(lo.to(torch.int32), hi.to(torch.int32), where.seqlen_k)
+def row_bounds(mask: Mask, spans: SpanSets, lengths: Lengths, where: Tokens) -> Bounds:
+    """Evaluate `mask.intervals` for every query token of the batch, clipped to the keys of its sequence."""
+    rows = TokenRows(where, spans)
+    most = {name: own.values.shape[1] for name, own in spans.items()}
+    tagged = _tags_pay(mask, most)
+    lo, hi = (mask.without_block() if tagged else mask).intervals(rows)
+    if lo.shape != hi.shape or lo.ndim != 2 or lo.shape[0] != len(where.position):
+        shapes = f"{tuple(lo.shape)} and {tuple(hi.shape)}"
+        raise InputError("mask", f"intervals lo and hi of shape ({len(where.position)}, K) from {mask!r}", shapes)
+    lo, hi = clipped(lo.to(torch.int32), hi.to(torch.int32), where.seqlen_k)
+    return Bounds(lo, hi, _block(str(mask.block_name()), rows, lengths) if tagged else None)
 
 
-def canonical(lo: torch.Tensor, hi: torch.Tensor, seqlen_k: torch.Tensor) -> Bounds:
-    """Clip to `[0, seqlen_k)` and give rows that see nothing their one representation."""
-    lo = lo.clamp(min=0)
-    hi = torch.minimum(hi, seqlen_k)
-    empty = lo >= hi
-    return Bounds(lo.masked_fill(empty, EMPTY_LO), hi.masked_fill(empty, EMPTY_HI))
+def clipped(lo: torch.Tensor, hi: torch.Tensor, seqlen_k: torch.Tensor) -> Intervals:
+    """Clip `(total_q, K)` to `[0, seqlen_k)` and give empty intervals their one form."""
+    return emptied(lo.clamp(min=0), torch.minimum(hi, seqlen_k.unsqueeze(1)))
 
 
-def containing_span(spans: Spans, where: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per query token the span that holds it, `[position, position + 1)` if none does. Spans may come in any order."""
+class TokenRows:
+    """The `Rows` of a batch: where its tokens stand, and which span each one is in."""
+
+    def __init__(self, where: Tokens, spans: SpanSets) -> None:
+        self.position, self.seqlen_k, self.sequence = where.position, where.seqlen_k, where.sequence
+        self.spans = spans
+        self._latest: dict[str, Intervals] = {}
+
+    def latest_span(self, name: str) -> Intervals:
+        if name not in self._latest:
+            self._latest[name] = latest_span(self.spans[name], self.sequence, self.position)
+        return self._latest[name]
+
+    def span_of(self, name: str) -> Intervals:
+        return _containing(self.latest_span(name), self.position)
+
+    def spans_of(self, name: str) -> Intervals:
+        start, end = self.spans[name].values.unbind(2)
+        start, order = start.masked_fill(end == 0, EMPTY_LO).sort(dim=1)
+        end = end.gather(1, order)
+        if start.shape[1] == 0:
+            start, end = (torch.nn.functional.pad(edge, (0, 1)) for edge in (start, end))
+        return emptied(start.index_select(0, self.sequence), end.index_select(0, self.sequence))
+
+
+def latest_span(spans: Spans, sequence: torch.Tensor, position: torch.Tensor) -> Intervals:
+    """Per token `(start, end)` of the last span of its sequence that starts at or before it; spans in any order."""
     batch, width, _ = spans.values.shape
     if batch * width == 0:
-        return where.position, where.position + 1
+        return torch.full_like(position, EMPTY_LO), torch.full_like(position, EMPTY_HI)
     start, end = spans.values.reshape(-1, 2).unbind(1)
     owner = torch.arange(batch, device=start.device).repeat_interleave(width)
     # One sorted list of (sequence, start) serves the whole batch. Unused rows (0, 0) sort before a span at 0.
     key, order = ((owner << 32) + torch.where(end > 0, start, -1)).sort()
-    wanted = (where.sequence.long() << 32) + where.position
+    wanted = (sequence.long() << 32) + position
     found = order.take((torch.searchsorted(key, wanted, right=True) - 1).clamp(min=0))
     start, end = start.take(found), end.take(found)
-    inside = (owner.take(found) == where.sequence) & (start <= where.position) & (where.position < end)
-    return torch.where(inside, start, where.position), torch.where(inside, end, where.position + 1)
+    missing = (owner.take(found) != sequence) | (start > position) | (end == 0)
+    return start.masked_fill(missing, EMPTY_LO), end.masked_fill(missing, EMPTY_HI)
+
+
+def _containing(latest: Intervals, position: torch.Tensor) -> Intervals:
+    start, end = latest
+    past = position >= end
+    return start.masked_fill(past, EMPTY_LO), end.masked_fill(past, EMPTY_HI)
+
+
+def _tags_pay(mask: Mask, most: dict[str, int]) -> bool:
+    """Whether the mask is better run with a block of tags than with one interval per span."""
+    return mask.block_name() is not None and mask.count(most) > MOST_INTERVALS
+
+
+def _block(name: str, rows: TokenRows, lengths: Lengths) -> Block:
+    cu_k = lengths.cu_seqlens_k
+    key = torch.arange(lengths.total_k, device=lengths.device, dtype=torch.int32)
+    owner = _sequence_of(key, cu_k)
+    position = key - cu_k.index_select(0, owner)
+    key_inside = _containing(latest_span(rows.spans[name], owner, position), position)[1] > 0
+    row_inside = rows.span_of(name)[1] > 0
+    return Block(torch.where(row_inside, rows.sequence, -1), torch.where(key_inside, owner, -2))
+
+
+def _sequence_of(row: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    batch = cu_seqlens.shape[0] - 1
+    sequence = torch.searchsorted(cu_seqlens.narrow(0, 1, batch), row, right=True, out_int32=True)
+    # A cu_seqlens on the device that ends early would index past the batch. Kernels never visit the tokens after it.
+    return sequence.clamp(max=max(batch - 1, 0))

@@ -7,6 +7,7 @@ last `seqlen_q` of `seqlen_k` positions (FlashAttention's bottom-right alignment
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -65,6 +66,9 @@ def packed(
     device: torch.device,
 ) -> Lengths:
     """Lengths of a varlen batch. Host values (lists, CPU tensors) are checked; device values are in debug mode."""
+    for name, values in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if not hasattr(values, "__len__"):
+            raise InputError(name, "an int32 tensor or a list of batch + 1 integers", values)
     host_q = _host_values("cu_seqlens_q", cu_seqlens_q, total_q, device)
     host_k = _host_values("cu_seqlens_k", cu_seqlens_k, total_k, device)
     batch_q, batch_k = len(cu_seqlens_q) - 1, len(cu_seqlens_k) - 1
@@ -78,7 +82,7 @@ def packed(
                 raise InputError(
                     f"cu_seqlens_q (sequence {index})", f"seqlen_q <= seqlen_k = {keys}", f"seqlen_q = {rows}"
                 )
-    return Lengths(
+    lengths = Lengths(
         cu_seqlens_q=_on_device(cu_seqlens_q, device),
         cu_seqlens_k=_on_device(cu_seqlens_k, device),
         total_q=total_q,
@@ -89,6 +93,11 @@ def packed(
         seqlens_k=seqlens_k,
         same=cu_seqlens_q is cu_seqlens_k or (seqlens_q is not None and seqlens_q == seqlens_k),
     )
+    if cu_seqlens_q is cu_seqlens_k and total_q != total_k:
+        raise InputError("k", f"total_k = {total_q}, as q, with the same cu_seqlens", total_k)
+    if seqlens_q is None or seqlens_k is None:
+        _assert_on_device(lengths)
+    return lengths
 
 
 def batched(batch: int, seqlen_q: int, seqlen_k: int, device: torch.device) -> Lengths:
@@ -129,12 +138,30 @@ def to_device(values: object, device: torch.device) -> torch.Tensor:
     """An int32 tensor on `device`, copied without waiting for the device."""
     tensor = values if isinstance(values, torch.Tensor) else torch.tensor(values, dtype=torch.int32, device="cpu")
     if device.type == "cuda" and tensor.device.type == "cpu" and torch.cuda.is_available():
+        # A pinned tensor may be written again by its owner before the copy has run.
+        tensor = tensor.clone() if tensor.is_pinned() else tensor
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
 def _on_device(values: CuSeqlens, device: torch.device) -> torch.Tensor:
-    return to_device(values if isinstance(values, torch.Tensor) else list(values), device).contiguous()
+    """A copy of the plan's own: what the caller writes to its buffer later does not reach the plan."""
+    if isinstance(values, torch.Tensor):
+        return to_device(values, device) if values.device != device else values.clone()
+    return to_device(list(values), device)
+
+
+def _assert_on_device(lengths: Lengths) -> None:
+    """Check values that the host does not know by an assertion on the device, which does not synchronise."""
+    cu_q, cu_k = lengths.cu_seqlens_q, lengths.cu_seqlens_k
+    rows, keys = cu_q.diff(), cu_k.diff()
+    fine = (rows >= 0) & (rows <= keys) & (rows <= lengths.max_seqlen_q) & (keys <= lengths.max_seqlen_k)
+    ends = torch.stack([cu_q.narrow(0, 0, 1), cu_q.narrow(0, -1, 1), cu_k.narrow(0, 0, 1), cu_k.narrow(0, -1, 1)])
+    first_and_last = torch.arange(4, device=ends.device).remainder(2).unsqueeze(1)  # 0, 1, 0, 1
+    totals = torch.arange(4, device=ends.device).div(2, rounding_mode="floor").unsqueeze(1)  # 0, 0, 1, 1
+    wanted = first_and_last * (lengths.total_q + totals * (lengths.total_k - lengths.total_q))
+    message = "cu_seqlens: not ascending from 0 to the tensor's length, or seqlen_q > seqlen_k, or above max_seqlen"
+    torch._assert_async(fine.all() & (ends == wanted).all(), message)
 
 
 def _host_values(name: str, values: CuSeqlens, total: int, device: torch.device) -> list[int] | None:
@@ -150,9 +177,7 @@ def _host_values(name: str, values: CuSeqlens, total: int, device: torch.device)
             return None
         host = values.tolist()
     else:
-        host = list(values)
-        if not host or not all(isinstance(value, int) for value in host):
-            raise InputError(name, "an int32 tensor or a list of batch + 1 integers", values)
+        host = _integers(name, values)
     if host[0] != 0:
         raise InputError(f"{name}[0]", "0", host[0])
     for index in range(1, len(host)):
@@ -160,6 +185,16 @@ def _host_values(name: str, values: CuSeqlens, total: int, device: torch.device)
             raise InputError(f"{name}[{index}]", f"an ascending value, at least {host[index - 1]}", host[index])
     if host[-1] != total:
         raise InputError(f"{name}[-1]", f"the tensor's length {total}", host[-1])
+    return host
+
+
+def _integers(name: str, values: object) -> list[int]:
+    try:
+        host = [operator.index(value) for value in values]  # type: ignore[attr-defined]
+    except TypeError:
+        host = []
+    if not host:
+        raise InputError(name, "an int32 tensor or a list of batch + 1 integers", values)
     return host
 
 

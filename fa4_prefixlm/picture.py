@@ -5,21 +5,24 @@ Queries run down, keys run to the right. Images need Pillow; `mask_text` does no
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
 
-from . import blocks, intervals, lengths, ranges
+from . import intervals, lengths, ranges, tiling
 from .backends.reference import dense_mask
 from .mask import Mask
+from .ranges import NamedRanges, SequenceSpans
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from PIL.ImageDraw import ImageDraw
 
 Pairs = Sequence[tuple[int, int]]
+Sets = dict[str, SequenceSpans]
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 # The state of a (query, key) pair, to which the kind of its tile is added.
@@ -33,13 +36,35 @@ INK, RULE, WHITE = "#282c34", "#6d737d", "#ffffff"
 MARGIN, LINE, SWATCH = 66, 25, 16
 
 
-def mask_text(mask: Mask, *, seqlen_k: int, spans: Pairs = (), seqlen_q: int | None = None) -> str:
+class MaskPicture:
+    """A mask with the spans of one sequence, as `Mask.show` gives it: text if printed, an image in a notebook."""
+
+    def __init__(self, mask: Mask, seqlen: int, spans: NamedRanges, seqlen_q: int | None) -> None:
+        self.mask, self.seqlen, self.spans, self.seqlen_q = mask, seqlen, spans, seqlen_q
+
+    def image(self, *, cell: float | None = None, tile: tuple[int, int] | None = None) -> Image:
+        """As a Pillow image; arguments as in `mask_image`."""
+        return mask_image(
+            self.mask, seqlen_k=self.seqlen, spans=self.spans, seqlen_q=self.seqlen_q, cell=cell, tile=tile
+        )
+
+    def __repr__(self) -> str:
+        return mask_text(self.mask, seqlen_k=self.seqlen, spans=self.spans, seqlen_q=self.seqlen_q)
+
+    def _repr_png_(self) -> bytes:
+        file = io.BytesIO()
+        self.image().save(file, "PNG")
+        return file.getvalue()
+
+
+def mask_text(mask: Mask, *, seqlen_k: int, spans: NamedRanges = None, seqlen_q: int | None = None) -> str:
     """The mask of one sequence as text: one line per query, one character per key, then a legend.
 
-    spans: half-open `(start, end)` key positions. seqlen_q: the queries are the last `seqlen_q` of the `seqlen_k`
+    spans: half-open `(start, end)` key positions, or a dictionary of them for a mask that reads several sets.
+    seqlen_q: the queries are the last `seqlen_q` of the `seqlen_k`
     positions; None: all of them.
     """
-    states = _pair_states(mask, *_sequence(seqlen_q, seqlen_k, spans))
+    states = _pair_states(mask, *_sequence(mask, seqlen_q, seqlen_k, spans))
     rows = ["".join(LETTERS[state] for state in row) for row in states.tolist()]
     legend = f"{LETTERS[PLAIN]} visible, {LETTERS[SPAN]} visible because of a span, {LETTERS[HIDDEN]} hidden"
     return "\n".join([*rows, legend])
@@ -49,7 +74,7 @@ def mask_image(
     mask: Mask,
     *,
     seqlen_k: int,
-    spans: Pairs = (),
+    spans: NamedRanges = None,
     seqlen_q: int | None = None,
     cell: float | None = None,
     tile: tuple[int, int] | None = None,
@@ -59,11 +84,12 @@ def mask_image(
     cell: pixels per token, below 1 for long sequences; None: the keys are at most 600 pixels wide.
     tile: `(tile_m, tile_n)` also draws the tiles: which a kernel visits with a mask, which without, which not at all.
     """
-    sizes, checked = _sequence(seqlen_q, seqlen_k, spans)
+    sizes, sets = _sequence(mask, seqlen_q, seqlen_k, spans)
+    marked = sorted(span for own in sets.values() for span in own)
     if cell is None:
         cell = 600 / seqlen_k if seqlen_k > 600 else 600 // max(seqlen_k, 1)
-    tiles = _tiles(mask, sizes, checked, *tile) if tile else []
-    plot = _plot(_pair_states(mask, sizes, checked), cell, tiles)
+    tiles = _tiles(mask, sizes, sets, *tile) if tile else []
+    plot = _plot(_pair_states(mask, sizes, sets), cell, tiles)
     lines = [[(PLAIN, PLAIN, "causal"), (SPAN, SPAN, "because of a span"), (HIDDEN, HIDDEN, "hidden")]]
     if tile:
         kinds = [kind for _, kind in tiles]
@@ -73,8 +99,8 @@ def mask_image(
     width = max(plot.width, 440 if tile else 330)  # room for the legend
     image, draw = _canvas(MARGIN + width + 26, MARGIN + plot.height + 14 + len(lines) * LINE)
     image.paste(plot, (MARGIN, MARGIN))
-    _axis(draw, (0, seqlen_k), checked.on_host()[0], cell, down=False)
-    _axis(draw, (seqlen_k - sizes.total_q, seqlen_k), checked.on_host()[0], cell, down=True)
+    _axis(draw, (0, seqlen_k), marked, cell, down=False)
+    _axis(draw, (seqlen_k - sizes.total_q, seqlen_k), marked, cell, down=True)
     for row, entries in enumerate(lines):
         _legend(draw, entries, MARGIN + plot.height + 14 + row * LINE)
     return image
@@ -110,28 +136,37 @@ def _canvas(width: int, height: int) -> tuple[Image, ImageDraw]:
     return canvas, pen
 
 
-def _sequence(seqlen_q: int | None, seqlen_k: int, spans: Pairs) -> tuple[lengths.Lengths, ranges.Spans]:
+def _sequence(mask: Mask, seqlen_q: int | None, seqlen_k: int, spans: NamedRanges) -> tuple[lengths.Lengths, Sets]:
     """The one sequence as a batch, checked as `plan` checks it."""
-    sizes = lengths.batched(1, seqlen_k if seqlen_q is None else seqlen_q, seqlen_k, torch.device("cpu"))
-    return sizes, ranges.parse([spans], sizes)
+    rows = seqlen_k if seqlen_q is None else seqlen_q
+    return lengths.batched(1, rows, seqlen_k, torch.device("cpu")), ranges.one_sequence(mask, spans, seqlen_k)
 
 
-def _pair_states(mask: Mask, sizes: lengths.Lengths, spans: ranges.Spans) -> torch.Tensor:
+def _pair_states(mask: Mask, sizes: lengths.Lengths, sets: Sets) -> torch.Tensor:
     """`(seqlen_q, seqlen_k)` uint8: HIDDEN, PLAIN or SPAN."""
-    visible = dense_mask(mask, sizes.total_q, sizes.total_k, spans.on_host()[0])
-    without_spans = dense_mask(mask, sizes.total_q, sizes.total_k)
+    visible = dense_mask(mask, sizes.total_q, sizes.total_k, sets)
+    without_spans = dense_mask(mask, sizes.total_q, sizes.total_k, dict.fromkeys(sets, ()))
     return torch.where(visible, torch.where(without_spans, PLAIN, SPAN), HIDDEN).to(torch.uint8)
 
 
-def _tiles(mask: Mask, sizes: lengths.Lengths, spans: ranges.Spans, tile_m: int, tile_n: int) -> list[tuple[Box, int]]:
+def _tiles(mask: Mask, sizes: lengths.Lengths, sets: Sets, tile_m: int, tile_n: int) -> list[tuple[Box, int]]:
     """Every tile: its box in tokens, and its kind as the block lists have it."""
-    bounds = intervals.row_bounds(mask, spans, intervals.tokens(sizes))
-    runs = blocks.tile_runs(bounds, blocks.query_tiles(sizes, tile_m), tile_m, tile_n)
-    per_row = torch.stack([runs.first, runs.full_first, runs.full_end, runs.end], dim=1).tolist()
+    spans = ranges.parse(mask, {name: [own] for name, own in sets.items()}, sizes)
+    where = intervals.tokens(sizes)
+    bounds, demand = intervals.row_bounds(mask, spans, sizes, where), intervals.demand(mask, spans)
+    cut = tiling.query_tiles(sizes, tile_m)
+    key_tiles = tiling.classify(bounds, cut, sizes, where, tile_m, tile_n, chained=demand.chained)
+    columns = tiling.ceil_div(sizes.total_k, tile_n)
+    listed = [
+        (FULL, key_tiles.full.tolist(), key_tiles.full_matrix(columns).tolist()),
+        (PARTIAL, key_tiles.partial.tolist(), key_tiles.partial_matrix(columns).tolist()),
+    ]
     result = []
-    for m, (first, full_first, full_end, end) in enumerate(per_row):
-        for n in range(blocks.ceil_div(sizes.total_k, tile_n)):
-            kind = FULL if full_first <= n < full_end else PARTIAL if first <= n < end else SKIPPED
+    for m in range(tiling.ceil_div(sizes.total_q, tile_m)):
+        kinds = dict.fromkeys(range(columns), SKIPPED)
+        for kind, counts, matrix in listed:
+            kinds.update(dict.fromkeys(matrix[m][: counts[m]], kind))
+        for n, kind in kinds.items():
             right, bottom = min((n + 1) * tile_n, sizes.total_k), min((m + 1) * tile_m, sizes.total_q)
             result.append(((n * tile_n, m * tile_m, right, bottom), kind))
     return result

@@ -6,13 +6,14 @@ import warnings
 
 from . import backends, call, intervals, lengths, ranges
 from .backends import Choice, Prepared, Work
-from .blocks import TileCounts
+from .backends.reference import dense_mask
 from .call import QKV, CallSpec
 from .errors import InputError
 from .lengths import CuSeqlens, Lengths
 from .mask import Mask
 from .masks import PrefixLM
-from .ranges import Ranges
+from .ranges import MaxRange, NamedRanges, SequenceSpans, SpanSets
+from .tiling import TileCounts
 
 
 class Plan:
@@ -24,7 +25,7 @@ class Plan:
 
     def __init__(self, work: Work, choice: Choice) -> None:
         self.mask, self.call, self.lengths, self.choice = work.mask, work.call, work.lengths, choice
-        self.spans, self.bounds = work.spans, work.bounds
+        self.spans, self.bounds, self._where = work.spans, work.bounds, work.where
         self.prepared: Prepared = choice.backend.prepare(work)
 
     def tiles(self) -> TileCounts | None:
@@ -35,7 +36,7 @@ class Plan:
         """Exact floating point operations of the forward: `2 * heads * (head_dim + head_dim_v)` for every pair of a
         query and a key it sees. Synchronises.
         """
-        return self._flops(int(self.bounds.visible_pairs()))
+        return self._flops(int(self.bounds.visible_pairs(self._where)))
 
     def causal_flops(self) -> int:
         """The same for a plain causal mask without a window."""
@@ -70,14 +71,14 @@ class Plan:
 
 
 def plan(
-    ranges: Ranges = None,
+    ranges: NamedRanges = None,
     *,
     like: QKV,
     cu_seqlens_q: CuSeqlens | None = None,
     cu_seqlens_k: CuSeqlens | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
-    max_range: int | None = None,
+    max_range: MaxRange = None,
     mask: Mask = PrefixLM(),  # noqa: B008 (an immutable value)
     backend: str = "auto",
 ) -> Plan:
@@ -87,13 +88,15 @@ def plan(
         ranges: bidirectional spans, half-open `[start, end)` in absolute key positions. One list of pairs per sequence,
             `[[(4, 260)], [(0, 256), (300, 556)]]`, or an int32 tensor `(batch, max_ranges, 2)` on the host or the
             device with unused rows `(0, 0)`. None: no spans. They must not overlap; adjacent spans stay two spans.
+            A mask that reads several span sets takes a dictionary, `{"image": [[(8, 24)]], "prompt": [[(0, 8)]]}`.
         like: the `(q, k, v)` that the plan is for; only shapes, dtypes and devices matter. Packed
             `(total, heads, head_dim)` with both `cu_seqlens`, or `(batch, seqlen, heads, head_dim)` without.
         cu_seqlens_q, cu_seqlens_k: `(batch + 1,)` int32 cumulative lengths, on the host (checked) or the device.
             Queries are the last `seqlen_q` of the `seqlen_k` positions of their sequence.
         max_seqlen_q, max_seqlen_k: upper bounds of the lengths; they spare memory when `cu_seqlens` is on the device.
-        max_range: upper bound of a span's length in tokens; it spares memory when `ranges` is on the device.
-        mask: what the spans mean; see `PrefixLM`.
+        max_range: upper bound of a span's length in tokens, or one per name; it spares memory when `ranges` is on the
+            device.
+        mask: what the spans mean: `PrefixLM`, one of `fa4_prefixlm.masks`, or your own.
         backend: "auto", "varlen", "packed" or "reference".
 
     Raises:
@@ -105,17 +108,29 @@ def plan(
     sizes = _lengths(spec, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if not isinstance(mask, Mask):
         raise InputError("mask", "a fa4_prefixlm mask such as PrefixLM(window=1024)", repr(mask))
-    spans = _parse_ranges(ranges, sizes, max_range)
-    choice = backends.choose(backend, spec, mask, sizes, spans.longest)
+    spans = _parse_ranges(mask, ranges, sizes, max_range)
+    _refuse_empty(mask, spans, sizes)
+    demand = intervals.demand(mask, spans)
+    choice = backends.choose(backend, spec, demand, sizes)
     if choice.passed_over and choice.name == "reference" and spec.device.type == "cuda":
         why = choice.passed_over[0][1]
         warnings.warn(f"fa4_prefixlm takes the dense reference, slow on long sequences: {why}", stacklevel=2)
     where = intervals.tokens(sizes)
-    bounds = intervals.row_bounds(mask, spans, where)
-    return Plan(Work(spec, mask, spans, sizes, where, bounds), choice)
+    bounds = intervals.row_bounds(mask, spans, sizes, where)
+    return Plan(Work(spec, mask, spans, sizes, demand, where, bounds), choice)
 
 
 _parse_ranges = ranges.parse
+
+
+def _refuse_empty(mask: Mask, spans: SpanSets, sizes: Lengths) -> None:
+    """A mask that lets nobody see anything without spans, and no spans: a mistake, not a mask."""
+    if not spans or mask.total or sizes.total_q == 0:
+        return
+    if all(own.host is not None and not any(own.host) for own in spans.values()):
+        nothing: dict[str, SequenceSpans] = {name: () for name in spans}
+        if not dense_mask(mask, 1, 1, nothing).any():
+            raise InputError("ranges", f"at least one span, without which {mask!r} is empty", "none")
 
 
 def _three(like: object) -> QKV:

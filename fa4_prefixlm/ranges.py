@@ -1,22 +1,26 @@
 """What the user says: the bidirectional ranges of each sequence, and the only validation of them.
 
 A range (span) is half-open, `[start, end)`, in absolute key positions of its sequence. Two adjacent ranges are two
-spans: their tokens do not see each other forward.
+spans: their tokens do not see each other forward. A mask that reads several span sets gets them by name.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from . import debugging
 from .errors import InputError
-from .lengths import Lengths, to_device
+from .lengths import Lengths, batched, to_device
+from .mask import Mask
 
 Ranges = torch.Tensor | Sequence[Sequence[tuple[int, int]]] | None
+NamedRanges = Ranges | Mapping[str, Ranges]
+MaxRange = int | Mapping[str, int] | None
 SequenceSpans = tuple[tuple[int, int], ...]
 HostSpans = tuple[SequenceSpans, ...]
 
@@ -39,78 +43,132 @@ class Spans:
         return self.host if self.host is not None else _used_rows(self.values)
 
 
-def parse(ranges: Ranges, lengths: Lengths, max_range: int | None = None) -> Spans:
-    """Check `ranges` against the batch and bring them to the device.
+SpanSets = Mapping[str, Spans]
+
+
+def by_name(mask: Mask, ranges: NamedRanges) -> dict[str, Ranges]:
+    """`ranges` as the mask reads them: one entry per name. A mask with a single name takes its ranges without it."""
+    names = sorted(mask.names)
+    if isinstance(ranges, Mapping):
+        for name in names:
+            if name not in ranges:
+                raise InputError("ranges", f"spans for {name!r}, which {mask!r} reads", f"{sorted(ranges)}")
+        for name in ranges:
+            if name not in names:
+                raise InputError(f"ranges[{name!r}]", f"only what {mask!r} reads: {names}", "spans it does not use")
+        return dict(ranges)
+    if len(names) == 1:
+        return {names[0]: ranges}
+    if ranges is not None and not names:
+        raise InputError("ranges", f"None: {mask!r} reads no spans", "spans it does not use")
+    if names:
+        raise InputError("ranges", f"a dictionary with spans for {names}, which {mask!r} reads", type(ranges).__name__)
+    return {}
+
+
+def parse(mask: Mask, ranges: NamedRanges, lengths: Lengths, max_range: MaxRange = None) -> dict[str, Spans]:
+    """Check `ranges` against the mask and the batch and bring them to the device.
 
     Values on the host are checked here. Values on the device are checked on the device by an assertion that does not
     synchronise (a violation surfaces as a CUDA device-side assertion), and here as well in debug mode.
     """
-    if max_range is not None and (not isinstance(max_range, int) or max_range < 1):
-        raise InputError("max_range", "a positive number of tokens", max_range)
+    named = by_name(mask, ranges)
+    plain = not isinstance(ranges, Mapping)
+    return {
+        name: _parse_set("ranges" if plain else f"ranges[{name!r}]", given, lengths, _longest(name, max_range))
+        for name, given in named.items()
+    }
+
+
+def one_sequence(mask: Mask, spans: NamedRanges, seqlen_k: int) -> dict[str, SequenceSpans]:
+    """The checked spans of a single sequence: `[(8, 24)]` or `{"image": [(8, 24)]}`."""
+    sizes = batched(1, seqlen_k, seqlen_k, torch.device("cpu"))
+    sets = parse(mask, {name: _as_batch(own) for name, own in by_name(mask, spans).items()}, sizes)
+    return {name: own.on_host()[0] for name, own in sets.items()}
+
+
+def _as_batch(spans: object) -> Ranges:
+    """The spans of one sequence as those of a batch of one."""
+    return None if spans is None else [spans]  # type: ignore[list-item]
+
+
+def _longest(name: str, max_range: MaxRange) -> int | None:
+    value = max_range.get(name) if isinstance(max_range, Mapping) else max_range
+    if value is not None and (not isinstance(value, int) or value < 1):
+        raise InputError("max_range", "a positive number of tokens", value)
+    return value
+
+
+def _parse_set(argument: str, ranges: Ranges, lengths: Lengths, max_range: int | None) -> Spans:
     if ranges is None:
         ranges = [()] * lengths.batch
     if isinstance(ranges, torch.Tensor):
-        _check_tensor(ranges, lengths)
+        _check_tensor(argument, ranges, lengths)
         on_host = ranges.device.type == "cpu" or debugging.enabled()
-        host = _used_rows(ranges) if on_host else None
-        if host is None:
+        if not on_host:
             longest = lengths.max_seqlen_k if max_range is None else min(max_range, lengths.max_seqlen_k)
             _assert_on_device(ranges, lengths, longest)
             return Spans(ranges, None, longest)
-        checked = _check_host(host, lengths, max_range)
+        checked = _check_host(argument, _used_rows(ranges), lengths, max_range)
         values = to_device(ranges, lengths.device)
     else:
-        checked = _check_host(_as_pairs(ranges, lengths), lengths, max_range)
+        checked = _check_host(argument, _as_pairs(argument, ranges, lengths), lengths, max_range)
         values = to_device(_padded(checked), lengths.device)
     longest = max((end - start for spans in checked for start, end in spans), default=0)
+    if lengths.seqlens_k is None:  # then only the device can tell whether each span ends within its keys
+        _assert_on_device(values, lengths, max(longest, 1))
     return Spans(values, checked, longest)
 
 
-def _check_tensor(ranges: torch.Tensor, lengths: Lengths) -> None:
+def _check_tensor(argument: str, ranges: torch.Tensor, lengths: Lengths) -> None:
     if ranges.dtype != torch.int32:
-        raise InputError("ranges", "dtype torch.int32", ranges.dtype)
+        raise InputError(argument, "dtype torch.int32", ranges.dtype)
     if ranges.ndim != 3 or ranges.shape[2] != 2:
-        raise InputError("ranges", "shape (batch, max_ranges, 2)", tuple(ranges.shape))
+        raise InputError(argument, "shape (batch, max_ranges, 2)", tuple(ranges.shape))
     if ranges.shape[0] != lengths.batch:
-        raise InputError("ranges", f"one row per sequence, {lengths.batch}", ranges.shape[0])
+        raise InputError(argument, f"one row per sequence, {lengths.batch}", ranges.shape[0])
     if ranges.device.type != "cpu" and ranges.device != lengths.device:
-        raise InputError("ranges", f"a tensor on the CPU or on q's device {lengths.device}", ranges.device)
+        raise InputError(argument, f"a tensor on the CPU or on q's device {lengths.device}", ranges.device)
 
 
-def _as_pairs(ranges: Sequence[Sequence[tuple[int, int]]], lengths: Lengths) -> HostSpans:
+def _as_pairs(argument: str, ranges: Sequence[Sequence[tuple[int, int]]], lengths: Lengths) -> HostSpans:
+    if not isinstance(ranges, Sequence) or isinstance(ranges, str):
+        raise InputError(argument, "an int32 tensor, or a list of spans per sequence", type(ranges).__name__)
     if len(ranges) != lengths.batch:
-        raise InputError("ranges", f"one list per sequence, {lengths.batch}", f"{len(ranges)} lists")
+        raise InputError(argument, f"one list per sequence, {lengths.batch}", f"{len(ranges)} lists")
     result = []
     for sequence, spans in enumerate(ranges):
         pairs = []
+        if not isinstance(spans, Iterable):
+            raise InputError(f"{argument}[{sequence}]", "a list of pairs (start, end)", spans)
         for index, pair in enumerate(spans):
             try:
                 start, end = pair
-                pairs.append((start.__index__(), end.__index__()))
-            except (TypeError, ValueError, AttributeError):
-                raise InputError(f"ranges[{sequence}][{index}]", "a pair of integers (start, end)", pair) from None
+                pairs.append((operator.index(start), operator.index(end)))
+            except (TypeError, ValueError):
+                raise InputError(f"{argument}[{sequence}][{index}]", "a pair of integers (start, end)", pair) from None
         result.append(tuple(pairs))
     return tuple(result)
 
 
-def _check_host(host: HostSpans, lengths: Lengths, max_range: int | None) -> HostSpans:
+def _check_host(argument: str, host: HostSpans, lengths: Lengths, max_range: int | None) -> HostSpans:
     result = []
     for sequence, spans in enumerate(host):
         for index, (start, end) in enumerate(spans):
-            name = f"ranges[{sequence}][{index}]"
+            name = f"{argument}[{sequence}][{index}]"
             if start < 0:
                 raise InputError(name, "a start of at least 0", (start, end))
             if start >= end:
                 raise InputError(name, "start below end", (start, end))
-            if lengths.seqlens_k is not None and end > lengths.seqlens_k[sequence]:
-                keys = lengths.seqlens_k[sequence]
+            keys = lengths.max_seqlen_k if lengths.seqlens_k is None else lengths.seqlens_k[sequence]
+            if end > keys:
                 raise InputError(name, f"an end within the sequence's {keys} keys", (start, end))
             if max_range is not None and end - start > max_range:
                 raise InputError(name, f"at most max_range = {max_range} tokens", (start, end))
         ordered = sorted(spans)
         for before, after in itertools.pairwise(ordered):
             if after[0] < before[1]:
-                raise InputError(f"ranges[{sequence}]", "spans that do not overlap", f"{before} and {after}")
+                raise InputError(f"{argument}[{sequence}]", "spans that do not overlap", f"{before} and {after}")
         result.append(tuple(ordered))
     return tuple(result)
 
@@ -138,4 +196,4 @@ def _padded(host: HostSpans) -> torch.Tensor:
     """`(batch, max_spans, 2)` int32 on the host, unused rows `(0, 0)`."""
     width = max((len(spans) for spans in host), default=0)
     rows = [[*spans, *[(0, 0)] * (width - len(spans))] for spans in host]
-    return torch.tensor(rows, dtype=torch.int32).reshape(len(host), width, 2)
+    return torch.tensor(rows, dtype=torch.int32, device="cpu").reshape(len(host), width, 2)

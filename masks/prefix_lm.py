@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-from fa4_prefixlm.errors import InputError
-from fa4_prefixlm.mask import Mask, Reach, Rows
+from fa4_prefixlm.algebra import causal, same_span, window
+from fa4_prefixlm.mask import Intervals, Mask, Pairs, Reach, Rows
 
 
 @dataclass(frozen=True)
@@ -25,30 +26,33 @@ class PrefixLM(Mask):
 
     window: int | None = None
     clamp: bool = True
+    centered = total = True
 
     def __post_init__(self) -> None:
-        if self.window is not None and (not isinstance(self.window, int) or self.window < 1):
-            raise InputError("window", "None or a positive number of tokens", self.window)
+        if self.window is not None:
+            window(self.window)  # checks it
 
-    def bounds(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-        hi = torch.maximum(rows.position + 1, rows.span_end)
+    @property
+    def expression(self) -> Mask:
+        """The same mask in the terms of the authoring API, its spans named "image"."""
         if self.window is None:
-            return torch.zeros_like(hi), hi
-        lo = rows.position - (self.window - 1)
-        if not self.clamp:
-            lo = torch.minimum(lo, rows.span_start)
-        return lo, hi
+            return causal | same_span("image")
+        if self.clamp:
+            return (causal | same_span("image")) & window(self.window)
+        return (causal & window(self.window)) | same_span("image")
 
-    def visible(self, q_pos: torch.Tensor, kv_pos: torch.Tensor, same_span: torch.Tensor) -> torch.Tensor:
-        causal = kv_pos <= q_pos
-        if self.window is None:
-            return causal | same_span
-        near = q_pos - kv_pos < self.window
-        return ((causal | same_span) & near) if self.clamp else ((causal & near) | same_span)
+    @property
+    def names(self) -> frozenset[str]:
+        return self.expression.names
 
-    def reach(self, longest_span: int) -> Reach:
-        right = max(1, longest_span)
-        if self.window is None:
-            return Reach(left=None, right=right)
-        left = self.window - 1
-        return Reach(left=left if self.clamp else max(left, longest_span), right=right)
+    def count(self, spans: Mapping[str, int]) -> int:
+        return self.expression.count(spans)
+
+    def intervals(self, rows: Rows) -> Intervals:
+        return self.expression.intervals(rows)
+
+    def visible(self, pairs: Pairs) -> torch.Tensor:
+        return self.expression.visible(pairs)
+
+    def reach(self, longest: Mapping[str, int]) -> Reach:
+        return self.expression.reach(longest)

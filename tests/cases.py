@@ -9,6 +9,7 @@ import random
 import torch
 
 from fa4_prefixlm import Mask, PrefixLM, intervals, lengths, ranges
+from fa4_prefixlm.mask import Pairs, Rows
 
 EDGES = (1, 2, 63, 64, 65, 79, 80, 81, 127, 128, 129, 191, 192, 193, 255, 256, 257, 383, 384, 385)
 
@@ -125,13 +126,21 @@ UGLY = {
 class Blind(PrefixLM):
     """PrefixLM, but the first 200 positions of a sequence and every third row after them see nothing."""
 
-    def bounds(self, rows):
-        lo, hi = super().bounds(rows)
-        blind = (rows.position < 200) | (rows.position % 3 == 0)
+    total = False
+
+    def intervals(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        lo, hi = super().intervals(rows)
+        blind = ((rows.position < 200) | (rows.position % 3 == 0)).unsqueeze(1)
         return lo.masked_fill(blind, 5), hi.masked_fill(blind, 5)
 
-    def visible(self, q_pos, kv_pos, same_span):
-        return super().visible(q_pos, kv_pos, same_span) & (q_pos >= 200) & (q_pos % 3 != 0)
+    def visible(self, pairs: Pairs) -> torch.Tensor:
+        return super().visible(pairs) & (pairs.query >= 200) & (pairs.query % 3 != 0)
+
+
+class ChainedBlind(Blind):
+    """The same, with its tiles found from the extremes of each query tile's rows."""
+
+    total = True
 
 
 def masks_for(batch: Batch) -> list[Mask]:
@@ -140,21 +149,35 @@ def masks_for(batch: Batch) -> list[Mask]:
     return [PrefixLM(), PrefixLM(shorter), PrefixLM(shorter, clamp=False), PrefixLM(longest + 10)]
 
 
-def prepare(batch: Batch, mask: Mask) -> tuple[lengths.Lengths, ranges.Spans, intervals.Tokens, intervals.Bounds]:
-    """The stages up to the bounds, on the CPU."""
+def sizes_of(batch: Batch) -> lengths.Lengths:
     totals = {"total_q": batch.cu_q[-1], "total_k": batch.cu_k[-1]}
-    sizes = lengths.packed(
+    return lengths.packed(
         batch.cu_q, batch.cu_k, max_seqlen_q=None, max_seqlen_k=None, device=torch.device("cpu"), **totals
     )
-    spans = ranges.parse(batch.spans, sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stages:
+    """What a plan goes through, on the CPU."""
+
+    sizes: lengths.Lengths
+    spans: ranges.SpanSets
+    demand: intervals.Demand
+    where: intervals.Tokens
+    bounds: intervals.Bounds
+
+
+def prepare(batch: Batch, mask: Mask, spans: ranges.NamedRanges | None = None) -> Stages:
+    sizes = sizes_of(batch)
+    sets = ranges.parse(mask, batch.spans if spans is None else spans, sizes)
     where = intervals.tokens(sizes)
-    return sizes, spans, where, intervals.row_bounds(mask, spans, where)
+    return Stages(sizes, sets, intervals.demand(mask, sets), where, intervals.row_bounds(mask, sets, sizes, where))
 
 
-def dense(bounds: intervals.Bounds, keys: int) -> torch.Tensor:
-    """`(rows, keys)` bool of bounds that belong to one sequence."""
+def dense(bounds: intervals.Bounds, keys: int, rows: slice = slice(None)) -> torch.Tensor:
+    """`(rows, keys)` bool of the intervals of rows that belong to one sequence."""
     kv = torch.arange(keys)
-    return (kv >= bounds.lo[:, None]) & (kv < bounds.hi[:, None])
+    return ((kv >= bounds.lo[rows, :, None]) & (kv < bounds.hi[rows, :, None])).any(1)
 
 
 def _cumulative(values: list[int]) -> list[int]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
 import torch
-from cases import UGLY, Batch, Blind, dense, masks_for, prepare, random_batch, random_mask
+from cases import UGLY, Batch, Blind, ChainedBlind, dense, masks_for, prepare, random_batch, random_mask
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fa4_prefixlm import PrefixLM, blocks, intervals, lengths
-from fa4_prefixlm.mask import Mask
+from fa4_prefixlm import PrefixLM, blocks, intervals, lengths, tiling
+from fa4_prefixlm.mask import Mask, Reach
 
 TILES = ((128, 128), (192, 128), (128, 80), (128, 64), (256, 128), (16, 8))
 
@@ -35,7 +36,7 @@ def tiles_of(visible: torch.Tensor, rows: slice, block_n: int) -> tuple[set[int]
     """(tiles with anything visible, tiles with everything visible) of the rows of one query tile, by looking."""
     part = visible[rows]
     some, every = set(), set()
-    for tile in range(blocks.ceil_div(part.shape[1], block_n)):
+    for tile in range(tiling.ceil_div(part.shape[1], block_n)):
         inside = part[:, tile * block_n : (tile + 1) * block_n]
         if inside.any():
             some.add(tile)
@@ -58,55 +59,56 @@ def read(count: torch.Tensor, idx: torch.Tensor, at: int) -> list[int]:
     return idx[at : at + int(count)].tolist()
 
 
-def check_varlen(
-    batch: Batch, mask: Mask, block_m: int, block_n: int, on_host: bool = True, exact: bool = True
-) -> None:
-    sizes, spans, _, bounds = prepare(batch, mask)
-    if not on_host:
-        sizes = forget_host(sizes)
-    tiles = blocks.query_tiles(sizes, block_m)
-    runs = blocks.tile_runs(bounds, tiles, block_m, block_n)
-    lists = blocks.varlen_lists(runs, tiles, sizes, mask.reach(spans.longest), block_m, block_n)
+def check_varlen(batch: Batch, mask: Mask, block_m: int, block_n: int, on_host: bool = True, chained=None) -> None:
+    stage = prepare(batch, mask)
+    demand = stage.demand if chained is None else dataclasses.replace(stage.demand, chained=chained)
+    sizes = stage.sizes if on_host else forget_host(stage.sizes)
+    tiles = tiling.query_tiles(sizes, block_m)
+    found = tiling.classify(stage.bounds, tiles, sizes, stage.where, block_m, block_n, chained=demand.chained)
+    lists = blocks.varlen_lists(found, tiles, sizes, demand, block_m, block_n)
     assert lists.partial_idx.shape == lists.full_idx.shape
     assert lists.partial_count.shape == lists.full_count.shape == (1, len(tiles.row_start))
     assert lists.nbytes() <= blocks.varlen_bytes(sizes, block_m, block_n) + 8
     tile = 0
     for index, (rows, keys) in enumerate(batch.seqlens):
         begin = batch.cu_q[index]
-        visible = dense(intervals.Bounds(bounds.lo[begin : begin + rows], bounds.hi[begin : begin + rows]), keys)
+        visible = dense(stage.bounds, keys, slice(begin, begin + rows))
         assert int(lists.cu_tiles[index]) == tile
-        for row in range(blocks.ceil_div(rows, block_m)):
-            at = int(lists.cu_entries[index]) + row * blocks.ceil_div(keys, block_n)  # the kernel's own arithmetic
+        for row in range(tiling.ceil_div(rows, block_m)):
+            at = int(lists.cu_entries[index]) + row * tiling.ceil_div(keys, block_n)  # the kernel's own arithmetic
             check_list(
                 read(lists.partial_count[0, tile], lists.partial_idx[0], at),
                 read(lists.full_count[0, tile], lists.full_idx[0], at),
                 *tiles_of(visible, slice(row * block_m, (row + 1) * block_m), block_n),
-                exact,
+                exact=not isinstance(mask, ChainedBlind),
             )
             tile += 1
     assert (lists.partial_count[0, tile:] == 0).all()
     assert (lists.full_count[0, tile:] == 0).all()
 
 
-def check_packed(batch: Batch, mask: Mask, block_m: int, block_n: int, on_host: bool = True) -> None:
-    sizes, spans, where, bounds = prepare(batch, mask)
-    if not on_host:
-        sizes = forget_host(sizes)
+def check_packed(batch: Batch, mask: Mask, block_m: int, block_n: int, on_host: bool = True, chained=None) -> None:
+    stage = prepare(batch, mask)
+    demand = stage.demand if chained is None else dataclasses.replace(stage.demand, chained=chained)
+    sizes = stage.sizes if on_host else forget_host(stage.sizes)
     whole = lengths.as_one_sequence(sizes)
-    bounds = bounds.shifted(where.key_offset)
-    runs = blocks.tile_runs(bounds, blocks.query_tiles(whole, block_m), block_m, block_n)
-    lists = blocks.packed_lists(runs, sizes, mask.reach(spans.longest), block_m, block_n)
-    everything = max(1, blocks.ceil_div(sizes.total_k, block_n))
+    bounds = stage.bounds.shifted(stage.where.key_offset)
+    where = stage.where._replace(sequence=torch.zeros_like(stage.where.sequence))
+    tiles = tiling.query_tiles(whole, block_m)
+    found = tiling.classify(bounds, tiles, whole, where, block_m, block_n, chained=demand.chained)
+    lists = blocks.packed_lists(found, sizes, demand, block_m, block_n)
+    everything = max(1, tiling.ceil_div(sizes.total_k, block_n))
     assert lists.partial_idx.shape[3] <= everything
     assert lists.full_idx.shape[3] <= everything
-    assert lists.nbytes() <= blocks.packed_bytes(sizes, mask.reach(spans.longest), block_m, block_n)
+    assert lists.nbytes() <= max(blocks.packed_bytes(sizes, demand, block_m, block_n), 8 * lists.full_idx.numel() + 999)
     visible = dense(bounds, sizes.total_k)
-    for row in range(blocks.ceil_div(sizes.total_q, block_m)):
+    for row in range(tiling.ceil_div(sizes.total_q, block_m)):
         check_list(
             read(lists.partial_count[0, 0, row], lists.partial_idx[0, 0, row], 0),
             read(lists.full_count[0, 0, row], lists.full_idx[0, 0, row], 0),
             *tiles_of(visible, slice(row * block_m, (row + 1) * block_m), block_n),
-            exact=len(batch.seqlens) == 1,  # a tile with rows of two sequences may list what lies between them
+            # From the extremes, a tile with rows of two sequences may list what lies between them.
+            exact=not isinstance(mask, ChainedBlind) and (len(batch.seqlens) == 1 or not demand.chained),
         )
 
 
@@ -115,8 +117,9 @@ def check_packed(batch: Batch, mask: Mask, block_m: int, block_n: int, on_host: 
 def test_random_batches(seed: int, tile: tuple[int, int], on_host: bool) -> None:
     rng = random.Random(seed)
     batch, mask = random_batch(rng, longest=500), random_mask(rng)
-    check_varlen(batch, mask, *tile, on_host=on_host)
-    check_packed(batch, mask, *tile, on_host=on_host)
+    for chained in (True, False):
+        check_varlen(batch, mask, *tile, on_host=on_host, chained=chained)
+        check_packed(batch, mask, *tile, on_host=on_host, chained=chained)
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
@@ -131,15 +134,17 @@ def test_ugly_batches(name: str, tile: tuple[int, int]) -> None:
 def test_rows_that_see_nothing_make_no_tile_full(window: int | None) -> None:
     batch = Batch(((900, 900), (150, 150)), (((100, 500),), ()))
     for tile in TILES:
-        check_varlen(batch, Blind(window), *tile)
-        check_packed(batch, Blind(window), *tile)
+        for mask in (Blind(window), ChainedBlind(window)):
+            check_varlen(batch, mask, *tile)
+            check_packed(batch, mask, *tile)
 
 
 def list_bytes(tokens: int, mask: Mask, layout: str, batch: int = 1, longest: int = 256) -> int:
     sizes = lengths.batched(batch, tokens, tokens, torch.device("cpu"))
     if layout == "varlen":
         return blocks.varlen_bytes(sizes, 128, 128)
-    return blocks.packed_bytes(sizes, mask.reach(longest), 128, 128)
+    demand = intervals.Demand(1, False, True, mask.reach({"image": longest}))
+    return blocks.packed_bytes(sizes, demand, 128, 128)
 
 
 @pytest.mark.parametrize("mask", [PrefixLM(1024), PrefixLM(1024, clamp=False), PrefixLM()], ids=str)
@@ -157,8 +162,8 @@ def test_packed_lists_grow_linearly_with_the_batch() -> None:
 
 def test_a_reach_that_is_too_small_is_noticed() -> None:
     class Liar(PrefixLM):
-        def reach(self, longest_span: int):
-            return PrefixLM(1).reach(1)
+        def reach(self, longest):
+            return Reach(0, 1)
 
     batch = Batch(((600, 600),), (((0, 500),),))
     with pytest.raises(RuntimeError, match="longer than"):

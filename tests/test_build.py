@@ -14,6 +14,8 @@ from fa4_prefixlm.backends import fa4_common
 from fa4_prefixlm.call import CallSpec
 from fa4_prefixlm.fa4 import build as builds
 from fa4_prefixlm.fa4.tiles import forward_tile, unsupported_head_dim
+from fa4_prefixlm.intervals import Demand
+from fa4_prefixlm.mask import Reach
 
 GPU_CALL = CallSpec(
     batched=False,
@@ -27,6 +29,7 @@ GPU_CALL = CallSpec(
     device=torch.device("cuda", 0),
     needs_grad=False,
 )
+DEMAND = Demand(intervals=1, tagged=False, chained=True, reach=Reach(1023, 256))
 GOOD = builds.Build("flash_attn.cute", "9.9", frozenset(), varlen_mask=True, varlen_lists=True, sm90_list_stride="tile")
 
 INTERFACE = """
@@ -91,11 +94,12 @@ def choose(
     name: str = "auto",
     tokens: int = 1000,
     arch: str = "sm_90",
+    demand: Demand | None = None,
 ) -> backends.Choice:
     monkeypatch.setattr(builds, "installed", lambda: build)
     monkeypatch.setenv("FLASH_ATTENTION_ARCH", arch)
     sizes = lengths.batched(1, tokens, tokens, torch.device("cpu"))
-    return backends.choose(name, call, fp.PrefixLM(1024), sizes, longest_span=256)
+    return backends.choose(name, call, demand or DEMAND, sizes)
 
 
 def test_auto_takes_the_first_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,3 +196,21 @@ def test_sm100_blocks_cover_both_stages() -> None:
 
 def test_pack_gqa_is_said_not_left_to_fa4() -> None:
     assert fa4_common.PACK_GQA is False
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "why"),
+    [
+        ({"intervals": 4, "chained": False}, "varlen", None),
+        ({"intervals": 5, "chained": False}, "reference", "a row may see 5 intervals of keys, the kernels take 4"),
+        ({"tagged": True, "chained": False}, "varlen", None),
+        ({"custom": True, "chained": False, "intervals": 9}, "varlen", None),
+    ],
+)
+def test_what_a_mask_asks_for(monkeypatch: pytest.MonkeyPatch, change: dict, name: str, why: str | None) -> None:
+    choice = choose(monkeypatch, GOOD, demand=dataclasses.replace(DEMAND, **change))
+    assert choice.name == name
+    assert why is None or choice.passed_over[0][1] == why
+    if "tagged" in change or "custom" in change:
+        with pytest.raises(fp.UnsupportedError, match="sequence"):
+            choose(monkeypatch, GOOD, name="packed", demand=dataclasses.replace(DEMAND, **change))

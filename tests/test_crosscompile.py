@@ -6,7 +6,6 @@ The calls are real ones on fake tensors. A plan that looked at a value on the de
 from __future__ import annotations
 
 import concurrent.futures
-import inspect
 import subprocess
 import sys
 
@@ -14,8 +13,8 @@ import pytest
 
 pytest.importorskip("flash_attn", reason="flash-attn-4 is not installed")
 
-from fa4_prefixlm.fa4 import mask_mods
 from fa4_prefixlm.fa4.crosscompile import TARGETS, compile_in_subprocess, standard_variants
+from fa4_prefixlm.intervals import MOST_INTERVALS
 
 VARIANTS = standard_variants()
 
@@ -36,14 +35,15 @@ def test_compiles(reports: dict, arch: str, index: int) -> None:
     assert arch in report["kernel"]
 
 
-def test_every_mask_mod_is_compiled() -> None:
-    defined = {
-        name
-        for name, value in vars(mask_mods).items()
-        if inspect.isfunction(value) and value.__module__ == mask_mods.__name__
-    }
-    assert defined
-    assert defined <= {variant.backend for variant in VARIANTS}
+def test_every_mask_mod_is_compiled(reports: dict) -> None:
+    """Every layout and number of intervals, and the tags where a backend takes them."""
+    wanted = {(layout, count, False) for layout in ("varlen", "packed") for count in range(1, MOST_INTERVALS + 1)}
+    wanted.add(("varlen", 1, True))
+    assert wanted == {variant.kernel for variant in VARIANTS}
+    for variant, report in zip(VARIANTS, (reports["sm_90", index] for index in range(len(VARIANTS))), strict=True):
+        _, count, tagged = variant.kernel
+        assert f"{count} interval" in report["kernel"]
+        assert ("a block of tags" in report["kernel"]) == tagged
 
 
 CURE_SCRIPT = """

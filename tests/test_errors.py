@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 
 import pytest
@@ -47,6 +48,8 @@ def test_the_error_is_a_value_error_with_its_parts() -> None:
         ([[], [(0, 3), (2, 5)]], "ranges[1]: expected spans that do not overlap, got (0, 3) and (2, 5)"),
         ([[], [(2, 5), (0, 3)]], "ranges[1]: expected spans that do not overlap, got (0, 3) and (2, 5)"),
         ([[]], "ranges: expected one list per sequence, 2, got 1 lists"),
+        (5, "ranges: expected an int32 tensor, or a list of spans per sequence, got int"),
+        ([[], 4], "ranges[1]: expected a list of pairs (start, end), got 4"),
         ([[], [4]], "ranges[1][0]: expected a pair of integers (start, end), got 4"),
         ([[], [(0.5, 2)]], "ranges[1][0]: expected a pair of integers (start, end), got (0.5, 2)"),
         (torch.zeros(2, 1, 2), "ranges: expected dtype torch.int32, got torch.float32"),
@@ -128,11 +131,14 @@ def test_tensors(tensors, message: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"softmax_scale": float("nan")}, "softmax_scale: expected a finite number, got nan"),
-        ({"softcap": -1.0}, "softcap: expected a finite number, 0.0 for none, got -1.0"),
+        ({"softmax_scale": float("nan")}, "softmax_scale: expected a positive finite number, got nan"),
+        ({"softcap": -1.0}, "softcap: expected a non-negative finite number, 0.0 for none, got -1.0"),
         ({"learnable_sink": torch.zeros(2)}, "learnable_sink: expected shape (4,), one per query head, got (2,)"),
         ({"learnable_sink": torch.zeros(4, dtype=torch.int32)}, "learnable_sink: expected dtype float32"),
         ({"learnable_sink": torch.zeros(4, device="meta")}, "learnable_sink: expected q's device cpu, got meta"),
+        ({"softmax_scale": 0.0}, "softmax_scale: expected a positive finite number, got 0.0"),
+        ({"out": [1]}, "out: expected a torch.Tensor, got list"),
+        ({"learnable_sink": [0.0] * 4}, "learnable_sink: expected a torch.Tensor, got list"),
         ({"out": torch.zeros(10, 4, 8)}, "out: expected shape (10, 4, 16), got (10, 4, 8)"),
         ({"out": torch.zeros(10, 4, 16).double()}, "out: expected q's dtype torch.float32, got torch.float64"),
         ({"out": torch.zeros(10, 16, 4).transpose(1, 2)}, "out: expected a contiguous tensor"),
@@ -184,3 +190,39 @@ def test_the_debug_switch() -> None:
         with fp.debug(False):
             assert not switch.enabled()
     assert not switch.enabled()
+
+
+def test_errors_cross_process_borders() -> None:
+    error = pickle.loads(pickle.dumps(fp.UnsupportedError("q", "this", 3)))
+    assert isinstance(error, fp.UnsupportedError)
+    assert str(error) == "q: expected this, got 3"
+
+
+def test_numpy_like_integers_are_integers() -> None:
+    import numpy as np
+
+    numbers = [np.int64(0), np.int32(4), torch.tensor(10)]
+    wanted = call([[(0, 3)], []])
+    assert call([[(np.int64(0), np.int32(3))], []], cu_q=numbers).shape == wanted.shape
+
+
+def test_a_plan_has_its_own_lengths() -> None:
+    q, k, v = qkv()
+    mine = cu(0, 4, 10)
+    plan = fp.plan(None, like=(q, k, v), cu_seqlens_q=mine, cu_seqlens_k=mine)
+    mine[1] = 9
+    assert plan.lengths.cu_seqlens_q.tolist() == [0, 4, 10]
+
+
+def test_names_of_span_sets() -> None:
+    from fa4_prefixlm.masks import causal, prefix, same_span, window
+
+    rejects("spans it does not use", [[(0, 2)], []], mask=causal & window(3))
+    two = (causal | same_span("image")) & (window(4) | prefix("prompt"))
+    rejects("a dictionary with spans for ['image', 'prompt']", [[(0, 2)], []], mask=two)
+    rejects("spans for 'prompt'", {"image": [[], []]}, mask=two)
+    rejects("ranges['video']", {"image": [[], []], "prompt": [[], []], "video": [[], []]}, mask=two)
+    rejects("ranges['image'][0][0]: expected start below end", {"image": [[(3, 1)], []], "prompt": [[], []]}, mask=two)
+    rejects("at least one span, without which same_span('image') is empty", [[], []], mask=same_span("image"))
+    with pytest.raises(fp.InputError, match="name: expected the name of a span set"):
+        same_span("")

@@ -13,7 +13,7 @@ import sys
 
 import pytest
 import torch
-from cases import UGLY, Batch, Blind, masks_for, random_batch, random_mask
+from cases import UGLY, Batch, Blind, ChainedBlind, masks_for, random_batch, random_mask
 
 import fa4_prefixlm as fp
 from fa4_prefixlm.accuracy import exact_attention, relative_error
@@ -183,7 +183,7 @@ def test_ugly_batches(name: str, dims: tuple[int, int], gpu_report) -> None:
 @pytest.mark.parametrize("dims", [(64, 64), (128, 128), (256, 256)], ids=str)
 def test_rows_that_see_nothing_are_zero_with_lse_minus_infinity(backend: str, dims: tuple[int, int]) -> None:
     batch = Batch(((900, 900), (150, 150), (300, 300)), (((100, 500),), (), ((200, 300),)))
-    for mask in (Blind(), Blind(window=100)):
+    for mask in (Blind(), Blind(window=100), ChainedBlind(window=100)):
         error, _ = run(Kind(dims), batch, mask, backend, seed=1)  # also compares the -inf of the LSE
         assert error <= 2.5e-3
         q, k, v = batch.tensors((4, 2), dims, torch.bfloat16, "cuda", 1)
@@ -201,11 +201,12 @@ def test_memory_after_the_bounds_does_not_matter(backend: str, dim: int) -> None
     q, k, v = batch.tensors((4, 2), (dim, dim), torch.bfloat16, "cuda", 0)
     plan = fp.plan(batch.spans, like=(q, k, v), cu_seqlens_q=batch.cu_q, cu_seqlens_k=batch.cu_k, backend=backend)
     clean = fp.attention(q, k, v, plan)
-    bounds = plan.prepared.bounds
+    code = plan.prepared.code
+    bounds = code.aux_tensors[0]
     for poison in ((0, 2**31 - 1), (-(2**31), -(2**31)), (2**31 - 1, 2**31 - 1)):
-        around = torch.tensor(poison, dtype=torch.int32, device="cuda").repeat(len(bounds) + 2048, 1)
+        around = torch.tensor(poison, dtype=torch.int32, device="cuda").repeat(len(bounds) + 2048, 1, 1)
         around[: len(q)] = bounds[: len(q)]  # the padding rows are poison too
-        plan.prepared.bounds = around[: len(bounds)]
+        plan.prepared.code = dataclasses.replace(code, aux_tensors=[around[: len(bounds)]])
         assert torch.equal(fp.attention(q, k, v, plan), clean)
 
 

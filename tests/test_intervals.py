@@ -13,16 +13,17 @@ from torch.nn.attention import flex_attention as flex
 
 from fa4_prefixlm import PrefixLM, intervals, ranges
 from fa4_prefixlm.backends.reference import dense_mask
+from fa4_prefixlm.mask import EMPTY_HI, EMPTY_LO
 
 
 def check(batch: Batch, mask: PrefixLM) -> None:
-    *_, bounds = prepare(batch, mask)
+    stage = prepare(batch, mask)
     for index, (rows, keys) in enumerate(batch.seqlens):
         here = slice(batch.cu_q[index], batch.cu_q[index] + rows)
         wanted = brute_mask(mask, rows, keys, batch.spans[index])
-        assert torch.equal(dense(intervals.Bounds(bounds.lo[here], bounds.hi[here]), keys), wanted)
-        assert torch.equal(dense_mask(mask, rows, keys, batch.spans[index]), wanted)
-    assert int(bounds.visible_pairs()) == sum(
+        assert torch.equal(dense(stage.bounds, keys, here), wanted)
+        assert torch.equal(dense_mask(mask, rows, keys, {"image": batch.spans[index]}), wanted)
+    assert int(stage.bounds.visible_pairs(stage.where)) == sum(
         int(brute_mask(mask, rows, keys, own).sum())
         for (rows, keys), own in zip(batch.seqlens, batch.spans, strict=True)
     )
@@ -44,21 +45,22 @@ def test_ugly_batches(name: str) -> None:
 def test_the_worked_example_of_the_docstring() -> None:
     batch = Batch(((10, 10),), (((2, 8),),))
     for clamp, expected in ((True, (4, 8)), (False, (2, 8))):
-        *_, bounds = prepare(batch, PrefixLM(4, clamp=clamp))
-        assert (int(bounds.lo[7]), int(bounds.hi[7])) == expected
+        bounds = prepare(batch, PrefixLM(4, clamp=clamp)).bounds
+        assert (int(bounds.lo[7, 0]), int(bounds.hi[7, 0])) == expected
 
 
 def test_adjacent_spans_stay_two_spans() -> None:
-    *_, bounds = prepare(Batch(((8, 8),), (((0, 4), (4, 8)),)), PrefixLM())
-    assert bounds.hi.tolist() == [4, 4, 4, 4, 8, 8, 8, 8]
+    bounds = prepare(Batch(((8, 8),), (((0, 4), (4, 8)),)), PrefixLM()).bounds
+    assert bounds.hi[:, 0].tolist() == [4, 4, 4, 4, 8, 8, 8, 8]
 
 
 def test_unused_rows_do_not_hide_a_span_at_zero() -> None:
     batch = Batch(((6, 6), (6, 6)), (((0, 3),), ((0, 6),)))
-    sizes, _, where, bounds = prepare(batch, PrefixLM())
+    stage = prepare(batch, PrefixLM())
     for order in ([0, 1, 2], [2, 1, 0], [1, 0, 2]):
-        spans = ranges.parse(torch.nn.functional.pad(batch.ranges_tensor(), (0, 0, 0, 1))[:, order], sizes)
-        assert torch.equal(intervals.row_bounds(PrefixLM(), spans, where).hi, bounds.hi)
+        given = torch.nn.functional.pad(batch.ranges_tensor(), (0, 0, 0, 1))[:, order]
+        spans = ranges.parse(PrefixLM(), given, stage.sizes)
+        assert torch.equal(intervals.row_bounds(PrefixLM(), spans, stage.sizes, stage.where).hi, stage.bounds.hi)
 
 
 @pytest.mark.parametrize(
@@ -84,13 +86,20 @@ def test_flex_attention_composes_the_same_mask(mask: PrefixLM) -> None:
     else:
         composed = flex.or_masks(flex.and_masks(causal, window), same_span)
     wanted = flex.create_mask(composed, 1, 1, keys, keys, device="cpu")[0, 0]
-    assert torch.equal(dense_mask(mask, keys, keys, spans), wanted)
-    *_, bounds = prepare(Batch(((keys, keys),), (spans,)), mask)
-    assert torch.equal(dense(bounds, keys), wanted)
+    assert torch.equal(dense_mask(mask, keys, keys, {"image": spans}), wanted)
+    assert torch.equal(dense(prepare(Batch(((keys, keys),), (spans,)), mask).bounds, keys), wanted)
 
 
 def test_bounds_are_clipped_to_the_keys_and_empty_rows_have_one_form() -> None:
-    lo, hi, keys = (torch.tensor(values, dtype=torch.int32) for values in ([-5, 3, 7, 9], [4, 99, 7, 8], [10] * 4))
-    bounds = intervals.canonical(lo, hi, keys)
-    assert bounds.lo.tolist() == [0, 3, intervals.EMPTY_LO, intervals.EMPTY_LO]
-    assert bounds.hi.tolist() == [4, 10, intervals.EMPTY_HI, intervals.EMPTY_HI]
+    lo, hi = (torch.tensor(values, dtype=torch.int32)[:, None] for values in ([-5, 3, 7, 9], [4, 99, 7, 8]))
+    lo, hi = intervals.clipped(lo, hi, torch.tensor([10] * 4, dtype=torch.int32))
+    assert lo[:, 0].tolist() == [0, 3, EMPTY_LO, EMPTY_LO]
+    assert hi[:, 0].tolist() == [4, 10, EMPTY_HI, EMPTY_HI]
+
+
+@pytest.mark.parametrize("window", [2**31 - 1, 2**31, 2**31 + 2, 2**40])
+def test_a_window_wider_than_int32_is_no_window(window: int) -> None:
+    batch = UGLY["span at both borders"]
+    wide, none = prepare(batch, PrefixLM(window)).bounds, prepare(batch, PrefixLM()).bounds
+    assert torch.equal(wide.lo, none.lo)
+    assert torch.equal(wide.hi, none.hi)

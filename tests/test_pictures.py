@@ -35,7 +35,7 @@ def test_text() -> None:
 def test_the_image_shows_the_mask() -> None:
     mask, spans = fp.PrefixLM(20, clamp=False), ((5, 40), (50, 60))
     image = mask_image(mask, seqlen_k=64, spans=spans, cell=3)
-    visible = dense_mask(mask, 64, 64, spans)
+    visible = dense_mask(mask, 64, 64, {"image": spans})
     shown = {bytes.fromhex(COLOURS[state][1:]): state for state in (HIDDEN, PLAIN, SPAN)}
     for row, key in ((0, 0), (0, 1), (10, 39), (39, 5), (39, 4), (30, 11), (63, 40), (63, 44), (55, 59)):
         colour = bytes(image.getpixel((MARGIN + key * 3 + 1, MARGIN + row * 3 + 1)))

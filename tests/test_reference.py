@@ -168,3 +168,11 @@ def test_relative_error_does_not_hide_nan() -> None:
     assert math.isnan(relative_error(torch.tensor([1.0, math.nan, 1, 1]), good))
     assert math.isnan(relative_error(torch.tensor([math.nan]), torch.zeros(1)))
     assert relative_error(good, torch.zeros(4)) == math.inf
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_does_not_reach_the_reference(dtype: torch.dtype) -> None:
+    q, k, v = (torch.randn(1, 64, heads, 16) for heads in (4, 2, 2))
+    plain = fp.attention(q, k, v, [[(3, 40)]])
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(fp.attention(q, k, v, [[(3, 40)]]), plain)

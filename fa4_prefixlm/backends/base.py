@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from ..blocks import TileCounts
 from ..call import CallSpec
-from ..intervals import Bounds, Tokens
+from ..intervals import Bounds, Demand, Tokens
 from ..lengths import Lengths
 from ..mask import Mask
-from ..ranges import Spans
+from ..ranges import SpanSets
+from ..tiling import TileCounts
 
 
 @dataclass(frozen=True)
@@ -21,15 +21,16 @@ class Work:
 
     call: CallSpec
     mask: Mask
-    spans: Spans
+    spans: SpanSets
     lengths: Lengths
+    demand: Demand
     where: Tokens
     bounds: Bounds
 
 
 @dataclass(frozen=True)
 class Options:
-    """Per-call options, checked. softcap 0.0 is none; lse `(heads, total_q)` float32 is written if given."""
+    """Per-call options, checked. softcap 0.0 is none."""
 
     softmax_scale: float
     softcap: float
@@ -60,7 +61,7 @@ class Backend(abc.ABC):
     differentiable = False
 
     @abc.abstractmethod
-    def refusal(self, call: CallSpec, lengths: Lengths) -> str | None:
+    def refusal(self, call: CallSpec, demand: Demand) -> str | None:
         """Why this backend can't run the call exactly; None if it can."""
 
     @abc.abstractmethod

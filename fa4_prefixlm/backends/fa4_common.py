@@ -6,14 +6,15 @@ from dataclasses import dataclass
 
 import torch
 
-from ..blocks import BlockLists, TileCounts, TileRuns, count_tiles
+from ..blocks import BlockLists
 from ..call import CallSpec
 from ..fa4 import build as builds
 from ..fa4.build import Build
-from ..fa4.launch import masked_forward
+from ..fa4.launch import MaskCode, masked_forward
 from ..fa4.tiles import Tile, forward_tile, unsupported_head_dim
+from ..intervals import MOST_INTERVALS, Demand
 from ..lengths import Lengths
-from ..mask import Mask
+from ..tiling import KeyTiles, TileCounts, count_tiles
 from .base import Options, Prepared
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -22,7 +23,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 PACK_GQA = False
 
 
-def common_refusal(call: CallSpec) -> str | None:
+def common_refusal(call: CallSpec, demand: Demand) -> str | None:
     """What stops every FA4 backend."""
     if call.device.type != "cuda":
         return f"FA4 needs a GPU, the tensors are on {call.device}"
@@ -35,6 +36,8 @@ def common_refusal(call: CallSpec) -> str | None:
         return f"FA4 takes bfloat16 and float16, not {call.dtype}"
     if call.needs_grad:
         return "no backward yet: q, k or v requires grad"
+    if demand.intervals > MOST_INTERVALS and not demand.custom:
+        return f"a row may see {demand.intervals} intervals of keys, the kernels take {MOST_INTERVALS}"
     return unsupported_head_dim(builds.device_arch(call.device), call.head_dim, call.head_dim_v)
 
 
@@ -44,27 +47,26 @@ def installed_build() -> Build:
     return build
 
 
-def choose_tile(call: CallSpec, mask: Mask, lengths: Lengths, max_seqlen_q: int) -> Tile:
+def choose_tile(call: CallSpec, demand: Demand, max_seqlen_q: int) -> Tile:
     arch = builds.device_arch(call.device)
-    windowed = mask.reach(lengths.max_seqlen_k).left is not None
+    windowed = demand.chained and demand.reach.left is not None
     return forward_tile(arch, call.head_dim, call.head_dim_v, windowed=windowed, max_seqlen_q=max_seqlen_q)
 
 
 @dataclass
 class OneCall(Prepared):
-    """One launch: a mask_mod, its bounds and its block lists.
+    """One launch: a mask_mod with the tensors it reads, and block lists.
 
     lengths: the sequences as the kernel sees them: the batch's own (varlen), or all of it as one.
     """
 
     build: Build
-    mask_mod: str
+    code: MaskCode
     tile: Tile
-    bounds: torch.Tensor
     lists: BlockLists | None
     lengths: Lengths
     varlen: bool
-    runs: TileRuns
+    key_tiles: KeyTiles
     pack_gqa: bool = PACK_GQA
 
     def run(
@@ -78,8 +80,7 @@ class OneCall(Prepared):
             *tensors,
             lengths=self.lengths if self.varlen else None,
             build=self.build,
-            mask_mod=self.mask_mod,
-            bounds=self.bounds,
+            code=self.code,
             lists=self.lists,
             tile=self.tile,
             pack_gqa=self.pack_gqa,
@@ -91,12 +92,18 @@ class OneCall(Prepared):
 
     def describe(self) -> list[tuple[str, str]]:
         lists = self.lists.nbytes() if self.lists is not None else 0
-        arch = builds.device_arch(self.bounds.device)
+        aux = sum(tensor.nbytes for tensor in self.code.aux_tensors)
+        arch = builds.device_arch(self.lengths.device)
         tested = "" if arch // 10 == 9 else " (compiled, not run)"
+        if self.code.own is not None:
+            what = "its own mask_mod"
+        else:
+            what = f"{self.code.intervals} interval{'s' * (self.code.intervals > 1)} a row"
+            what += " and a block of tags" if len(self.code.aux_tensors) > 1 else ""
         return [
-            ("kernel", f"{self.build}, sm_{arch}{tested}, tile {self.tile}"),
-            ("memory", f"bounds {self.bounds.nbytes / 2**20:.2f} MiB, block lists {lists / 2**20:.2f} MiB"),
+            ("kernel", f"{self.build}, sm_{arch}{tested}, tile {self.tile}, {what}"),
+            ("memory", f"mask {aux / 2**20:.2f} MiB, block lists {lists / 2**20:.2f} MiB"),
         ]
 
     def tile_counts(self) -> TileCounts:
-        return count_tiles(self.runs, self.lengths, self.tile.block_m, self.tile.n)
+        return count_tiles(self.key_tiles, self.lengths, self.tile.block_m, self.tile.n)

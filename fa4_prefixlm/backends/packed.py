@@ -6,10 +6,14 @@ small where the varlen layout's would not (windowed masks and single sequences o
 
 from __future__ import annotations
 
-from .. import blocks
+import torch
+
+from ..blocks import packed_lists
 from ..call import CallSpec
-from ..fa4.launch import bounds_tensor
-from ..lengths import Lengths, as_one_sequence
+from ..fa4.launch import mask_code
+from ..intervals import Demand
+from ..lengths import as_one_sequence
+from ..tiling import classify, query_tiles
 from .base import Backend, Work
 from .fa4_common import OneCall, choose_tile, common_refusal, installed_build
 
@@ -18,22 +22,27 @@ class Packed(Backend):
     name = "packed"
     summary = "one FlashAttention-4 call over the batch as a single sequence, block-sparse"
 
-    def refusal(self, call: CallSpec, lengths: Lengths) -> str | None:
-        return common_refusal(call)
+    def refusal(self, call: CallSpec, demand: Demand) -> str | None:
+        refusal = common_refusal(call, demand)
+        if refusal is None and demand.tagged:
+            return "a block of tags is per sequence, and the packed batch is a single one"
+        if refusal is None and demand.custom:
+            return "the mask's own mask_mod counts the rows of its sequence"
+        return refusal
 
     def prepare(self, work: Work) -> OneCall:
-        whole = as_one_sequence(work.lengths)
-        tile = choose_tile(work.call, work.mask, work.lengths, whole.max_seqlen_q)
-        reach = work.mask.reach(work.spans.longest)
+        whole, demand = as_one_sequence(work.lengths), work.demand
+        tile = choose_tile(work.call, demand, whole.max_seqlen_q)
         bounds = work.bounds.shifted(work.where.key_offset)
-        runs = blocks.tile_runs(bounds, blocks.query_tiles(whole, tile.block_m), tile.block_m, tile.n)
+        where = work.where._replace(sequence=torch.zeros_like(work.where.sequence))
+        tiles = query_tiles(whole, tile.block_m)
+        key_tiles = classify(bounds, tiles, whole, where, tile.block_m, tile.n, chained=demand.chained)
         return OneCall(
             build=installed_build(),
-            mask_mod="packed",
+            code=mask_code("packed", bounds),
             tile=tile,
-            bounds=bounds_tensor(bounds),
-            lists=blocks.packed_lists(runs, work.lengths, reach, tile.block_m, tile.n),
+            lists=packed_lists(key_tiles, work.lengths, demand, tile.block_m, tile.n),
             lengths=whole,
             varlen=False,
-            runs=runs,
+            key_tiles=key_tiles,
         )

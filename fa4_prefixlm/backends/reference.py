@@ -1,27 +1,67 @@
 """reference: dense attention in torch, CPU or GPU. The oracle of the tests and the default where FA4 can't run.
 
-It knows nothing of bounds or tiles: the mask comes from the ranges through `Mask.visible`, pair by pair.
+It knows nothing of intervals or tiles: the mask comes from the ranges through `Mask.visible`, pair by pair.
 O(seqlen_q * seqlen_k) work; the score matrix is made in chunks of rows. Differentiable (autograd keeps the chunks).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from ..call import CallSpec
-from ..lengths import Lengths
+from ..intervals import Demand
 from ..mask import Mask
 from ..ranges import HostSpans, SequenceSpans
 from .base import Backend, Options, Prepared, Work
 
 CHUNK_SCORES = 2**26
 
+SequenceSets = Mapping[str, SequenceSpans]
 
-def dense_mask(mask: Mask, seqlen_q: int, seqlen_k: int, spans: SequenceSpans = ()) -> torch.Tensor:
-    """The boolean mask `(seqlen_q, seqlen_k)` of one sequence with the spans `((start, end), ...)`."""
-    return _mask_rows(mask, torch.arange(seqlen_k - seqlen_q, seqlen_k), seqlen_k, spans)
+
+class DensePairs:
+    """The `Pairs` of rows at `position` against all keys of a sequence, by looking at every span."""
+
+    def __init__(self, position: torch.Tensor, seqlen_k: int, spans: SequenceSets, sequence: int = 0) -> None:
+        self.query, self.key = position[:, None], torch.arange(seqlen_k, device=position.device)[None]
+        self.spans, self._sequence = spans, sequence
+
+    @property
+    def sequence(self) -> int:
+        return self._sequence
+
+    def same_span(self, name: str) -> torch.Tensor:
+        result = torch.zeros(len(self.query), self.key.shape[1], dtype=torch.bool, device=self.key.device)
+        for start, end in self.spans[name]:
+            result |= _inside(self.query, start, end) & _inside(self.key, start, end)
+        return result
+
+    def query_in(self, name: str) -> torch.Tensor:
+        return self._in_any(self.query, name)
+
+    def key_in(self, name: str) -> torch.Tensor:
+        return self._in_any(self.key, name)
+
+    def before_end_of_latest(self, name: str) -> torch.Tensor:
+        end = torch.zeros_like(self.query)
+        for start, own_end in sorted(self.spans[name]):
+            end = torch.where(self.query >= start, own_end, end)
+        return self.key < end
+
+    def _in_any(self, position: torch.Tensor, name: str) -> torch.Tensor:
+        result = torch.zeros_like(position, dtype=torch.bool)
+        for start, end in self.spans[name]:
+            result |= _inside(position, start, end)
+        return result
+
+
+def dense_mask(mask: Mask, seqlen_q: int, seqlen_k: int, spans: SequenceSets) -> torch.Tensor:
+    """The boolean mask `(seqlen_q, seqlen_k)` of one sequence with the spans `{name: ((start, end), ...)}`."""
+    position = torch.arange(seqlen_k - seqlen_q, seqlen_k)
+    return _mask_rows(mask, DensePairs(position, seqlen_k, spans))
 
 
 def dense_attention(
@@ -30,26 +70,41 @@ def dense_attention(
     v: torch.Tensor,
     *,
     mask: Mask,
-    spans: HostSpans,
+    spans: Mapping[str, HostSpans],
     seqlens: tuple[tuple[int, ...], tuple[int, ...]],
     options: Options,
     accumulate: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`(out, lse)` of packed tensors `(total, heads, head_dim)`, both in dtype `accumulate`; lse is `(heads, total_q)`.
 
-    spans: per sequence, half-open. seqlens: (seqlens_q, seqlens_k). A row that sees nothing gives 0 and an LSE of -inf
-    (the sink, if there is one).
+    spans: by name and sequence, half-open. seqlens: (seqlens_q, seqlens_k). A row that sees nothing gives 0 and an LSE
+    of -inf (the sink, if there is one).
     """
+    with torch.autocast(q.device.type, enabled=False):  # it would run the products below in half precision
+        return _dense_attention(q, k, v, mask, spans, seqlens, options, accumulate)
+
+
+def _dense_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: Mask,
+    spans: Mapping[str, HostSpans],
+    seqlens: tuple[tuple[int, ...], tuple[int, ...]],
+    options: Options,
+    accumulate: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
     outs = [q.new_zeros(0, q.shape[1], v.shape[2], dtype=accumulate)]
     lses = [q.new_zeros(q.shape[1], 0, dtype=accumulate)]
     row = key = 0
-    for seqlen_q, seqlen_k, own in zip(*seqlens, spans, strict=True):
+    for index, (seqlen_q, seqlen_k) in enumerate(zip(*seqlens, strict=True)):
+        own = {name: sequences[index] for name, sequences in spans.items()}
         keys, values = k[key : key + seqlen_k].to(accumulate), v[key : key + seqlen_k].to(accumulate)
         step = max(1, CHUNK_SCORES // max(1, q.shape[1] * seqlen_k))
         for begin in range(0, seqlen_q, step):
             end = min(begin + step, seqlen_q)
             position = torch.arange(begin, end, device=q.device) + (seqlen_k - seqlen_q)
-            visible = _mask_rows(mask, position, seqlen_k, own)
+            visible = _mask_rows(mask, DensePairs(position, seqlen_k, own, index))
             out, lse = _attend(q[row + begin : row + end].to(accumulate), keys, values, visible, options)
             outs.append(out)
             lses.append(lse)
@@ -57,12 +112,12 @@ def dense_attention(
     return torch.cat(outs), torch.cat(lses, dim=1)
 
 
-def _mask_rows(mask: Mask, position: torch.Tensor, seqlen_k: int, spans: SequenceSpans) -> torch.Tensor:
-    q_pos, kv_pos = position[:, None], torch.arange(seqlen_k, device=position.device)[None]
-    same_span = torch.zeros(position.shape[0], seqlen_k, dtype=torch.bool, device=position.device)
-    for start, end in spans:
-        same_span |= ((q_pos >= start) & (q_pos < end)) & ((kv_pos >= start) & (kv_pos < end))
-    return mask.visible(q_pos, kv_pos, same_span)
+def _mask_rows(mask: Mask, pairs: DensePairs) -> torch.Tensor:
+    return mask.visible(pairs).expand(len(pairs.query), pairs.key.shape[1])
+
+
+def _inside(position: torch.Tensor, start: int, end: int) -> torch.Tensor:
+    return (position >= start) & (position < end)
 
 
 def _attend(
@@ -98,7 +153,7 @@ class Dense(Prepared):
             k,
             v,
             mask=work.mask,
-            spans=work.spans.on_host(),
+            spans={name: spans.on_host() for name, spans in work.spans.items()},
             seqlens=work.lengths.on_host(),
             options=options,
             accumulate=accumulate,
@@ -115,7 +170,7 @@ class Reference(Backend):
     summary = "dense torch, every pair of tokens"
     differentiable = True
 
-    def refusal(self, call: CallSpec, lengths: Lengths) -> str | None:
+    def refusal(self, call: CallSpec, demand: Demand) -> str | None:
         return None
 
     def prepare(self, work: Work) -> Dense:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from .. import blocks
+from ..blocks import varlen_lists
 from ..call import CallSpec
 from ..fa4 import build as builds
-from ..fa4.launch import bounds_tensor
-from ..lengths import Lengths
+from ..fa4.launch import MaskCode, mask_code
+from ..intervals import Demand
+from ..tiling import classify, query_tiles
 from .base import Backend, Work
 from .fa4_common import OneCall, choose_tile, common_refusal, installed_build
 
@@ -15,8 +16,8 @@ class Varlen(Backend):
     name = "varlen"
     summary = "one FlashAttention-4 varlen call, block-sparse"
 
-    def refusal(self, call: CallSpec, lengths: Lengths) -> str | None:
-        refusal = common_refusal(call)
+    def refusal(self, call: CallSpec, demand: Demand) -> str | None:
+        refusal = common_refusal(call, demand)
         if refusal is not None:
             return refusal
         build = installed_build()
@@ -29,17 +30,20 @@ class Varlen(Backend):
         return None
 
     def prepare(self, work: Work) -> OneCall:
-        tile = choose_tile(work.call, work.mask, work.lengths, work.lengths.max_seqlen_q)
-        reach = work.mask.reach(work.spans.longest)
-        tiles = blocks.query_tiles(work.lengths, tile.block_m)
-        runs = blocks.tile_runs(work.bounds, tiles, tile.block_m, tile.n)
+        lengths, demand = work.lengths, work.demand
+        tile = choose_tile(work.call, demand, lengths.max_seqlen_q)
+        tiles = query_tiles(lengths, tile.block_m)
+        key_tiles = classify(work.bounds, tiles, lengths, work.where, tile.block_m, tile.n, chained=demand.chained)
+        own = work.mask.custom_kernel
+        code = mask_code("varlen", work.bounds)
+        if own is not None:
+            code = MaskCode("varlen", 0, list(own.aux_tensors), own.mask_mod)
         return OneCall(
             build=installed_build(),
-            mask_mod="varlen",
+            code=code,
             tile=tile,
-            bounds=bounds_tensor(work.bounds),
-            lists=blocks.varlen_lists(runs, tiles, work.lengths, reach, tile.block_m, tile.n),
-            lengths=work.lengths,
+            lists=varlen_lists(key_tiles, tiles, lengths, demand, tile.block_m, tile.n),
+            lengths=lengths,
             varlen=True,
-            runs=runs,
+            key_tiles=key_tiles,
         )

@@ -20,6 +20,8 @@ from unittest import mock
 
 import torch
 
+from ..mask import Mask
+
 TARGETS = {
     "sm_90": {"FLASH_ATTENTION_ARCH": "sm_90", "CUTE_DSL_ARCH": "sm_90a", "FLASH_ATTENTION_NUM_SMS": "132"},
     "sm_100": {"FLASH_ATTENTION_ARCH": "sm_100", "CUTE_DSL_ARCH": "sm_100a", "FLASH_ATTENTION_NUM_SMS": "148"},
@@ -37,6 +39,12 @@ class Variant:
     softcap: float = 0.0
     sink: bool = False
     device_inputs: bool = False
+    mask: str = "prefix_lm"
+
+    @property
+    def kernel(self) -> tuple[str, int, bool]:
+        """(layout, intervals a row, tagged): which of the `mask_mods` it compiles."""
+        return self.backend, {"two": 2, "three": 3, "four": 4}.get(self.mask, 1), self.mask == "block"
 
 
 def standard_variants() -> list[Variant]:
@@ -46,6 +54,9 @@ def standard_variants() -> list[Variant]:
         for backend, head_dim in itertools.product(("varlen", "packed"), (64, 128, 256))
     ]
     variants.append(Variant("varlen", 192, 128))
+    variants += [Variant(backend, 128, 128, mask=mask) for backend in ("varlen", "packed") for mask in ("two", "four")]
+    variants += [Variant("varlen", 64, 64, mask="three"), Variant("packed", 64, 64, mask="three")]
+    variants.append(Variant("varlen", 256, 256, mask="block"))
     variants.append(Variant("packed", 128, 128, window=256, softcap=30.0, sink=True, device_inputs=True))
     variants.append(Variant("varlen", 256, 256, window=256, softcap=30.0, sink=True, device_inputs=True))
     return variants
@@ -63,6 +74,8 @@ def compile_variant(variant: Variant) -> str:
         if variant.device_inputs:
             cu = torch.empty(3, dtype=torch.int32, device="cuda")
             ranges = torch.empty(2, 4, 2, dtype=torch.int32, device="cuda")
+        if variant.mask == "block":  # more spans than intervals fit, so that the block runs by tags
+            ranges = [[(at, at + 10) for at in range(0, 100, 20)], []]
         q = torch.empty(1300, 4, variant.head_dim, dtype=torch.bfloat16, device="cuda")
         k = torch.empty(1300, 2, variant.head_dim, dtype=torch.bfloat16, device="cuda")
         v = torch.empty(1300, 2, variant.head_dim_v, dtype=torch.bfloat16, device="cuda")
@@ -71,12 +84,26 @@ def compile_variant(variant: Variant) -> str:
             ranges,  # type: ignore[arg-type]
             cu_seqlens_q=cu,  # type: ignore[arg-type]
             cu_seqlens_k=cu,  # type: ignore[arg-type]
-            mask=fp.PrefixLM(variant.window),
+            mask=_mask(variant),
             like=(q, k, v),
             backend=variant.backend,
         )
         fp.attention(q, k, v, plan, softcap=variant.softcap, learnable_sink=sink)
     return dict(plan.prepared.describe())["kernel"]
+
+
+def _mask(variant: Variant) -> Mask:
+    """A mask that needs the variant's kernel, its spans named "image"."""
+    from fa4_prefixlm.masks import PrefixLM, causal, key_in, one_block, prefix, window
+
+    masks = {
+        "prefix_lm": PrefixLM(variant.window),
+        "two": causal & (prefix("image") | window(100)),
+        "three": causal & (window(100) | key_in("image")),
+        "four": causal & (window(100) | key_in("image") | prefix("image")),
+        "block": causal | one_block("image"),
+    }
+    return masks[variant.mask]
 
 
 @contextlib.contextmanager

@@ -14,10 +14,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 _enabled = True
+_lock = threading.Lock()
+_inside = 0
 
 
 @contextlib.contextmanager
@@ -39,12 +42,18 @@ def sm90_list_stride() -> Iterator[None]:
         return
     from flash_attn.cute import interface
 
+    global _inside
     original, cured = _kernel_classes()
-    interface.FlashAttentionForwardSm90 = cured
+    with _lock:
+        _inside += 1
+        interface.FlashAttentionForwardSm90 = cured
     try:
         yield
     finally:
-        interface.FlashAttentionForwardSm90 = original
+        with _lock:
+            _inside -= 1
+            if _inside == 0:  # another thread may still be compiling
+                interface.FlashAttentionForwardSm90 = original
 
 
 @functools.cache

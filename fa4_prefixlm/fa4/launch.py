@@ -3,25 +3,53 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from ..blocks import BlockLists
-from ..intervals import EMPTY_HI, EMPTY_LO, Bounds
+from ..intervals import Bounds
 from ..lengths import Lengths
+from ..mask import EMPTY_HI, EMPTY_LO
 from . import cures
 from .build import Build
 from .tiles import Tile
 
-# FA4 evaluates a mask_mod on every row of a query tile, also past the last query: 256 rows is the largest (SM100).
-ROW_PADDING = 256
+# FA4 evaluates a mask_mod on every row of a query tile and every key of a key tile, also past the last one: 256 rows is
+# the largest tile (SM100).
+PADDING = 256
+NO_ROW, NO_KEY = -1, -2
 
 
-def bounds_tensor(bounds: Bounds) -> torch.Tensor:
-    """`(total_q + ROW_PADDING, 2)` int32: what `mask_mods` read as `aux_tensors[0]`."""
-    lo = torch.nn.functional.pad(bounds.lo, (0, ROW_PADDING), value=EMPTY_LO)
-    hi = torch.nn.functional.pad(bounds.hi, (0, ROW_PADDING), value=EMPTY_HI)
-    return torch.stack([lo, hi], dim=1)
+@dataclasses.dataclass(frozen=True)
+class MaskCode:
+    """A mask_mod and the tensors it reads: `mask_mods.<layout>(intervals, tagged)`, or one that the user brought."""
+
+    layout: str
+    intervals: int
+    aux_tensors: list[torch.Tensor]
+    own: Callable[..., Any] | None = None
+
+    def mask_mod(self) -> Callable[..., Any]:
+        if self.own is not None:
+            return self.own
+        from . import mask_mods
+
+        make: Callable[..., Any] = getattr(mask_mods, self.layout)
+        return make(self.intervals, len(self.aux_tensors) > 1)
+
+
+def mask_code(layout: str, bounds: Bounds) -> MaskCode:
+    """Bounds as the library's mask_mods read them, see `mask_mods`."""
+    lo = torch.nn.functional.pad(bounds.lo, (0, 0, 0, PADDING), value=EMPTY_LO)
+    hi = torch.nn.functional.pad(bounds.hi, (0, 0, 0, PADDING), value=EMPTY_HI)
+    tensors = [torch.stack([lo, hi], dim=2)]
+    if bounds.block is not None:
+        tensors.append(torch.nn.functional.pad(bounds.block.row_tag, (0, PADDING), value=NO_ROW))
+        tensors.append(torch.nn.functional.pad(bounds.block.key_tag, (0, PADDING), value=NO_KEY))
+    return MaskCode(layout, bounds.count, tensors)
 
 
 def masked_forward(
@@ -33,8 +61,7 @@ def masked_forward(
     *,
     lengths: Lengths | None,
     build: Build,
-    mask_mod: str,
-    bounds: torch.Tensor,
+    code: MaskCode,
     lists: BlockLists | None,
     tile: Tile,
     pack_gqa: bool,
@@ -42,15 +69,13 @@ def masked_forward(
     softcap: float,
     learnable_sink: torch.Tensor | None,
 ) -> None:
-    """Write attention under `mask_mods.<mask_mod>` to `out` and `lse`.
+    """Write attention under the mask of `code` to `out` and `lse`.
 
     lengths: those of a varlen call; None for `(batch, seqlen, heads, head_dim)` tensors.
     lists: None visits every key tile.
     """
     from flash_attn.cute import interface
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
-
-    from . import mask_mods
 
     sparse = None
     if lists is not None:
@@ -80,9 +105,9 @@ def masked_forward(
             tile_mn=(tile.m, tile.n),
             mma_pv_is_rs=tile.p_in_registers,
             pack_gqa=pack_gqa,
-            mask_mod=getattr(mask_mods, mask_mod),
+            mask_mod=code.mask_mod(),
             block_sparse_tensors=sparse,
-            aux_tensors=[bounds],
+            aux_tensors=code.aux_tensors,
             out=out,
             lse=lse,
         )

@@ -1,0 +1,180 @@
+"""FlexAttention's language, both ways: a mask as a `mask_mod(b, h, q_idx, kv_idx)`, and a `mask_mod` as a mask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from . import lengths as lengths_module
+from . import ranges as ranges_module
+from .errors import InputError
+from .intervals import MOST_INTERVALS
+from .mask import EMPTY_HI, EMPTY_LO, Intervals, Mask, Pairs, Rows
+from .ranges import NamedRanges, SpanSets
+
+MaskMod = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+# A mask_mod is evaluated for this many (query, key) pairs at a time.
+EVALUATED_PAIRS = 2**24
+
+
+def to_flex(
+    mask: Mask, *, seqlen: int, spans: NamedRanges = None, seqlen_q: int | None = None, device: str = "cpu"
+) -> MaskMod:
+    """`mask` as a `torch.nn.attention.flex_attention` mask_mod; see `Mask.flex`."""
+    named = ranges_module.by_name(mask, spans)
+    counts = {len(given) for given in named.values() if given is not None}
+    sizes = lengths_module.batched(max(counts, default=1), seqlen, seqlen, torch.device("cpu"))
+    sets = ranges_module.parse(mask, spans, sizes)
+    tables = {name: _table(sets, name, seqlen, torch.device(device)) for name in sets}
+    offset = seqlen - (seqlen if seqlen_q is None else seqlen_q)
+
+    def mask_mod(b: torch.Tensor, h: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor) -> torch.Tensor:
+        return mask.visible(_IndexPairs(b, q_idx + offset, kv_idx, tables))
+
+    return mask_mod
+
+
+def from_flex(mask_mod: MaskMod, *, max_intervals: int = MOST_INTERVALS) -> Mask:
+    """A mask from a FlexAttention `mask_mod(b, h, q_idx, kv_idx)`.
+
+    The function is evaluated for every pair when a plan is made, in chunks of `EVALUATED_PAIRS`, and must be a pure
+    function of its indices, the same for all heads. `b` is the sequence of the packed batch, `q_idx` and `kv_idx` are
+    absolute positions in it. A plan made from it synchronises.
+
+    max_intervals: how many separate runs of keys a row may see; a row that sees more is an error that shows it.
+    """
+    if not callable(mask_mod):
+        raise InputError("mask_mod", "a function (b, h, q_idx, kv_idx) -> bool tensor", type(mask_mod).__name__)
+    if not isinstance(max_intervals, int) or max_intervals < 1:
+        raise InputError("max_intervals", "a positive number", max_intervals)
+    return EvaluatedMask(mask_mod, max_intervals)
+
+
+@dataclass(frozen=True)
+class EvaluatedMask(Mask):
+    """A mask that is known by evaluating a function. max_intervals None: as many as there are."""
+
+    mask_mod: MaskMod
+    max_intervals: int | None
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset()
+
+    def count(self, spans: Mapping[str, int]) -> int:
+        return self.max_intervals or 1
+
+    def visible(self, pairs: Pairs) -> torch.Tensor:
+        sequence = torch.as_tensor(pairs.sequence, device=pairs.key.device)
+        if pairs.query.ndim == 0:
+            return self.mask_mod(sequence, torch.zeros_like(sequence), pairs.query, pairs.key)
+        rows = sequence.expand(len(pairs.query))
+        return self._evaluate(rows, pairs.query.flatten(), pairs.key.flatten())
+
+    def intervals(self, rows: Rows) -> Intervals:
+        keys = int(rows.seqlen_k.max()) if len(rows.seqlen_k) else 0
+        kv = torch.arange(keys, device=rows.position.device)
+        step = max(1, EVALUATED_PAIRS // max(1, keys))
+        chunks = []
+        for begin in range(0, len(rows.position), step):
+            part = slice(begin, begin + step)
+            visible = self._evaluate(rows.sequence[part], rows.position[part], kv)
+            if begin == 0:
+                self._check_pure(visible, rows.sequence[part], rows.position[part], kv)
+            visible = visible & (kv < rows.seqlen_k[part].unsqueeze(1))
+            chunks.append(self._runs(visible, rows.sequence[part], rows.position[part]))
+        width = max((lo.shape[1] for lo, _ in chunks), default=1)
+        lo = [torch.nn.functional.pad(own, (0, width - own.shape[1]), value=EMPTY_LO) for own, _ in chunks]
+        hi = [torch.nn.functional.pad(own, (0, width - own.shape[1]), value=EMPTY_HI) for _, own in chunks]
+        if lo and not any((own > EMPTY_HI).any() for own in hi):
+            raise InputError("mask_mod", "a mask that lets some query see some key", "an empty mask")
+        empty = torch.zeros(0, width, dtype=torch.int32, device=rows.position.device)
+        return torch.cat([empty, *lo]), torch.cat([empty, *hi])
+
+    def _evaluate(self, b: torch.Tensor, q: torch.Tensor, kv: torch.Tensor, head: int = 0) -> torch.Tensor:
+        h = torch.full((), head, device=q.device)
+        over_keys = torch.vmap(self.mask_mod, in_dims=(None, None, None, 0))
+        result = torch.vmap(over_keys, in_dims=(0, None, 0, None))(b, h, q, kv)
+        if not isinstance(result, torch.Tensor) or result.dtype != torch.bool:
+            raise InputError("mask_mod", "a boolean tensor for every pair", getattr(result, "dtype", type(result)))
+        return result
+
+    def _check_pure(self, first: torch.Tensor, b: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> None:
+        if not torch.equal(first, self._evaluate(b, q, kv)):
+            raise InputError("mask_mod", "a pure function of its indices", "two answers to the same question")
+        if not torch.equal(first, self._evaluate(b, q, kv, head=1)):
+            raise InputError("mask_mod", "one mask for all heads", "another answer for head 1 than for head 0")
+
+    def _runs(self, visible: torch.Tensor, sequence: torch.Tensor, position: torch.Tensor) -> Intervals:
+        before = torch.nn.functional.pad(visible[:, :-1], (1, 0))
+        after = torch.nn.functional.pad(visible[:, 1:], (0, 1))
+        starts, ends = visible & ~before, visible & ~after
+        count = starts.sum(1)
+        most = int(count.max()) if count.numel() else 0
+        if self.max_intervals is not None and most > self.max_intervals:
+            row = int(count.argmax())
+            runs = [(int(lo), int(hi) + 1) for lo, hi in zip(starts[row].nonzero(), ends[row].nonzero(), strict=True)]
+            what = f"{most} in the row at position {int(position[row])} of sequence {int(sequence[row])}: {_some(runs)}"
+            raise InputError("mask_mod", f"at most max_intervals = {self.max_intervals} intervals of keys a row", what)
+        width = max(1, most)
+        lo = torch.full((len(visible), width), EMPTY_LO, dtype=torch.int32, device=visible.device)
+        hi = torch.full_like(lo, EMPTY_HI)
+        for edges, into, shift in ((starts, lo, 0), (ends, hi, 1)):
+            row_of, key_of = edges.nonzero(as_tuple=True)
+            into[row_of, edges.cumsum(1)[row_of, key_of] - 1] = (key_of + shift).to(torch.int32)
+        return lo, hi
+
+
+class _Table(NamedTuple):
+    """`(batch, seqlen)` int64: which span a position is in (-1: none), and the end of the latest span there."""
+
+    owner: torch.Tensor
+    latest_end: torch.Tensor
+
+
+def _table(sets: SpanSets, name: str, seqlen: int, device: torch.device) -> _Table:
+    host = sets[name].on_host()
+    owner = torch.full((len(host), seqlen), -1)
+    latest_end = torch.zeros(len(host), seqlen, dtype=torch.int64)
+    for sequence, spans in enumerate(host):
+        for index, (start, end) in enumerate(spans):
+            owner[sequence, start:end] = index
+            latest_end[sequence, start:] = end
+    return _Table(owner.to(device), latest_end.to(device))
+
+
+class _IndexPairs:
+    """The `Pairs` of FlexAttention: one query and one key of one batch entry, under vmap."""
+
+    def __init__(
+        self, sequence: torch.Tensor, query: torch.Tensor, key: torch.Tensor, tables: Mapping[str, _Table]
+    ) -> None:
+        self._sequence, self.query, self.key, self.tables = sequence, query, key, tables
+
+    @property
+    def sequence(self) -> torch.Tensor:
+        return self._sequence
+
+    def same_span(self, name: str) -> torch.Tensor:
+        return (self._owner(name, self.query) == self._owner(name, self.key)) & self.query_in(name)
+
+    def query_in(self, name: str) -> torch.Tensor:
+        return self._owner(name, self.query) >= 0
+
+    def key_in(self, name: str) -> torch.Tensor:
+        return self._owner(name, self.key) >= 0
+
+    def before_end_of_latest(self, name: str) -> torch.Tensor:
+        return self.key < self.tables[name].latest_end[self.sequence, self.query]
+
+    def _owner(self, name: str, position: torch.Tensor) -> torch.Tensor:
+        return self.tables[name].owner[self.sequence, position]
+
+
+def _some(runs: Sequence[tuple[int, int]]) -> str:
+    shown = ", ".join(f"[{lo}, {hi})" for lo, hi in runs[:6])
+    return shown + (", ..." if len(runs) > 6 else "")

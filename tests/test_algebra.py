@@ -1,0 +1,317 @@
+"""Masks as expressions: intervals, dense masks, FlexAttention and tiles all say the same, for random expressions."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from cases import Batch, dense, prepare, random_batch, random_spans
+from fa4_prefixlm.masks import PrefixLM, causal, from_flex, key_in, one_block, prefix, query_in, same_span, window
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_blocks import check_list, read, tiles_of
+from torch.nn.attention.flex_attention import create_mask
+
+import fa4_prefixlm as fp
+from fa4_prefixlm import blocks, intervals, tiling
+from fa4_prefixlm.algebra import normalised
+from fa4_prefixlm.flex import EvaluatedMask
+
+NAMES = ("image", "prompt")
+
+
+def atoms() -> st.SearchStrategy[fp.Mask]:
+    name = st.sampled_from(NAMES)
+    named = [st.builds(make, name) for make in (same_span, prefix, key_in, query_in, one_block)]
+    return st.one_of(st.just(causal), st.builds(window, st.integers(1, 40)), *named)
+
+
+def expressions() -> st.SearchStrategy[fp.Mask]:
+    return st.recursive(
+        atoms(),
+        lambda inner: st.builds(lambda a, b, union: a | b if union else a & b, inner, inner, st.booleans()),
+        max_leaves=5,
+    )
+
+
+def sets_for(mask: fp.Mask, batch: Batch, rng: random.Random) -> dict[str, list]:
+    return {name: [random_spans(rng, keys) for _, keys in batch.seqlens] for name in sorted(mask.names)}
+
+
+def said(mask: fp.Mask, p: int, kv: int, spans: dict[str, tuple]) -> bool:
+    """The mask of one pair by its repr, evaluated in plain Python over booleans: a third way to say it."""
+
+    def holds(name: str, position: int) -> int | None:
+        return next((i for i, (start, end) in enumerate(spans[name]) if start <= position < end), None)
+
+    def latest_end(name: str) -> int:
+        return max(((start, end) for start, end in spans[name] if start <= p), default=(0, 0))[1]
+
+    return eval(
+        repr(mask),
+        {
+            "causal": kv <= p,
+            "window": lambda w: p - kv < w,
+            "same_span": lambda name: holds(name, p) is not None and holds(name, p) == holds(name, kv),
+            "prefix": lambda name: kv < latest_end(name),
+            "key_in": lambda name: holds(name, kv) is not None,
+            "query_in": lambda name: holds(name, p) is not None,
+            "one_block": lambda name: holds(name, p) is not None and holds(name, kv) is not None,
+        },
+    )
+
+
+def check_expression(mask: fp.Mask, batch: Batch, spans: dict[str, list], python: bool = True) -> None:
+    stage = prepare(batch, mask, spans)
+    seen = 0
+    for index, (rows, keys) in enumerate(batch.seqlens):
+        own = {name: given[index] for name, given in spans.items()}
+        wanted = mask.dense(seqlen=keys, spans=own or None, seqlen_q=rows)
+        if python:
+            offset = keys - rows
+            slow = [[said(mask, row + offset, kv, own) for kv in range(keys)] for row in range(rows)]
+            assert torch.equal(wanted, torch.tensor(slow, dtype=torch.bool).reshape(rows, keys))
+        here = slice(batch.cu_q[index], batch.cu_q[index] + rows)
+        found = dense(stage.bounds, keys, here)
+        if stage.bounds.block is not None:
+            tags = stage.bounds.block.key_tag[batch.cu_k[index] : batch.cu_k[index] + keys]
+            found |= stage.bounds.block.row_tag[here, None] == tags
+        assert torch.equal(found, wanted)
+        seen += int(wanted.sum())
+    assert int(stage.bounds.visible_pairs(stage.where)) == seen
+    assert stage.bounds.count <= max(1, stage.demand.intervals)
+    lo, hi = stage.bounds.lo.long(), stage.bounds.hi.long()
+    assert ((lo[:, 1:] > hi[:, :-1]) | (lo[:, 1:] == intervals.EMPTY_LO)).all(), "disjoint, ascending, not touching"
+    check_tiles(mask, batch, spans, stage)
+
+
+def check_tiles(
+    mask: fp.Mask, batch: Batch, spans: dict[str, list], stage, block_m: int = 16, block_n: int = 8
+) -> None:
+    """The varlen lists hold exactly the tiles that are not empty; full is what is full (what a block fills may not be)."""
+    tiles = tiling.query_tiles(stage.sizes, block_m)
+    found = tiling.classify(
+        stage.bounds, tiles, stage.sizes, stage.where, block_m, block_n, chained=stage.demand.chained
+    )
+    lists = blocks.varlen_lists(found, tiles, stage.sizes, stage.demand, block_m, block_n)
+    tile = 0
+    for index, (rows, keys) in enumerate(batch.seqlens):
+        own = {name: given[index] for name, given in spans.items()}
+        visible = mask.dense(seqlen=keys, spans=own or None, seqlen_q=rows)
+        for row in range(tiling.ceil_div(rows, block_m)):
+            at = int(lists.cu_entries[index]) + row * tiling.ceil_div(keys, block_n)
+            partial = read(lists.partial_count[0, tile], lists.partial_idx[0], at)
+            full = read(lists.full_count[0, tile], lists.full_idx[0], at)
+            some, every = tiles_of(visible, slice(row * block_m, (row + 1) * block_m), block_n)
+            if stage.demand.tagged:
+                assert set(full) <= every
+                every = set(full)
+            check_list(partial, full, some, every, exact=True)
+            tile += 1
+
+
+@settings(max_examples=250, deadline=None)
+@given(mask=expressions(), seed=st.integers(0, 2**32))
+def test_random_expressions(mask: fp.Mask, seed: int) -> None:
+    rng = random.Random(seed)
+    batch = random_batch(rng, longest=30)
+    check_expression(mask, batch, sets_for(mask, batch, rng))
+
+
+@settings(max_examples=60, deadline=None)
+@given(mask=expressions(), seed=st.integers(0, 2**32))
+def test_tiles_of_longer_sequences(mask: fp.Mask, seed: int) -> None:
+    rng = random.Random(seed)
+    batch = random_batch(rng, longest=200)
+    check_expression(mask, batch, sets_for(mask, batch, rng), python=False)
+
+
+@settings(max_examples=25, deadline=None)
+@given(mask=expressions(), seed=st.integers(0, 2**32), chunk=st.booleans())
+def test_flex_attention_sees_the_same(mask: fp.Mask, seed: int, chunk: bool) -> None:
+    rng = random.Random(seed)
+    keys, rows = 24, 9 if chunk else 24
+    spans = {name: [random_spans(rng, keys) for _ in range(2)] for name in sorted(mask.names)}
+    mask_mod = mask.flex(seqlen=keys, seqlen_q=rows, spans=spans or None)
+    built = create_mask(mask_mod, 2, 1, rows, keys, device="cpu")[:, 0]
+    for index in range(2):
+        own = {name: given[index] for name, given in spans.items()}
+        assert torch.equal(built[index], mask.dense(seqlen=keys, spans=own or None, seqlen_q=rows))
+
+
+@settings(max_examples=40, deadline=None)
+@given(mask=expressions(), seed=st.integers(0, 2**32))
+def test_from_flex_finds_the_same_intervals(mask: fp.Mask, seed: int) -> None:
+    rng = random.Random(seed)
+    batch = Batch(((20, 20), (7, 20)), ((), ()))
+    spans = {name: [random_spans(rng, 20) for _ in range(2)] for name in sorted(mask.names)}
+    back = EvaluatedMask(mask.flex(seqlen=20, spans=spans or None), 20)
+    wanted = [mask.dense(seqlen=20, spans={n: s[i] for n, s in spans.items()} or None) for i in range(2)]
+    if not (wanted[0].any() or wanted[1][-7:].any()):
+        with pytest.raises(fp.InputError, match="an empty mask"):
+            prepare(batch, back, {})
+        return
+    bounds = prepare(batch, back, {}).bounds
+    assert torch.equal(dense(bounds, 20, slice(0, 20)), wanted[0])
+    assert torch.equal(dense(bounds, 20, slice(20, 27)), wanted[1][-7:])
+
+
+def test_attention_of_expressions_on_the_reference() -> None:
+    q, k, v = (torch.randn(2, 40, heads, 16) for heads in (4, 2, 2))
+    spans = {"image": [[(4, 20), (25, 30)], [(0, 40)]], "prompt": [[(0, 4)], []]}
+    mask = (causal | same_span("image")) & (window(6) | prefix("prompt"))
+    out = fp.attention(q, k, v, spans, mask=mask)
+    visible = torch.stack([mask.dense(seqlen=40, spans={n: s[i] for n, s in spans.items()}) for i in range(2)])
+    heads_first = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    wanted = torch.nn.functional.scaled_dot_product_attention(*heads_first, attn_mask=visible[:, None], enable_gqa=True)
+    torch.testing.assert_close(out, wanted.transpose(1, 2), rtol=1e-4, atol=1e-5)
+
+
+def test_masks_are_values() -> None:
+    made = [(causal | same_span("image")) & window(8) for _ in range(2)]
+    assert made[0] == made[1]
+    assert len(set(made)) == 1
+    assert made[0] != (causal & window(8)) | same_span("image")
+    assert repr(made[0]) == "(causal | same_span('image')) & window(8)"
+    assert repr(causal & (prefix("prompt") | window(512))) == "causal & (prefix('prompt') | window(512))"
+    assert made[0].names == {"image"}
+    with pytest.raises(TypeError):
+        causal & 3
+    with pytest.raises(AttributeError):
+        made[0].left = causal
+
+
+@pytest.mark.parametrize(
+    ("mask", "count", "chained"),
+    [
+        (causal, 1, True),
+        ((causal | same_span("image")) & window(9), 1, True),
+        ((causal & window(9)) | same_span("image"), 1, True),
+        (same_span("image"), 1, False),
+        (causal & same_span("image"), 1, False),
+        (causal & (prefix("image") | window(9)), 2, False),
+        (causal & (key_in("image") | window(9)), 4, False),
+        (causal | one_block("image"), 4, False),
+    ],
+    ids=str,
+)
+def test_what_a_mask_costs_is_known_before_running(mask: fp.Mask, count: int, chained: bool) -> None:
+    spans = {"image": [[(0, 2), (5, 9), (12, 20)]]} if mask.names else {}
+    demand = prepare(Batch(((30, 30),), ((),)), mask, spans).demand
+    assert (demand.intervals, demand.chained, demand.tagged) == (count, chained, False)
+
+
+def test_many_images_in_one_block_run_by_tags() -> None:
+    spans = [[(at, at + 3) for at in range(0, 60, 6)]]
+    stage = prepare(Batch(((70, 70),), ((),)), causal | one_block("image"), {"image": spans})
+    assert stage.demand.tagged
+    assert stage.demand.intervals == 1
+    assert stage.bounds.block is not None
+    inside = prepare(Batch(((70, 70),), ((),)), window(5) & one_block("image"), {"image": spans})
+    assert not inside.demand.tagged  # not written as "... | one_block": one interval a span
+    assert inside.demand.intervals == 10
+
+
+def test_normalised() -> None:
+    lo = torch.tensor([[5, 0, 9, 3], [4, 4, 0, 7], [9, 9, 9, 9]], dtype=torch.int32)
+    hi = torch.tensor([[7, 3, 9, 5], [6, 5, 2, 8], [1, 1, 1, 1]], dtype=torch.int32)
+    lo, hi = normalised(lo, hi)
+    empty = (intervals.EMPTY_LO, intervals.EMPTY_HI)
+    assert list(zip(lo[0].tolist(), hi[0].tolist(), strict=True)) == [(0, 7), empty, empty, empty]
+    assert list(zip(lo[1].tolist(), hi[1].tolist(), strict=True)) == [(0, 2), (4, 6), (7, 8), empty]
+    assert list(zip(lo[2].tolist(), hi[2].tolist(), strict=True)) == [empty] * 4
+
+
+def test_from_flex_and_its_errors() -> None:
+    q, k, v = (torch.randn(2, 12, heads, 8) for heads in (2, 1, 1))
+
+    def strided(b, h, q_idx, kv_idx):
+        return (q_idx >= kv_idx) & ((q_idx - kv_idx) % 4 == 0)
+
+    with pytest.raises(fp.InputError, match=r"at most max_intervals = 2 .* got 3 in the row at position 8 .*\[0, 1\)"):
+        fp.attention(q, k, v, mask=from_flex(strided, max_intervals=2))
+    out = fp.attention(q, k, v, mask=from_flex(strided, max_intervals=3))
+    visible = create_mask(strided, 1, 1, 12, 12, device="cpu")
+    heads_first = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    wanted = torch.nn.functional.scaled_dot_product_attention(*heads_first, attn_mask=visible, enable_gqa=True)
+    torch.testing.assert_close(out, wanted.transpose(1, 2), rtol=1e-4, atol=1e-5)
+
+    calls = []
+
+    def moody(b, h, q_idx, kv_idx):
+        calls.append(1)
+        return (q_idx >= kv_idx) & (kv_idx >= len(calls) % 2)
+
+    for function, message in (
+        (moody, "a pure function of its indices"),
+        (lambda b, h, q_idx, kv_idx: (q_idx >= kv_idx) & (h == 0), "one mask for all heads"),
+        (lambda b, h, q_idx, kv_idx: q_idx < 0, "an empty mask"),
+        (lambda b, h, q_idx, kv_idx: q_idx - kv_idx, "a boolean tensor for every pair"),
+    ):
+        with pytest.raises(fp.InputError, match=message):
+            fp.attention(q, k, v, mask=from_flex(function))
+    with pytest.raises(fp.InputError, match="mask_mod: expected a function"):
+        from_flex("causal")
+    with pytest.raises(fp.InputError, match="spans it does not use"):
+        fp.attention(q, k, v, [[(0, 3)], []], mask=from_flex(strided))
+
+
+def test_from_flex_evaluates_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fa4_prefixlm import flex
+
+    mask = from_flex(lambda b, h, q_idx, kv_idx: (q_idx >= kv_idx) & (q_idx - kv_idx < 9))
+    batch = Batch(((50, 50), (20, 33)), ((), ()))
+    whole = prepare(batch, mask, {}).bounds
+    monkeypatch.setattr(flex, "EVALUATED_PAIRS", 200)
+    chunked = prepare(batch, mask, {}).bounds
+    assert torch.equal(whole.lo, chunked.lo)
+    assert torch.equal(whole.hi, chunked.hi)
+
+
+def test_a_custom_kernel_runs_its_twin_on_the_reference() -> None:
+    from fa4_prefixlm.masks import from_cute
+
+    def kernel(*arguments):
+        raise AssertionError("a CuTe mask_mod does not run on the CPU")
+
+    mask = from_cute(kernel, twin=lambda b, h, q_idx, kv_idx: q_idx >= kv_idx)
+    q, k, v = (torch.randn(1, 12, heads, 8) for heads in (2, 1, 1))
+    assert torch.equal(fp.attention(q, k, v, mask=mask), fp.attention(q, k, v))
+    with pytest.raises(fp.InputError, match="twin: expected a function"):
+        from_cute(kernel, twin=None)
+
+
+def test_a_subclass_with_intervals_of_the_wrong_shape_is_refused() -> None:
+    class Wrong(PrefixLM):
+        def intervals(self, rows):
+            lo, hi = super().intervals(rows)
+            return lo[:, 0], hi[:, 0]
+
+    with pytest.raises(fp.InputError, match="mask: expected intervals lo and hi of shape"):
+        prepare(Batch(((5, 5),), ((),)), Wrong())
+
+
+def test_show() -> None:
+    mask = (causal | same_span("image")) & window(3)
+    shown = mask.show(seqlen=6, spans={"image": [(1, 5)]}, seqlen_q=3)
+    assert repr(shown).splitlines()[:3] == [".###o.", "..###.", "...###"]
+    assert shown._repr_png_()[:4] == b"\x89PNG"
+    two = causal & (prefix("prompt") | window(2))
+    assert str(two.show(seqlen=5, spans={"prompt": [(0, 2)]})).splitlines()[4] == "oo.##"
+
+
+def test_prefix_counts_from_the_latest_span() -> None:
+    mask = prefix("prompt") & same_span("document")
+    spans = {"prompt": [(0, 2), (5, 7)], "document": [(0, 5), (5, 10)]}
+    lines = str(mask.show(seqlen=10, spans=spans)).splitlines()
+    assert lines[4] == "oo........"
+    assert lines[9] == ".....oo..."
+
+
+def test_lengths_of_empty_sequences() -> None:
+    check_expression(
+        causal | one_block("image"),
+        Batch(((0, 0), (3, 5), (0, 2)), ((), (), ())),
+        {"image": [[], [(0, 2), (3, 5)], []]},
+    )
