@@ -1,4 +1,4 @@
-"""Results as Markdown: `python benchmarks/table.py benchmarks/results/h200-forward.json`. The README quotes its output."""
+"""Results as Markdown: `python benchmarks/table.py benchmarks/results/h200-forward.json`, quoted by the README."""
 
 from __future__ import annotations
 

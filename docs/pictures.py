@@ -1,12 +1,17 @@
-"""Make the pictures in docs/pictures again: `python docs/pictures.py`. Each is drawn from the library's own masks."""
+"""Make the pictures in docs/pictures again: `python docs/pictures.py`. Each is drawn from the library's own masks.
+
+Those in docs/pictures/catalogue are one for each entry of `fa4_prefixlm.masks.catalogue`.
+"""
 
 from __future__ import annotations
 
 import argparse
 import pathlib
+import textwrap
 from typing import TYPE_CHECKING
 
 from fa4_prefixlm import PrefixLM
+from fa4_prefixlm.masks.catalogue import CATALOGUE
 from fa4_prefixlm.picture import mask_image, side_by_side
 
 if TYPE_CHECKING:
@@ -30,6 +35,17 @@ def pictures() -> dict[str, Image]:
             mask_image(PrefixLM(), seqlen_k=54, seqlen_q=18, spans=SPANS),
         ),
         "tiles.png": titled("PrefixLM(window=256), tiles of 128 queries and 64 keys", tiles),
+    } | catalogue()
+
+
+def catalogue() -> dict[str, Image]:
+    """File name -> picture, one an entry; the rule is its title."""
+    return {
+        f"catalogue/{name}.png": titled(
+            textwrap.fill(repr(example.mask), 42),
+            mask_image(example.mask, seqlen_k=example.seqlen, spans=example.spans, cell=7),
+        )
+        for name, example in CATALOGUE.items()
     }
 
 
@@ -41,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=pathlib.Path, default=FOLDER, help="folder to write to")
     folder = parser.parse_args(arguments).out
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "catalogue").mkdir(parents=True, exist_ok=True)
     for name, image in pictures().items():
         # Few colours, so a palette of 64 loses nothing that can be seen, and a file takes a few KB.
         image.quantize(64).save(folder / name, optimize=True)

@@ -43,7 +43,7 @@ def from_flex(mask_mod: MaskMod, *, max_intervals: int = MOST_INTERVALS) -> Mask
 
     The function is evaluated for every pair when a plan is made, in chunks of `EVALUATED_PAIRS`, and must be a pure
     function of its indices, the same for all heads. `b` is the sequence of the packed batch, `q_idx` and `kv_idx` are
-    absolute positions in it. A plan made from it synchronises.
+    absolute positions in it, never past its keys. A plan made from it synchronises.
 
     max_intervals: how many separate runs of keys a row may see; a row that sees more is an error that shows it.
     """
@@ -72,8 +72,8 @@ class EvaluatedMask(Mask):
         sequence = torch.as_tensor(pairs.sequence, device=pairs.key.device)
         if pairs.query.ndim == 0:
             return self.mask_mod(sequence, torch.zeros_like(sequence), pairs.query, pairs.key)
-        rows = sequence.expand(len(pairs.query))
-        return self._evaluate(rows, pairs.query.flatten(), pairs.key.flatten())
+        query = pairs.query.flatten()
+        return self._evaluate(sequence.expand(len(query)), query, pairs.key.expand(len(query), -1))
 
     def intervals(self, rows: Rows) -> Intervals:
         keys = int(rows.seqlen_k.max()) if len(rows.seqlen_k) else 0
@@ -82,11 +82,12 @@ class EvaluatedMask(Mask):
         chunks = []
         for begin in range(0, len(rows.position), step):
             part = slice(begin, begin + step)
-            visible = self._evaluate(rows.sequence[part], rows.position[part], kv)
+            own = rows.seqlen_k[part].unsqueeze(1)
+            where = rows.sequence[part], rows.position[part], torch.minimum(kv, own - 1)  # no key past its sequence
+            visible = self._evaluate(*where)
             if begin == 0:
-                self._check_pure(visible, rows.sequence[part], rows.position[part], kv)
-            visible = visible & (kv < rows.seqlen_k[part].unsqueeze(1))
-            chunks.append(self._runs(visible, rows.sequence[part], rows.position[part]))
+                self._check_pure(visible, *where)
+            chunks.append(self._runs(visible & (kv < own), rows.sequence[part], rows.position[part]))
         width = max((lo.shape[1] for lo, _ in chunks), default=1)
         lo = [torch.nn.functional.pad(own, (0, width - own.shape[1]), value=EMPTY_LO) for own, _ in chunks]
         hi = [torch.nn.functional.pad(own, (0, width - own.shape[1]), value=EMPTY_HI) for _, own in chunks]
@@ -96,9 +97,10 @@ class EvaluatedMask(Mask):
         return torch.cat([empty, *lo]), torch.cat([empty, *hi])
 
     def _evaluate(self, b: torch.Tensor, q: torch.Tensor, kv: torch.Tensor, head: int = 0) -> torch.Tensor:
+        """`(rows, keys)` bool for the rows `b`, `q` `(rows,)` and the keys `kv` `(rows, keys)`."""
         h = torch.full((), head, device=q.device)
         over_keys = torch.vmap(self.mask_mod, in_dims=(None, None, None, 0))
-        result = torch.vmap(over_keys, in_dims=(0, None, 0, None))(b, h, q, kv)
+        result = torch.vmap(over_keys, in_dims=(0, None, 0, 0))(b, h, q, kv)
         if not isinstance(result, torch.Tensor) or result.dtype != torch.bool:
             raise InputError("mask_mod", "a boolean tensor for every pair", getattr(result, "dtype", type(result)))
         return result

@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import torch
 
-from .algebra import emptied
+from .algebra import emptied, same_span
 from .errors import InputError
 from .lengths import Lengths
-from .mask import EMPTY_HI, EMPTY_LO, Intervals, Mask, Reach
+from .mask import EMPTY_HI, EMPTY_LO, END_OF_KEYS, Intervals, Mask, Reach
 from .ranges import Spans, SpanSets
 
 # Intervals per row that the mask_mods are made for. A mask that may need more runs on the reference.
@@ -102,12 +102,10 @@ class Demand:
 
 
 def demand(mask: Mask, spans: SpanSets) -> Demand:
-    most = {name: own.values.shape[1] for name, own in spans.items()}
-    tagged = _tags_pay(mask, most)
-    base = mask.without_block() if tagged else mask
-    chained = base.centered and base.total and not tagged
-    reach = mask.reach({name: own.longest for name, own in spans.items()}) if chained else Reach(None, None)
-    return Demand(base.count(most), tagged, chained, reach, mask.custom_kernel is not None)
+    base, tags = _as_run(mask, spans)
+    chained = base.centered and base.total and tags is None
+    reach = base.reach({name: own.longest for name, own in spans.items()}) if chained else Reach(None, None)
+    return Demand(base.count(_most(spans)), tags is not None, chained, reach, mask.custom_kernel is not None)
 
 
 def tokens(lengths: Lengths) -> Tokens:
@@ -122,14 +120,26 @@ def tokens(lengths: Lengths) -> Tokens:
 def row_bounds(mask: Mask, spans: SpanSets, lengths: Lengths, where: Tokens) -> Bounds:
     """Evaluate `mask.intervals` for every query token of the batch, clipped to the keys of its sequence."""
     rows = TokenRows(where, spans)
-    most = {name: own.values.shape[1] for name, own in spans.items()}
-    tagged = _tags_pay(mask, most)
-    lo, hi = (mask.without_block() if tagged else mask).intervals(rows)
+    base, tags = _as_run(mask, spans)
+    lo, hi = base.intervals(rows)
     if lo.shape != hi.shape or lo.ndim != 2 or lo.shape[0] != len(where.position):
         shapes = f"{tuple(lo.shape)} and {tuple(hi.shape)}"
         raise InputError("mask", f"intervals lo and hi of shape ({len(where.position)}, K) from {mask!r}", shapes)
+    _check_within_keys(mask, lo, hi, where)
     lo, hi = clipped(lo.to(torch.int32), hi.to(torch.int32), where.seqlen_k)
-    return Bounds(lo, hi, _block(str(mask.block_name()), rows, lengths) if tagged else None)
+    return Bounds(lo, hi, None if tags is None else _block(tags, rows, lengths))
+
+
+def _check_within_keys(mask: Mask, lo: torch.Tensor, hi: torch.Tensor, where: Tokens) -> None:
+    """A row may see up to `END_OF_KEYS`, which stands for the end of its sequence, but no key past it by number."""
+    fine = (hi <= where.seqlen_k.unsqueeze(1)) | (hi == END_OF_KEYS) | (lo >= hi)
+    fine &= (lo >= 0) | (lo >= hi)
+    if fine.device.type != "cpu":
+        torch._assert_async(fine.all(), "mask: a row sees keys outside of its sequence")
+    elif not fine.all():
+        row = int((~fine).any(1).nonzero()[0])
+        keys = f"keys within [0, {int(where.seqlen_k[row])}) for row {row} from {mask!r}"
+        raise InputError("mask", keys, list(zip(lo[row].tolist(), hi[row].tolist(), strict=True)))
 
 
 def clipped(lo: torch.Tensor, hi: torch.Tensor, seqlen_k: torch.Tensor) -> Intervals:
@@ -184,9 +194,21 @@ def _containing(latest: Intervals, position: torch.Tensor) -> Intervals:
     return start.masked_fill(past, EMPTY_LO), end.masked_fill(past, EMPTY_HI)
 
 
-def _tags_pay(mask: Mask, most: dict[str, int]) -> bool:
-    """Whether the mask is better run with a block of tags than with one interval per span."""
-    return mask.block_name() is not None and mask.count(most) > MOST_INTERVALS
+def _most(spans: SpanSets) -> dict[str, int]:
+    return {name: own.values.shape[1] for name, own in spans.items()}
+
+
+def _as_run(mask: Mask, spans: SpanSets) -> tuple[Mask, str | None]:
+    """The cheapest form of the mask for these spans: (what runs by intervals, the span set that runs by tags).
+
+    A block of at most one span is that span. A block of more spans than intervals fit runs by tags.
+    """
+    name, most = mask.block_name(), _most(spans)
+    if name is None:
+        return mask, None
+    if most[name] <= 1:
+        return mask.without_block() | same_span(name), None
+    return (mask.without_block(), name) if mask.count(most) > MOST_INTERVALS else (mask, None)
 
 
 def _block(name: str, rows: TokenRows, lengths: Lengths) -> Block:

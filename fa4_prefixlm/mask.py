@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 EMPTY_LO = torch.iinfo(torch.int32).max
 EMPTY_HI = 0
-# More than any sequence has keys; row_bounds clips to the sequence.
+# Stands for the end of a sequence's keys, wherever that is.
 END_OF_KEYS = torch.iinfo(torch.int32).max
 
 Intervals = tuple[torch.Tensor, torch.Tensor]
@@ -108,8 +108,8 @@ class Mask(abc.ABC):
     def intervals(self, rows: Rows) -> Intervals:
         """`(lo, hi)`, each int32 `(total_q, K)`: the row sees keys `[lo[k], hi[k])` of its sequence, `lo >= hi` none.
 
-        The K intervals of a row are disjoint and ascending, empty ones last. Values outside the sequence's keys are
-        clipped by the caller.
+        The K intervals of a row are disjoint and ascending, empty ones last. `hi = END_OF_KEYS` is the end of the
+        sequence's keys; any other key outside of them is an error.
         """
 
     @abc.abstractmethod

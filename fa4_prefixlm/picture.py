@@ -90,7 +90,7 @@ def mask_image(
         cell = 600 / seqlen_k if seqlen_k > 600 else 600 // max(seqlen_k, 1)
     tiles = _tiles(mask, sizes, sets, *tile) if tile else []
     plot = _plot(_pair_states(mask, sizes, sets), cell, tiles)
-    lines = [[(PLAIN, PLAIN, "causal"), (SPAN, SPAN, "because of a span"), (HIDDEN, HIDDEN, "hidden")]]
+    lines = [[(PLAIN, PLAIN, "without spans"), (SPAN, SPAN, "because of a span"), (HIDDEN, HIDDEN, "hidden")]]
     if tile:
         kinds = [kind for _, kind in tiles]
         full = (FULL + SPAN, FULL + PLAIN, f"{kinds.count(FULL)} tiles full: no mask needed")

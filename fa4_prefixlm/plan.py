@@ -20,11 +20,13 @@ class Plan:
     """Made by `plan`. `print(plan)` shows the backend and why, the tiles and the exact work (which synchronises).
 
     Attributes: `mask`; `choice`, the backend with its reason; `call`, what `q`, `k`, `v` must look like; `lengths`;
-    `spans`; `bounds`, the keys each query row sees; `prepared`, the backend's own state.
+    `spans`; `demand`, what the mask asks of a kernel (intervals per row, a block of tags); `bounds`, the keys each row
+    sees; `prepared`, the backend's own state.
     """
 
     def __init__(self, work: Work, choice: Choice) -> None:
         self.mask, self.call, self.lengths, self.choice = work.mask, work.call, work.lengths, choice
+        self.demand = work.demand
         self.spans, self.bounds, self._where = work.spans, work.bounds, work.where
         self.prepared: Prepared = choice.backend.prepare(work)
 

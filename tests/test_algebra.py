@@ -7,7 +7,6 @@ import random
 import pytest
 import torch
 from cases import Batch, dense, prepare, random_batch, random_spans
-from fa4_prefixlm.masks import PrefixLM, causal, from_flex, key_in, one_block, prefix, query_in, same_span, window
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_blocks import check_list, read, tiles_of
@@ -17,6 +16,7 @@ import fa4_prefixlm as fp
 from fa4_prefixlm import blocks, intervals, tiling
 from fa4_prefixlm.algebra import normalised
 from fa4_prefixlm.flex import EvaluatedMask
+from fa4_prefixlm.masks import PrefixLM, causal, from_flex, key_in, one_block, prefix, query_in, same_span, window
 
 NAMES = ("image", "prompt")
 
@@ -89,7 +89,7 @@ def check_expression(mask: fp.Mask, batch: Batch, spans: dict[str, list], python
 def check_tiles(
     mask: fp.Mask, batch: Batch, spans: dict[str, list], stage, block_m: int = 16, block_n: int = 8
 ) -> None:
-    """The varlen lists hold exactly the tiles that are not empty; full is what is full (what a block fills may not be)."""
+    """The varlen lists hold exactly the tiles that are not empty, and call full only what is full."""
     tiles = tiling.query_tiles(stage.sizes, block_m)
     found = tiling.classify(
         stage.bounds, tiles, stage.sizes, stage.where, block_m, block_n, chained=stage.demand.chained
@@ -189,6 +189,7 @@ def test_masks_are_values() -> None:
         ((causal | same_span("image")) & window(9), 1, True),
         ((causal & window(9)) | same_span("image"), 1, True),
         (same_span("image"), 1, False),
+        (same_span("image") | query_in("image"), 1, False),
         (causal & same_span("image"), 1, False),
         (causal & (prefix("image") | window(9)), 2, False),
         (causal & (key_in("image") | window(9)), 4, False),
@@ -211,6 +212,20 @@ def test_many_images_in_one_block_run_by_tags() -> None:
     inside = prepare(Batch(((70, 70),), ((),)), window(5) & one_block("image"), {"image": spans})
     assert not inside.demand.tagged  # not written as "... | one_block": one interval a span
     assert inside.demand.intervals == 10
+
+
+def test_a_block_of_one_span_is_the_span() -> None:
+    spans = {"image": [[(5, 40)]]}
+    stage = prepare(Batch(((70, 70),), ((),)), causal | one_block("image"), spans)
+    assert (stage.demand.intervals, stage.demand.chained, stage.demand.tagged) == (1, True, False)
+    assert torch.equal(stage.bounds.hi, prepare(Batch(((70, 70),), ((),)), PrefixLM(), spans).bounds.hi)
+
+
+def test_two_lists_can_meet_in_more_intervals_than_either_has() -> None:
+    spans = {"image": [[(0, 10), (12, 20)]], "prompt": [[(2, 5), (8, 14)]]}
+    check_expression(key_in("image") & key_in("prompt"), Batch(((20, 20),), ((),)), spans)
+    bounds = prepare(Batch(((20, 20),), ((),)), key_in("image") & key_in("prompt"), spans).bounds
+    assert list(zip(bounds.lo[0].tolist(), bounds.hi[0].tolist(), strict=True)) == [(2, 5), (8, 10), (12, 14)]
 
 
 def test_normalised() -> None:
@@ -292,6 +307,16 @@ def test_a_subclass_with_intervals_of_the_wrong_shape_is_refused() -> None:
         prepare(Batch(((5, 5),), ((),)), Wrong())
 
 
+def test_a_mask_that_leaves_its_sequence_is_refused() -> None:
+    class Ahead(PrefixLM):
+        def intervals(self, rows):
+            lo, hi = super().intervals(rows)
+            return lo, hi + 2
+
+    with pytest.raises(fp.InputError, match=r"mask: expected keys within \[0, 5\) for row 3 .* got \[\(0, 6\)\]"):
+        prepare(Batch(((5, 5),), ((),)), Ahead())
+
+
 def test_show() -> None:
     mask = (causal | same_span("image")) & window(3)
     shown = mask.show(seqlen=6, spans={"image": [(1, 5)]}, seqlen_q=3)
@@ -315,3 +340,19 @@ def test_lengths_of_empty_sequences() -> None:
         Batch(((0, 0), (3, 5), (0, 2)), ((), (), ())),
         {"image": [[], [(0, 2), (3, 5)], []]},
     )
+
+
+def test_a_flex_function_is_never_asked_for_keys_past_its_sequence() -> None:
+    batch = Batch(((5, 5), (3, 9), (2, 2)), ((), (), ()))
+    offset, allowed = torch.tensor(batch.cu_k[:-1]), torch.arange(batch.cu_k[-1]) % 3 != 1  # indexing past it raises
+    mask = from_flex(lambda b, h, q_idx, kv_idx: (q_idx >= kv_idx) & allowed[offset[b] + kv_idx])
+    assert prepare(batch, mask, {}).bounds.count == 3
+    q, k, v = batch.tensors((2, 1), (8, 8), torch.float32, "cpu")
+    assert fp.attention(q, k, v, cu_seqlens_q=batch.cu_q, cu_seqlens_k=batch.cu_k, mask=mask).isfinite().all()
+
+
+def test_rows_with_gaps_between_what_they_see_make_no_chain() -> None:
+    batch = Batch(((64, 64),), ((),))
+    for mask in (same_span("image") | same_span("prompt"), same_span("image"), query_in("image") & same_span("image")):
+        spans = {"image": [[(0, 3), (40, 50)]], "prompt": [[(5, 7), (60, 64)]]}
+        check_expression(mask, batch, {name: spans[name] for name in mask.names})

@@ -1,0 +1,17 @@
+"""BAGEL: `causal | same_span("image")` on all layers.
+
+Spans: the token range of each image, from the program that lays out the sequence.
+
+Source: vLLM 0.33, by reading of design notes, not checked here. transformers 5.23.0 does not have the model. What
+BAGEL's training code does beyond that (it hides a noised image from later tokens) is not in this mask.
+"""
+
+from __future__ import annotations
+
+from fa4_prefixlm.algebra import causal, same_span
+from fa4_prefixlm.mask import Mask
+
+
+def all_layers() -> Mask:
+    """Text is causal, the tokens of an image see each other."""
+    return causal | same_span("image")

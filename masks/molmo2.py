@@ -1,0 +1,34 @@
+"""Molmo 2: causal text; image and video tokens see each other in both directions. All layers are global and alike.
+
+- transformers: `causal | one_block("image")`. All images and frames of a sequence are one block.
+- vLLM: `causal | same_span("image")`. Each image is by itself.
+
+Spans: the runs of 1 in `mm_token_type_ids` (patches, and the column, start and end tokens of an image or a frame).
+Images that touch make one run, which is the same to `one_block`; for vLLM give them to `plan` as spans of their own.
+In transformers a pass after the first applies the block only if it brings image features.
+
+Source: `Molmo2Model.forward` in `models/molmo2/modeling_molmo2.py` of transformers 5.23.0 (tests/test_catalogue.py runs
+it). vLLM 0.33: by reading of design notes, not checked here.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from fa4_prefixlm.algebra import causal, one_block, same_span
+from fa4_prefixlm.mask import Mask
+
+from ._like import variant
+from .spans import BatchSpans, runs_of
+
+
+def all_layers(*, like: Literal["transformers", "vllm"]) -> Mask:
+    """One block of all images of a sequence in transformers, one of each image in vLLM."""
+    return variant(like, {"transformers": causal | one_block("image"), "vllm": causal | same_span("image")})
+
+
+def spans_from_token_types(token_types: torch.Tensor) -> BatchSpans:
+    """Image runs in `mm_token_type_ids` `(batch, seqlen)`. Reads the tensor on the host, see `spans.runs_of`."""
+    return runs_of(token_types, {1})

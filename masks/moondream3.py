@@ -1,0 +1,19 @@
+"""Moondream 3: `causal | same_span("image")` on all layers.
+
+Spans: one, at the start: the BOS token and the 729 tokens of the image, `IMAGE_SPAN`. A sequence without an image has
+none.
+
+Source: vLLM 0.33, by reading of design notes, not checked here. transformers 5.23.0 does not have the model.
+"""
+
+from __future__ import annotations
+
+from fa4_prefixlm.algebra import causal, same_span
+from fa4_prefixlm.mask import Mask
+
+IMAGE_SPAN = (0, 730)
+
+
+def all_layers() -> Mask:
+    """Spans of a batch of two with an image each: `[[IMAGE_SPAN], [IMAGE_SPAN]]`."""
+    return causal | same_span("image")

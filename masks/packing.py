@@ -1,0 +1,32 @@
+"""Several documents in one sequence: `mask & same_span("document")`.
+
+Documents that are sequences of their own are cheaper: packed tensors with `cu_seqlens` need no mask for it, and spans
+count from the start of their document. This is for a batch whose tensors are fixed, such as `(batch, seqlen, ...)` with
+documents packed into each row: there all spans are positions of the row.
+
+Two things follow from the rule. Tokens outside of all documents see nothing and are seen by nobody: padding, on either
+side. And `mask | one_block(name)` makes a block of its own in each document, but no longer costs one tag per token: a
+row may see as many intervals as the sequence has spans, and above 4 the mask runs on the reference.
+
+Source: this library. For causal text it is what transformers 5.23.0 builds from `position_ids` that restart
+(`find_packed_sequence_indices` in `masking_utils.py`; not compared here).
+"""
+
+from __future__ import annotations
+
+from fa4_prefixlm.algebra import same_span
+from fa4_prefixlm.errors import InputError
+from fa4_prefixlm.mask import Mask
+
+
+def in_documents(mask: Mask, name: str = "document") -> Mask:
+    """`mask` within each document. The spans of `name` are the documents: no other span may cross their borders.
+
+    `in_documents(causal | same_span("image"))` takes spans such as
+    `{"image": [[(2, 6), (13, 17)]], "document": [[(0, 9), (9, 20)]]}`.
+    """
+    if not isinstance(mask, Mask):
+        raise InputError("mask", "a mask", type(mask).__name__)
+    if name in mask.names:
+        raise InputError("name", f"a name that {mask!r} does not read", repr(name))
+    return mask & same_span(name)

@@ -1,0 +1,72 @@
+"""Spans from what a processor writes: per sequence a list of half-open `(start, end)`, as `plan` takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+
+from fa4_prefixlm.errors import InputError
+
+BatchSpans = list[list[tuple[int, int]]]
+
+
+def runs_of(
+    token_types: torch.Tensor, values: Collection[int], *, merge: bool = True, joined: bool = False
+) -> BatchSpans:
+    """The maximal runs of tokens whose type is one of `values`.
+
+    `[0, 1, 1, 2, 0, 1]` with values {1, 2} gives `[(1, 4), (5, 6)]`; with `merge=False` `[(1, 3), (3, 4), (5, 6)]`.
+
+    Args:
+        token_types: `(batch, seqlen)`, any integer dtype, on any device. Its values are read on the host: a tensor on a
+            GPU is copied, which waits for the device. Make the spans once for a batch, not once for a layer.
+        values: the token types that are in a span.
+        merge: runs of different values that touch are one span; False: each is its own. Two runs of one value that
+            touch can't be told apart: give such spans to `plan` by hand.
+        joined: the tokens of a row must be one run, or none: a gap is an `InputError`. For models that make one block
+            of them however they lie; where there is one run, `same_span` says the same as `one_block` and costs less.
+    """
+    _check(token_types, values)
+    rows: list[list[int]] = token_types.tolist()
+    wanted = {int(value): int(value) if not merge else 0 for value in values}
+    result = [_runs([wanted.get(kind) for kind in row]) for row in rows]
+    for index, spans in enumerate(result):
+        if joined and len(spans) > 1:
+            raise InputError(f"token_types[{index}]", f"one run of the types {sorted(wanted)}", f"the runs {spans}")
+    return result
+
+
+def drop_longer(spans: Sequence[Sequence[tuple[int, int]]], window: int) -> BatchSpans:
+    """The spans of at most `window` tokens; a longer one is left out, and its tokens are causal.
+
+    What vLLM 0.33 does with the images of a model that has a sliding window, on all its layers (by reading of design
+    notes, not checked here). transformers keeps such spans.
+    """
+    if not isinstance(window, int) or isinstance(window, bool) or window < 1:
+        raise InputError("window", "a positive number of tokens", window)
+    return [[(start, end) for start, end in own if end - start <= window] for own in spans]
+
+
+def _check(token_types: torch.Tensor, values: Collection[int]) -> None:
+    if not isinstance(token_types, torch.Tensor):
+        raise InputError("token_types", "an integer tensor (batch, seqlen)", type(token_types).__name__)
+    kind = token_types.dtype
+    if kind.is_floating_point or kind.is_complex or kind == torch.bool:
+        raise InputError("token_types", "an integer dtype", kind)
+    if token_types.ndim != 2:
+        raise InputError("token_types", "shape (batch, seqlen)", tuple(token_types.shape))
+    if len(values) == 0:
+        raise InputError("values", "at least one token type", values)
+
+
+def _runs(groups: Sequence[int | None]) -> list[tuple[int, int]]:
+    """Maximal runs of one group; None is in no run."""
+    spans: list[tuple[int, int]] = []
+    start = 0
+    for index in range(1, len(groups) + 1):
+        if index == len(groups) or groups[index] != groups[start]:
+            if groups[start] is not None:
+                spans.append((start, index))
+            start = index
+    return spans

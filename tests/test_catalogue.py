@@ -1,0 +1,455 @@
+"""The masks of the families: against transformers' own models, against each other, and interval by interval."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pathlib
+import random
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import fa4_prefixlm as fp
+from fa4_prefixlm.errors import InputError
+from fa4_prefixlm.masks import bagel, causal, gemma3, gemma4, molmo2, moondream3, one_block, paligemma, rswa, t5
+from fa4_prefixlm.masks.catalogue import CATALOGUE, Example
+from fa4_prefixlm.masks.packing import in_documents
+from fa4_prefixlm.masks.spans import BatchSpans, drop_longer, runs_of
+
+DOCS = pathlib.Path(__file__).parent.parent / "docs"
+WINDOW = 5
+CASES = 8  # batches of three rows
+
+
+@pytest.fixture
+def oracles() -> ModuleType:
+    """tests/oracles.py; skips where transformers is not installed."""
+    return importlib.import_module("oracles")
+
+
+def random_types(rng: random.Random, keys: int, values: tuple[int, ...]) -> list[int]:
+    """Runs of 1 to 12 tokens, so that many touch, reach an end of the row or are longer than the window."""
+    row: list[int] = []
+    while len(row) < keys:
+        row += [rng.choice(values)] * rng.choice([1, 2, 3, 6, 12])
+    return row[:keys]
+
+
+def left_padding(rng: random.Random, keys: int) -> torch.Tensor:
+    """`(3, keys)` bool: the first row is whole, the others have padding on the left."""
+    lengths = [0, rng.randint(1, 3), rng.randint(1, keys - 1)]
+    return torch.tensor([[position >= padding for position in range(keys)] for padding in lengths])
+
+
+def batches(
+    values: tuple[int, ...], keys_of: Callable[[random.Random], int] = lambda rng: rng.randint(2, 40)
+) -> list[tuple[torch.Tensor, torch.Tensor | None, int]]:
+    """(token types `(3, keys)`, padding or None, cached tokens): with neither, padding, a cache, and both."""
+    rng = random.Random(sum(values))
+    result = []
+    for index in range(CASES * 4):
+        keys = keys_of(rng)
+        types = torch.tensor([random_types(rng, keys, values) for _ in range(3)])
+        if index % 8 == 0:
+            types[:] = values[1]  # one span over all of the row
+        padding = left_padding(rng, keys) if index % 4 in (1, 3) else None
+        if padding is not None:
+            types[~padding] = 0
+        result.append((types, padding, rng.randint(1, keys - 1) if index % 4 >= 2 else 0))
+    return result
+
+
+def dense(
+    mask: fp.Mask, spans: BatchSpans | None, keys: int, padding: torch.Tensor | None, cached: int
+) -> torch.Tensor:
+    """`(3, keys - cached, keys)` bool, without padding keys."""
+    rows = [
+        mask.dense(seqlen=keys, seqlen_q=keys - cached, spans=spans[index] if spans is not None else None)
+        for index in range(3)
+    ]
+    result = torch.stack(rows)
+    return result if padding is None else result & padding[:, None]
+
+
+def after_sliding_cache(visible: torch.Tensor, cached: int) -> torch.Tensor:
+    """Without the keys that a cache of a sliding layer, which keeps `WINDOW - 1` tokens, has dropped."""
+    return visible & (torch.arange(visible.shape[2]) >= max(0, cached - (WINDOW - 1)))
+
+
+def compare(ours: Callable[..., torch.Tensor], theirs: Callable[..., torch.Tensor], values: tuple[int, ...]) -> None:
+    for types, padding, cached in batches(values):
+        got, wanted = ours(types, padding, cached), theirs(types, padding=padding, cached=cached)
+        assert torch.equal(got, wanted), f"types {types.tolist()}, padding {padding}, cached {cached}"
+
+
+LAYERS = ("global", "local")
+
+
+def test_the_random_rows_are_varied() -> None:
+    types = [own for own, _, _ in batches((0, 1))]
+    spans = [runs for own in types for runs in runs_of(own, {1})]
+    assert len(types) >= 20
+    assert any(len(runs) > 3 for runs in spans)
+    assert any(end - start > 2 * WINDOW for runs in spans for start, end in runs)
+    assert any(runs and runs[0][0] == 0 for runs in spans)
+    assert any(runs and runs[-1][1] == own.shape[1] for own in types for runs in runs_of(own, {1}))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_gemma3_is_transformers(oracles: ModuleType, layer: str) -> None:
+    mask = gemma3.global_layers() if layer == "global" else gemma3.local_layers(WINDOW, like="transformers")
+
+    def ours(types: torch.Tensor, padding: torch.Tensor | None, cached: int) -> torch.Tensor:
+        return dense(mask, gemma3.spans_from_token_types(types), types.shape[1], padding, cached)
+
+    compare(ours, functools.partial(oracles.gemma3, layer=layer, window=WINDOW), (0, 1))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_gemma4_is_transformers(oracles: ModuleType, layer: str) -> None:
+    def ours(types: torch.Tensor, padding: torch.Tensor | None, cached: int) -> torch.Tensor:
+        spans = gemma4.spans_from_token_types(types)
+        if layer == "global":
+            return dense(gemma4.global_layers(like="transformers"), None, types.shape[1], padding, cached)
+        return dense(gemma4.local_layers(WINDOW, like="transformers"), spans, types.shape[1], padding, cached)
+
+    compare(ours, functools.partial(oracles.gemma4, layer=layer, window=WINDOW), (0, 1, 2, 3))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("generate", [False, True])
+def test_gemma4_unified_is_transformers(oracles: ModuleType, layer: str, generate: bool) -> None:
+    like: Any = "transformers-static-cache" if generate else "transformers-forward"
+    local = gemma4.unified_local_layers(WINDOW, like=like)
+    mask = gemma4.unified_global_layers(like=like) if layer == "global" else local
+
+    def ours(types: torch.Tensor, padding: torch.Tensor | None, cached: int) -> torch.Tensor:
+        spans = gemma4.spans_from_token_types(types) if mask.names else None
+        visible = dense(mask, spans, types.shape[1], padding, cached)
+        # transformers' sliding cache has no more of a span than this; a mask over all keys does.
+        return after_sliding_cache(visible, cached) if layer == "local" and not generate else visible
+
+    compare(
+        ours, functools.partial(oracles.gemma4_unified, layer=layer, window=WINDOW, generate=generate), (0, 1, 2, 3)
+    )
+
+
+@pytest.mark.parametrize(("version", "layer"), [(1, "global"), (2, "global"), (2, "local")])
+def test_paligemma_is_transformers(oracles: ModuleType, version: int, layer: str) -> None:
+    """0s anywhere, so the masks with `gaps=True`; padding is 0 and in the block, as transformers has it."""
+    if layer == "local":
+        mask = paligemma.local_layers(WINDOW, like="transformers", gaps=True)
+    else:
+        mask = paligemma.global_layers(like="transformers", gaps=True)
+
+    def ours(types: torch.Tensor, padding: torch.Tensor | None, cached: int) -> torch.Tensor:
+        spans = paligemma.spans_from_token_types(types, gaps=True)
+        return dense(mask, [[], [], []] if cached else spans, types.shape[1], padding, cached)
+
+    window = WINDOW if version == 2 else None
+    compare(ours, functools.partial(oracles.paligemma, version=version, layer=layer, window=window), (1, 0))
+
+
+@pytest.mark.parametrize(("version", "layer"), [(1, "global"), (2, "global"), (2, "local")])
+def test_paligemma_as_its_processor_writes_it(oracles: ModuleType, version: int, layer: str) -> None:
+    """One prefix, one suffix, padding of type 0 on either side. Rows that are padding see what they like."""
+    if layer == "local":
+        mask = paligemma.local_layers(WINDOW, like="transformers")
+    else:
+        mask = paligemma.global_layers(like="transformers")
+    rng = random.Random(1)
+    for _ in range(20):
+        keys = rng.randint(4, 40)
+        types, real = torch.zeros(3, keys, dtype=torch.long), torch.zeros(3, keys, dtype=torch.bool)
+        for row in range(3):
+            start, suffix, end = sorted(rng.sample(range(keys + 1), 3))
+            types[row, suffix:end] = 1
+            real[row, start:end] = True
+        spans = paligemma.spans_from_token_types(types, attention_mask=real.long())
+        assert all(len(own) == 1 for own in spans)
+        wanted = oracles.paligemma(
+            types, version=version, layer=layer, window=WINDOW if version == 2 else None, padding=real
+        )
+        assert torch.equal(dense(mask, spans, keys, real, 0)[real], wanted[real])
+
+
+def test_molmo2_is_transformers(oracles: ModuleType) -> None:
+    mask = molmo2.all_layers(like="transformers")
+
+    def ours(types: torch.Tensor, padding: torch.Tensor | None, cached: int) -> torch.Tensor:
+        return dense(mask, molmo2.spans_from_token_types(types), types.shape[1], padding, cached)
+
+    compare(ours, oracles.molmo2, (0, 1))
+
+
+def visible_by_bounds(mask: fp.Mask, spans: object, keys: int, rows: int) -> torch.Tensor:
+    """The mask of one sequence as a plan has it: from its intervals, and the block beside them."""
+    named = {name: [own, []] for name, own in spans.items()} if isinstance(spans, dict) else [spans, []]
+    q, k = torch.zeros(2, rows, 1, 8), torch.zeros(2, keys, 1, 8)
+    bounds = fp.plan(named if mask.names else None, like=(q, k, k), mask=mask).bounds
+    kv = torch.arange(keys)
+    visible = ((kv >= bounds.lo[:rows, :, None]) & (kv < bounds.hi[:rows, :, None])).any(1)
+    if bounds.block is not None:
+        visible |= bounds.block.row_tag[:rows, None] == bounds.block.key_tag[None, :keys]
+    return visible
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_intervals_are_the_dense_mask(name: str) -> None:
+    example = CATALOGUE[name]
+    for rows in (example.seqlen, 13, 1):
+        got = visible_by_bounds(example.mask, example.spans, example.seqlen, rows)
+        wanted = example.mask.dense(seqlen=example.seqlen, spans=example.spans, seqlen_q=rows)
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("name", [name for name in CATALOGUE if CATALOGUE[name].mask.names])
+def test_intervals_are_the_dense_mask_for_random_spans(name: str) -> None:
+    mask, rng = CATALOGUE[name].mask, random.Random(2)
+    for _ in range(10):
+        keys = rng.randint(2, 50)
+        spans = {own: runs_of(torch.tensor([random_types(rng, keys, (0, 1))]), {1})[0] for own in sorted(mask.names)}
+        spans[sorted(mask.names)[0]] = spans[sorted(mask.names)[0]] or [(0, 1)]  # a plan refuses an empty mask
+        rows = rng.randint(1, keys)
+        wanted = mask.dense(seqlen=keys, spans=spans, seqlen_q=rows)
+        assert torch.equal(visible_by_bounds(mask, spans, keys, rows), wanted)
+
+
+def test_every_example_shows_its_rule() -> None:
+    for name, example in CATALOGUE.items():
+        assert isinstance(example, Example)
+        assert 48 <= example.seqlen <= 64
+        if example.mask.names:
+            without = None if not isinstance(example.spans, dict) else dict.fromkeys(example.spans, ())
+            with_spans = example.mask.dense(seqlen=example.seqlen, spans=example.spans)
+            assert not torch.equal(with_spans, example.mask.dense(seqlen=example.seqlen, spans=without)), name
+
+
+def test_one_interval_a_row_where_the_docs_say_so() -> None:
+    """What decides the speed: K, and the block of tags."""
+    intervals = {}
+    for name, example in CATALOGUE.items():
+        named = example.spans if isinstance(example.spans, dict) else dict.fromkeys(example.mask.names, example.spans)
+        intervals[name] = example.mask.count({own: len(pairs) for own, pairs in named.items()})
+    assert intervals.pop("molmo2-transformers") == 6
+    assert [intervals.pop(name) for name in ("paligemma-global-gaps", "paligemma2-local-gaps")] == [4, 4]
+    assert intervals.pop("rswa") == 2
+    assert set(intervals.values()) == {1}
+
+
+IMAGES = [(3, 15), (20, 24)]
+DIFFERENT = {
+    "gemma3 local": (
+        gemma3.local_layers(WINDOW, like="transformers"),
+        gemma3.local_layers(WINDOW, like="vllm"),
+    ),
+    "gemma4 local": (
+        gemma4.local_layers(WINDOW, like="transformers"),
+        gemma4.local_layers(WINDOW, like="vllm"),
+    ),
+    "gemma4 unified local": (
+        gemma4.unified_local_layers(WINDOW, like="transformers-static-cache"),
+        gemma4.unified_local_layers(WINDOW, like="transformers-forward"),
+    ),
+    "molmo2": (molmo2.all_layers(like="transformers"), molmo2.all_layers(like="vllm")),
+    "paligemma gaps": (
+        paligemma.global_layers(like="transformers"),
+        paligemma.global_layers(like="transformers", gaps=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_variants_differ(name: str) -> None:
+    one, other = (mask.dense(seqlen=30, spans=IMAGES) for mask in DIFFERENT[name])
+    assert not torch.equal(one, other)
+
+
+def test_local_variants_agree_on_short_spans() -> None:
+    """A span within the window: clipped or whole, the same; and vLLM drops none of them."""
+    spans = [[(3, 8), (20, 24)]]
+    assert drop_longer(spans, WINDOW) == spans
+    one, other = DIFFERENT["gemma3 local"]
+    wanted = one.dense(seqlen=30, spans=spans[0])
+    assert torch.equal(wanted, other.dense(seqlen=30, spans=spans[0]))
+
+
+def test_global_variants_of_gemma4_differ() -> None:
+    plain = gemma4.global_layers(like="transformers")
+    assert plain == gemma4.unified_global_layers(like="transformers-static-cache") == causal
+    for joined in (gemma4.global_layers(like="vllm"), gemma4.unified_global_layers(like="transformers-forward")):
+        assert not torch.equal(plain.dense(seqlen=30), joined.dense(seqlen=30, spans=IMAGES))
+
+
+def test_vllm_drops_long_spans() -> None:
+    kept = drop_longer([IMAGES, [], [(0, 5), (5, 11)]], WINDOW)
+    assert kept == [[(20, 24)], [], [(0, 5)]]
+    mask = gemma3.global_layers()
+    assert not torch.equal(mask.dense(seqlen=30, spans=IMAGES), mask.dense(seqlen=30, spans=kept[0]))
+    with pytest.raises(InputError, match="window: expected a positive number of tokens, got 0"):
+        drop_longer([IMAGES], 0)
+
+
+LIKES: dict[str, tuple[Callable[..., fp.Mask], str]] = {
+    "gemma3": (functools.partial(gemma3.local_layers, WINDOW), "'transformers' or 'vllm'"),
+    "gemma4 global": (gemma4.global_layers, "'transformers' or 'vllm'"),
+    "gemma4 local": (functools.partial(gemma4.local_layers, WINDOW), "'transformers' or 'vllm'"),
+    "unified global": (
+        gemma4.unified_global_layers,
+        "'transformers-forward' or 'transformers-static-cache' or 'vllm'",
+    ),
+    "unified local": (
+        functools.partial(gemma4.unified_local_layers, WINDOW),
+        "'transformers-forward' or 'transformers-static-cache' or 'vllm'",
+    ),
+    "paligemma global": (paligemma.global_layers, "'transformers' or 'vllm'"),
+    "paligemma local": (functools.partial(paligemma.local_layers, WINDOW), "'transformers'"),
+    "molmo2": (molmo2.all_layers, "'transformers' or 'vllm'"),
+}
+
+
+@pytest.mark.parametrize("name", LIKES)
+def test_like_has_no_default_and_is_checked(name: str) -> None:
+    factory, choices = LIKES[name]
+    with pytest.raises(TypeError, match="like"):
+        factory()
+    for wrong in ("hf", None, "Transformers", ["vllm"]):
+        with pytest.raises(InputError) as caught:
+            factory(like=wrong)
+        assert str(caught.value) == f"like: expected the program to agree with: {choices}, got {wrong!r}"
+
+
+def test_two_transformers_rules_have_no_common_name() -> None:
+    for factory in (gemma4.unified_global_layers, functools.partial(gemma4.unified_local_layers, WINDOW)):
+        with pytest.raises(InputError, match="like: "):
+            factory(like="transformers")
+    with pytest.raises(InputError, match="like: "):
+        paligemma.local_layers(WINDOW, like="vllm")  # type: ignore[arg-type]
+
+
+def test_windows_are_checked() -> None:
+    for factory in (
+        functools.partial(gemma3.local_layers, like="vllm"),
+        functools.partial(gemma4.local_layers, like="vllm"),
+        functools.partial(paligemma.local_layers, like="transformers"),
+        rswa.all_layers,
+    ):
+        with pytest.raises(InputError, match="window: "):
+            factory(0)
+
+
+def test_runs() -> None:
+    types = torch.tensor([[0, 1, 1, 2, 0, 1], [0, 0, 0, 0, 0, 0], [2, 2, 2, 2, 2, 2], [3, 1, 2, 1, 1, 3]])
+    assert runs_of(types, {1, 2}) == [[(1, 4), (5, 6)], [], [(0, 6)], [(1, 5)]]
+    assert runs_of(types, {1, 2}, merge=False) == [
+        [(1, 3), (3, 4), (5, 6)],
+        [],
+        [(0, 6)],
+        [(1, 2), (2, 3), (3, 5)],
+    ]
+    assert runs_of(types, [1]) == [[(1, 3), (5, 6)], [], [], [(1, 2), (3, 5)]]
+    assert runs_of(types.to(torch.uint8).T.contiguous().T, {1}) == runs_of(types, {1})
+    assert runs_of(torch.zeros(2, 0, dtype=torch.int32), {0}) == [[], []]
+    assert runs_of(torch.zeros(0, 4, dtype=torch.int32), {0}) == []
+
+
+def test_runs_against_a_loop() -> None:
+    rng = random.Random(3)
+    for merge in (True, False):
+        for _ in range(50):
+            keys = rng.randint(1, 30)
+            row = random_types(rng, keys, (0, 1, 2))
+            spans = runs_of(torch.tensor([row]), {1, 2}, merge=merge)[0]
+            inside = [any(start <= position < end for start, end in spans) for position in range(keys)]
+            assert inside == [kind > 0 for kind in row]
+            begins = {start for start, _ in spans}
+            for position in range(1, keys):
+                if inside[position] and inside[position - 1]:
+                    apart = not merge and row[position] != row[position - 1]
+                    assert (position in begins) == apart
+
+
+def test_joined_runs() -> None:
+    types = torch.tensor([[0, 0, 1], [1, 1, 1], [0, 1, 0]])
+    assert runs_of(types[:2], {0}, joined=True) == [[(0, 2)], []]
+    with pytest.raises(InputError, match=r"token_types\[2\]: expected one run of the types \[0\], got the runs"):
+        runs_of(types, {0}, joined=True)
+    with pytest.raises(InputError, match=r"token_types\[2\]"):
+        paligemma.spans_from_token_types(types)
+    assert paligemma.spans_from_token_types(types, gaps=True) == [[(0, 2)], [], [(0, 1), (2, 3)]]
+
+
+@pytest.mark.parametrize(
+    ("types", "values", "message"),
+    [
+        ([[0, 1]], {1}, "token_types: expected an integer tensor"),
+        (torch.zeros(1, 4), {1}, "token_types: expected an integer dtype, got torch.float32"),
+        (torch.zeros(1, 4, dtype=torch.bool), {1}, "token_types: expected an integer dtype, got torch.bool"),
+        (torch.zeros(4, dtype=torch.long), {1}, r"token_types: expected shape \(batch, seqlen\), got \(4,\)"),
+        (torch.zeros(1, 4, dtype=torch.long), (), "values: expected at least one token type"),
+    ],
+)
+def test_wrong_token_types(types: Any, values: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        runs_of(types, values)
+
+
+def test_spans_of_the_families() -> None:
+    types = torch.tensor([[0, 1, 1, 2, 2, 3, 1, 0]])
+    assert gemma3.spans_from_token_types(types) == [[(1, 3), (6, 7)]]
+    assert gemma4.spans_from_token_types(types) == [[(1, 5), (6, 7)]]
+    assert molmo2.spans_from_token_types(types) == [[(1, 3), (6, 7)]]
+    assert t5.spans_from_lengths([5, 0, 9]) == [[(0, 5)], [], [(0, 9)]]
+    with pytest.raises(InputError, match=r"input_lengths\[1\]: expected a number of tokens, got -1"):
+        t5.spans_from_lengths([5, -1])
+    assert moondream3.IMAGE_SPAN == (0, 1 + 27 * 27)
+
+
+def test_rules_by_a_loop() -> None:
+    """The families without an oracle, by their rule in plain Python."""
+    joined = [(2, 9), (9, 12)]
+
+    def same(p: int, kv: int, spans: list[tuple[int, int]]) -> bool:
+        return any(start <= p < end and start <= kv < end for start, end in spans)
+
+    wanted = torch.tensor([[kv <= p or same(p, kv, joined) for kv in range(20)] for p in range(20)])
+    for mask in (moondream3.all_layers(), bagel.all_layers(), t5.prefix_lm()):
+        assert torch.equal(mask.dense(seqlen=20, spans=joined), wanted)
+    wanted = torch.tensor([[kv <= p and (kv < 7 or p - kv < WINDOW) for kv in range(20)] for p in range(20)])
+    assert torch.equal(rswa.all_layers(WINDOW).dense(seqlen=20, spans=[(0, 7)]), wanted)
+
+
+@pytest.mark.parametrize(
+    "mask", [gemma3.global_layers(), gemma3.local_layers(WINDOW, like="vllm"), causal | one_block("image")], ids=repr
+)
+def test_documents(mask: fp.Mask) -> None:
+    documents, images = [(0, 9), (9, 20), (24, 40)], [(2, 6), (6, 9), (13, 18), (24, 31), (35, 40)]
+    wanted = torch.zeros(44, 44, dtype=torch.bool)
+    for start, end in documents:
+        own = [(first - start, last - start) for first, last in images if start <= first < end]
+        wanted[start:end, start:end] = mask.dense(seqlen=end - start, spans=own)
+    packed = in_documents(mask)
+    spans = {"image": images, "document": documents}
+    assert torch.equal(packed.dense(seqlen=44, spans=spans), wanted)
+    assert torch.equal(visible_by_bounds(packed, spans, 44, 44), wanted)
+    assert packed.names == {"image", "document"}
+
+
+def test_documents_are_checked() -> None:
+    with pytest.raises(InputError, match="name: expected a name that"):
+        in_documents(causal | one_block("image"), name="image")
+    with pytest.raises(InputError, match="mask: expected a mask, got str"):
+        in_documents("causal")  # type: ignore[arg-type]
+    assert in_documents(causal, name="page").names == {"page"}
+
+
+def test_every_entry_is_in_the_docs() -> None:
+    page = (DOCS / "catalogue.md").read_text()
+    for name in CATALOGUE:
+        assert f"](pictures/catalogue/{name}.png)" in page
+    shown = {path.stem for path in (DOCS / "pictures" / "catalogue").glob("*.png")}
+    assert shown == set(CATALOGUE)
