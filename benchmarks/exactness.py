@@ -2,8 +2,9 @@
 
     pytest -m gpu --gpu-report report.jsonl; python benchmarks/exactness.py report.jsonl --save FILE
 
-Per backend and kernel kind: number of calls, largest relative error, largest ratio to the causal error on the same data
-(calls on batches of a few rows, where the causal error is not a band, are left out of the ratio), largest LSE error.
+Per backend and kernel kind, and per backend and mask for masks beyond PrefixLM: number of calls, largest relative error,
+largest ratio to FA4's causal error on the same data (left out for batches of a few rows and for masks whose rows see few
+keys, where the causal error is not a band), largest LSE error.
 """
 
 from __future__ import annotations
@@ -16,23 +17,20 @@ from collections import defaultdict
 from harness import provenance
 
 
-def summarise(lines: list[dict[str, object]]) -> list[dict[str, object]]:
+def summarise(lines: list[dict], by: str) -> list[dict[str, object]]:
+    """One row per backend and `by`, which is "kind" or "mask"."""
     groups: dict[tuple[str, str], list[dict]] = defaultdict(list)
     for line in lines:
-        groups[str(line["backend"]), str(line["kind"])].append(line)
+        groups[line["backend"], line[by]].append(line)
     rows: list[dict[str, object]] = []
-    for (backend, kind), calls in sorted(groups.items()):
+    for (backend, name), calls in sorted(groups.items()):
         banded = [call["error"] / call["band"] for call in calls if "batch" not in call and call["band"] > 0]
-        rows.append(
-            {
-                "backend": backend,
-                "kind": kind,
-                "calls": len(calls),
-                "largest_error": _short(max(call["error"] for call in calls)),
-                "largest_ratio_to_causal": _short(max(banded, default=0.0)),
-                "largest_lse_error": _short(max(call["lse_error"] for call in calls)),
-            }
-        )
+        row = {"backend": backend, by: name, "calls": len(calls)}
+        row["largest_error"] = _short(max(call["error"] for call in calls))
+        if banded:
+            row["largest_ratio_to_causal"] = _short(max(banded))
+        row["largest_lse_error"] = _short(max(call["lse_error"] for call in calls))
+        rows.append(row)
     return rows
 
 
@@ -45,12 +43,25 @@ def main() -> None:
     parser.add_argument("report", type=pathlib.Path)
     parser.add_argument("--save", type=pathlib.Path, required=True)
     arguments = parser.parse_args()
-    rows = summarise([json.loads(line) for line in arguments.report.read_text().splitlines()])
-    for row in rows:
+    lines = [json.loads(line) for line in arguments.report.read_text().splitlines()]
+    rows = summarise(lines, "kind")
+    # tests/test_gpu_masks.py labels its calls with the mask.
+    masks = summarise([line for line in lines if line.get("batch") == line["mask"]], "mask")
+    for row in [*rows, *masks]:
         print(" ".join(f"{name}={value}" for name, value in row.items()))
-    arguments.save.parent.mkdir(parents=True, exist_ok=True)
-    content = {**provenance(), "what": __doc__.split("\n\n")[-1].replace("\n", " ").strip(), "results": rows}
-    arguments.save.write_text(json.dumps(content, indent=1) + "\n")
+    save(arguments.save, rows, masks)
+
+
+def save(path: pathlib.Path, rows: list[dict], masks: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    what = (__doc__ or "").split("\n\n")[-1].replace("\n", " ").strip()
+    head = json.dumps({**provenance(), "what": what}, indent=1)[:-2]
+    tables = [f' "{name}": [\n{_lines(own)}\n ]' for name, own in (("results", rows), ("masks", masks))]
+    path.write_text(",\n".join([head, *tables]) + "\n}\n")
+
+
+def _lines(rows: list[dict]) -> str:
+    return ",\n".join(f"  {json.dumps(row)}" for row in rows)
 
 
 if __name__ == "__main__":
