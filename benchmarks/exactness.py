@@ -2,9 +2,9 @@
 
     pytest -m gpu --gpu-report report.jsonl; python benchmarks/exactness.py report.jsonl --save FILE
 
-Per backend and kernel kind, and per backend and mask for masks beyond PrefixLM: number of calls, largest relative error,
-largest ratio to FA4's causal error on the same data (left out for batches of a few rows and for masks whose rows see few
-keys, where the causal error is not a band), largest LSE error.
+Per backend and kernel kind, and per backend and mask for masks beyond PrefixLM: number of calls, largest relative
+error, largest ratio to FA4's causal error on the same data (left out for batches of a few rows and for masks whose rows
+see few keys, where the causal error is not a band), largest LSE error.
 """
 
 from __future__ import annotations
