@@ -166,7 +166,9 @@ class OneBlock(_Named):
 
 
 @dataclass(frozen=True, repr=False)
-class And(Mask):
+class _Two(Mask):
+    """Two masks, combined."""
+
     left: Mask
     right: Mask
 
@@ -176,8 +178,11 @@ class And(Mask):
 
     @property
     def centered(self) -> bool:  # type: ignore[override]
+        # Intervals that hold the row's own position meet in one, and join to one.
         return self.left.centered and self.right.centered
 
+
+class And(_Two):
     @property
     def total(self) -> bool:  # type: ignore[override]
         return self.centered and self.left.total and self.right.total
@@ -206,19 +211,7 @@ class And(Mask):
         return " & ".join(f"({part!r})" if isinstance(part, Or) else repr(part) for part in (self.left, self.right))
 
 
-@dataclass(frozen=True, repr=False)
-class Or(Mask):
-    left: Mask
-    right: Mask
-
-    @property
-    def names(self) -> frozenset[str]:
-        return self.left.names | self.right.names
-
-    @property
-    def centered(self) -> bool:  # type: ignore[override]
-        return self.left.centered and self.right.centered
-
+class Or(_Two):
     @property
     def total(self) -> bool:  # type: ignore[override]
         return self.left.total or self.right.total

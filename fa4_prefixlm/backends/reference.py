@@ -80,20 +80,6 @@ def dense_attention(
     spans: by name and sequence, half-open. seqlens: (seqlens_q, seqlens_k). A row that sees nothing gives 0 and an LSE
     of -inf (the sink, if there is one).
     """
-    with torch.autocast(q.device.type, enabled=False):  # it would run the products below in half precision
-        return _dense_attention(q, k, v, mask, spans, seqlens, options, accumulate)
-
-
-def _dense_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: Mask,
-    spans: Mapping[str, HostSpans],
-    seqlens: tuple[tuple[int, ...], tuple[int, ...]],
-    options: Options,
-    accumulate: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:
     outs = [q.new_zeros(0, q.shape[1], v.shape[2], dtype=accumulate)]
     lses = [q.new_zeros(q.shape[1], 0, dtype=accumulate)]
     row = key = 0
@@ -105,7 +91,8 @@ def _dense_attention(
             end = min(begin + step, seqlen_q)
             position = torch.arange(begin, end, device=q.device) + (seqlen_k - seqlen_q)
             visible = _mask_rows(mask, DensePairs(position, seqlen_k, own, index))
-            out, lse = _attend(q[row + begin : row + end].to(accumulate), keys, values, visible, options)
+            with torch.autocast(q.device.type, enabled=False):  # it would run the products in half precision
+                out, lse = _attend(q[row + begin : row + end].to(accumulate), keys, values, visible, options)
             outs.append(out)
             lses.append(lse)
         row, key = row + seqlen_q, key + seqlen_k
