@@ -15,6 +15,8 @@ For the row at position `p`, window `w`, and the span `[s, e)` that holds `p`:
 
 from __future__ import annotations
 
+import contextlib
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -74,7 +76,7 @@ class Window(Atom):
 
     def __post_init__(self) -> None:
         if not isinstance(self.tokens, int) or isinstance(self.tokens, bool) or self.tokens < 1:
-            raise InputError("window", "None or a positive number of tokens", self.tokens)
+            raise InputError("window", "a positive number of tokens, a Python int", repr(self.tokens))
 
     def intervals(self, rows: Rows) -> Intervals:
         lo = rows.position - min(self.tokens - 1, INT32_MAX)  # no wider than any sequence, and no overflow
@@ -292,6 +294,9 @@ causal = Causal()
 
 def window(tokens: int) -> Mask:
     """Keys less than `tokens` before the query: `query - key < tokens`. It looks left only, so combine it."""
+    if not isinstance(tokens, bool):
+        with contextlib.suppress(TypeError):
+            tokens = operator.index(tokens)  # NumPy's integers are integers
     return Window(tokens)
 
 

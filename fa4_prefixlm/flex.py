@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -42,7 +42,7 @@ def from_flex(mask_mod: MaskMod, *, max_intervals: int = MOST_INTERVALS) -> Mask
     """A mask from a FlexAttention `mask_mod(b, h, q_idx, kv_idx)`.
 
     The function is evaluated for every pair when a plan is made, in chunks of `EVALUATED_PAIRS`, and must be a pure
-    function of its indices, the same for all heads. `b` is the sequence of the packed batch, `q_idx` and `kv_idx` are
+    function of its indices that does not read `h`. `b` is the sequence of the packed batch, `q_idx` and `kv_idx` are
     absolute positions in it, never past its keys. A plan made from it synchronises.
 
     max_intervals: how many separate runs of keys a row may see; a row that sees more is an error that shows it.
@@ -54,9 +54,31 @@ def from_flex(mask_mod: MaskMod, *, max_intervals: int = MOST_INTERVALS) -> Mask
     return EvaluatedMask(mask_mod, max_intervals)
 
 
+class _NoHead:
+    """Stands for the head index: a function that does anything with it but pass it on is refused."""
+
+    def _refuse(self, *arguments: object, **keywords: object) -> NoReturn:
+        raise InputError("mask_mod", "one mask for all heads", "a function that reads h")
+
+    @classmethod
+    def __torch_function__(cls, *arguments: object, **keywords: object) -> NoReturn:
+        raise InputError("mask_mod", "one mask for all heads", "a function that reads h")
+
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __mod__ = __rmod__ = _refuse
+    __floordiv__ = __rfloordiv__ = __and__ = __rand__ = __or__ = __ror__ = __neg__ = __invert__ = _refuse
+    __bool__ = __int__ = __index__ = __float__ = __getattr__ = _refuse
+    __hash__ = None  # type: ignore[assignment]
+
+
+NO_HEAD: Any = _NoHead()
+
+
 @dataclass(frozen=True)
 class EvaluatedMask(Mask):
     """A mask that is known by evaluating a function. max_intervals None: as many as there are."""
+
+    evaluated = True
 
     mask_mod: MaskMod
     max_intervals: int | None
@@ -71,7 +93,7 @@ class EvaluatedMask(Mask):
     def visible(self, pairs: Pairs) -> torch.Tensor:
         sequence = torch.as_tensor(pairs.sequence, device=pairs.key.device)
         if pairs.query.ndim == 0:
-            return self.mask_mod(sequence, torch.zeros_like(sequence), pairs.query, pairs.key)
+            return self.mask_mod(sequence, NO_HEAD, pairs.query, pairs.key)
         query = pairs.query.flatten()
         return self._evaluate(sequence.expand(len(query)), query, pairs.key.expand(len(query), -1))
 
@@ -96,11 +118,19 @@ class EvaluatedMask(Mask):
         empty = torch.zeros(0, width, dtype=torch.int32, device=rows.position.device)
         return torch.cat([empty, *lo]), torch.cat([empty, *hi])
 
-    def _evaluate(self, b: torch.Tensor, q: torch.Tensor, kv: torch.Tensor, head: int = 0) -> torch.Tensor:
+    def _evaluate(self, b: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
         """`(rows, keys)` bool for the rows `b`, `q` `(rows,)` and the keys `kv` `(rows, keys)`."""
-        h = torch.full((), head, device=q.device)
-        over_keys = torch.vmap(self.mask_mod, in_dims=(None, None, None, 0))
-        result = torch.vmap(over_keys, in_dims=(0, None, 0, 0))(b, h, q, kv)
+
+        def pair(b: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+            return self.mask_mod(b, NO_HEAD, q, kv)
+
+        try:
+            result = torch.vmap(torch.vmap(pair, in_dims=(None, None, 0)), in_dims=(0, 0, 0))(b, q, kv)
+        except InputError:
+            raise
+        except Exception as error:  # whatever the user's function raised
+            kind = "a function of index tensors that torch.vmap can run (no if, no and, no random numbers)"
+            raise InputError("mask_mod", kind, f"{type(error).__name__}: {error}") from error
         if not isinstance(result, torch.Tensor) or result.dtype != torch.bool:
             raise InputError("mask_mod", "a boolean tensor for every pair", getattr(result, "dtype", type(result)))
         return result
@@ -108,8 +138,6 @@ class EvaluatedMask(Mask):
     def _check_pure(self, first: torch.Tensor, b: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> None:
         if not torch.equal(first, self._evaluate(b, q, kv)):
             raise InputError("mask_mod", "a pure function of its indices", "two answers to the same question")
-        if not torch.equal(first, self._evaluate(b, q, kv, head=1)):
-            raise InputError("mask_mod", "one mask for all heads", "another answer for head 1 than for head 0")
 
     def _runs(self, visible: torch.Tensor, sequence: torch.Tensor, position: torch.Tensor) -> Intervals:
         before = torch.nn.functional.pad(visible[:, :-1], (1, 0))

@@ -6,6 +6,7 @@ that also run on fake CUDA tensors where torch has no CUDA, so that kernels cros
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from .algebra import emptied, same_span
 from .errors import InputError
 from .lengths import Lengths
 from .mask import EMPTY_HI, EMPTY_LO, END_OF_KEYS, Intervals, Mask, Reach
-from .ranges import Spans, SpanSets
+from .ranges import Spans, SpanSets, on_host
 
 # Intervals per row that the mask_mods are made for. A mask that may need more runs on the reference.
 MOST_INTERVALS = 4
@@ -108,6 +109,22 @@ def demand(mask: Mask, spans: SpanSets) -> Demand:
     return Demand(base.count(_most(spans)), tags is not None, chained, reach, mask.custom_kernel is not None)
 
 
+def measured(mask: Mask, spans: SpanSets, lengths: Lengths, asked: Demand) -> Demand:
+    """`asked` with the intervals that rows really see, where the formula's bound is above what kernels take.
+
+    Looks at the values on the host, and only if they are there: nothing synchronises unless the mask does by itself.
+    """
+    known = lengths.seqlens_q is not None and all(own.host is not None for own in spans.values())
+    if asked.intervals <= MOST_INTERVALS or asked.custom or not (known or mask.evaluated):
+        return asked
+    if not mask.evaluated:
+        spans = {name: dataclasses.replace(own, values=on_host(own)) for name, own in spans.items()}
+        lengths = lengths.as_on_host()
+    bounds = row_bounds(mask, spans, lengths, tokens(lengths))
+    seen = (bounds.lo < bounds.hi).sum(1)
+    return dataclasses.replace(asked, intervals=max(1, int(seen.max()) if len(seen) else 1))
+
+
 def tokens(lengths: Lengths) -> Tokens:
     cu_q, cu_k = lengths.cu_seqlens_q, lengths.cu_seqlens_k
     row = torch.arange(lengths.total_q, device=lengths.device, dtype=torch.int32)
@@ -117,8 +134,11 @@ def tokens(lengths: Lengths) -> Tokens:
     return Tokens(sequence, key_offset, key_end - key_offset, key_end - key_offset - (query_end - row))
 
 
-def row_bounds(mask: Mask, spans: SpanSets, lengths: Lengths, where: Tokens) -> Bounds:
-    """Evaluate `mask.intervals` for every query token of the batch, clipped to the keys of its sequence."""
+def row_bounds(mask: Mask, spans: SpanSets, lengths: Lengths, where: Tokens, most: int | None = None) -> Bounds:
+    """Evaluate `mask.intervals` for every query token of the batch, clipped to the keys of its sequence.
+
+    most: intervals that a row is known to see at most; the empty ones past it are dropped.
+    """
     rows = TokenRows(where, spans)
     base, tags = _as_run(mask, spans)
     lo, hi = base.intervals(rows)
@@ -127,6 +147,8 @@ def row_bounds(mask: Mask, spans: SpanSets, lengths: Lengths, where: Tokens) -> 
         raise InputError("mask", f"intervals lo and hi of shape ({len(where.position)}, K) from {mask!r}", shapes)
     _check_within_keys(mask, lo, hi, where)
     lo, hi = clipped(lo.to(torch.int32), hi.to(torch.int32), where.seqlen_k)
+    if most is not None and most < lo.shape[1]:
+        lo, hi = lo.narrow(1, 0, most), hi.narrow(1, 0, most)
     return Bounds(lo, hi, None if tags is None else _block(tags, rows, lengths))
 
 

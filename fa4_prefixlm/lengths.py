@@ -6,6 +6,7 @@ last `seqlen_q` of `seqlen_k` positions (FlashAttention's bottom-right alignment
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import operator
 from collections.abc import Sequence
@@ -47,6 +48,11 @@ class Lengths:
     @property
     def device(self) -> torch.device:
         return self.cu_seqlens_q.device
+
+    def as_on_host(self) -> Lengths:
+        """The same lengths with their tensors on the host, from what the host knows."""
+        seqlens_q, seqlens_k = self.on_host()
+        return dataclasses.replace(self, cu_seqlens_q=_cumulative(seqlens_q), cu_seqlens_k=_cumulative(seqlens_k))
 
     def on_host(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """(seqlens_q, seqlens_k); reads them from the device, which synchronises, where the host does not know them."""
@@ -207,6 +213,10 @@ def _upper_bound(name: str, given: int | None, seqlens: tuple[int, ...] | None, 
     if given is not None and given < longest:
         raise InputError(name, f"at least the longest sequence, {longest}", given)
     return longest
+
+
+def _cumulative(seqlens: Sequence[int]) -> torch.Tensor:
+    return torch.tensor([0, *itertools.accumulate(seqlens)], dtype=torch.int32, device="cpu")
 
 
 def _differences(cumulative: Sequence[int]) -> tuple[int, ...]:

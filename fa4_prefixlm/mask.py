@@ -90,10 +90,12 @@ class Mask(abc.ABC):
 
     centered: each row sees one interval, which holds the row's own position, or nothing.
     total: no row sees nothing.
+    evaluated: `intervals` looks at values and synchronises.
     """
 
     centered: bool = False
     total: bool = False
+    evaluated: bool = False
 
     @property
     @abc.abstractmethod
@@ -137,6 +139,9 @@ class Mask(abc.ABC):
         from .algebra import both
 
         return both(self, other) if isinstance(other, Mask) else NotImplemented
+
+    def __bool__(self) -> bool:
+        raise TypeError("a mask is neither true nor false: combine masks with & and |, not with `and`, `or`, `not`")
 
     def __or__(self, other: Mask) -> Mask:
         from .algebra import either

@@ -55,7 +55,8 @@ class Plan:
         flops, causal, dense = self.flops(), self.causal_flops(), self.dense_flops()
         size = self.lengths
         lines = [
-            ("batch", f"{size.batch} sequences, {size.total_q} queries, {size.total_k} keys, {self.mask}"),
+            ("batch", f"{size.batch} sequences, {size.total_q} queries, {size.total_k} keys"),
+            ("mask", f"{self.mask}, {self._intervals()}"),
             ("heads", f"{self.call.heads_q} query, {self.call.heads_kv} key, head dim {_dims(self.call)}"),
             ("backend", str(self.choice)),
             *[("not", f"{name}: {reason}") for name, reason in self.choice.passed_over],
@@ -67,6 +68,11 @@ class Plan:
         share = f"{_share(flops, causal)} of plain causal, {_share(flops, dense)} of dense"
         lines.append(("work", f"{flops / 1e9:.3f} GFLOP exact, {share}"))
         return "\n".join(f"{label:8} {text}" for label, text in lines)
+
+    def _intervals(self) -> str:
+        count = min(self.demand.intervals, self.bounds.count) if not self.demand.custom else self.bounds.count
+        tags = " and a block of tags" if self.demand.tagged else ""
+        return f"{count} interval{'s' * (count > 1)} a row{tags}"
 
     def __repr__(self) -> str:
         return f"<Plan {self.choice.name}, {self.lengths.batch} sequences, {self.mask}>"
@@ -109,16 +115,17 @@ def plan(
     spec = call.describe(*_three(like))
     sizes = _lengths(spec, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if not isinstance(mask, Mask):
-        raise InputError("mask", "a fa4_prefixlm mask such as PrefixLM(window=1024)", repr(mask))
+        got = repr(mask) if isinstance(mask, str) or callable(mask) else type(mask).__name__
+        raise InputError("mask", "a fa4_prefixlm mask such as PrefixLM(window=1024)", got)
     spans = _parse_ranges(mask, ranges, sizes, max_range)
     _refuse_empty(mask, spans, sizes)
-    demand = intervals.demand(mask, spans)
+    demand = intervals.measured(mask, spans, sizes, intervals.demand(mask, spans))
     choice = backends.choose(backend, spec, demand, sizes)
     if choice.passed_over and choice.name == "reference" and spec.device.type == "cuda":
         why = choice.passed_over[0][1]
         warnings.warn(f"fa4_prefixlm takes the dense reference, slow on long sequences: {why}", stacklevel=2)
     where = intervals.tokens(sizes)
-    bounds = intervals.row_bounds(mask, spans, sizes, where)
+    bounds = intervals.row_bounds(mask, spans, sizes, where, demand.intervals if not demand.custom else None)
     return Plan(Work(spec, mask, spans, sizes, demand, where, bounds), choice)
 
 

@@ -43,12 +43,19 @@ class Spans:
         return self.host if self.host is not None else _used_rows(self.values)
 
 
+def on_host(spans: Spans) -> torch.Tensor:
+    """`Spans.values` on the host, for spans that the host knows."""
+    return _padded(spans.on_host())
+
+
 SpanSets = Mapping[str, Spans]
 
 
 def by_name(mask: Mask, ranges: NamedRanges) -> dict[str, Ranges]:
     """`ranges` as the mask reads them: one entry per name. A mask with a single name takes its ranges without it."""
     names = sorted(mask.names)
+    if isinstance(ranges, Mask):
+        raise InputError("ranges", "spans; a mask goes to mask=", repr(ranges))
     if isinstance(ranges, Mapping):
         for name in names:
             if name not in ranges:
@@ -162,7 +169,8 @@ def _check_host(argument: str, host: HostSpans, lengths: Lengths, max_range: int
                 raise InputError(name, "start below end", (start, end))
             keys = lengths.max_seqlen_k if lengths.seqlens_k is None else lengths.seqlens_k[sequence]
             if end > keys:
-                raise InputError(name, f"an end within the sequence's {keys} keys", (start, end))
+                hint = "; a chunk holds a span whole or not at all" if start < keys else ""
+                raise InputError(name, f"an end within the sequence's {keys} keys", f"{(start, end)}{hint}")
             if max_range is not None and end - start > max_range:
                 raise InputError(name, f"at most max_range = {max_range} tokens", (start, end))
         ordered = sorted(spans)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from fa4_prefixlm.algebra import causal, same_span, window
+from fa4_prefixlm.errors import InputError
 from fa4_prefixlm.mask import Intervals, Mask, Pairs, Reach, Rows
 
 
@@ -31,6 +32,8 @@ class PrefixLM(Mask):
     def __post_init__(self) -> None:
         if self.window is not None:
             window(self.window)  # checks it
+        if not isinstance(self.clamp, bool):
+            raise InputError("clamp", "True or False", repr(self.clamp))
 
     @property
     def expression(self) -> Mask:

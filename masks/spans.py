@@ -19,8 +19,9 @@ def runs_of(
     `[0, 1, 1, 2, 0, 1]` with values {1, 2} gives `[(1, 4), (5, 6)]`; with `merge=False` `[(1, 3), (3, 4), (5, 6)]`.
 
     Args:
-        token_types: `(batch, seqlen)`, any integer dtype, on any device. Its values are read on the host: a tensor on a
-            GPU is copied, which waits for the device. Make the spans once for a batch, not once for a layer.
+        token_types: `(batch, seqlen)`, any integer or boolean dtype (so also an attention mask), on any device. Its
+            values are read on the host: a tensor on a GPU is copied, which waits for the device. Make the spans once
+            for a batch, not once for a layer.
         values: the token types that are in a span.
         merge: runs of different values that touch are one span; False: each is its own. Two runs of one value that
             touch can't be told apart: give such spans to `plan` by hand.
@@ -52,8 +53,8 @@ def _check(token_types: torch.Tensor, values: Collection[int]) -> None:
     if not isinstance(token_types, torch.Tensor):
         raise InputError("token_types", "an integer tensor (batch, seqlen)", type(token_types).__name__)
     kind = token_types.dtype
-    if kind.is_floating_point or kind.is_complex or kind == torch.bool:
-        raise InputError("token_types", "an integer dtype", kind)
+    if kind.is_floating_point or kind.is_complex:
+        raise InputError("token_types", "an integer or boolean dtype", kind)
     if token_types.ndim != 2:
         raise InputError("token_types", "shape (batch, seqlen)", tuple(token_types.shape))
     if len(values) == 0:

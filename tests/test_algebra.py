@@ -261,6 +261,13 @@ def test_from_flex_and_its_errors() -> None:
     for function, message in (
         (moody, "a pure function of its indices"),
         (lambda b, h, q_idx, kv_idx: (q_idx >= kv_idx) & (h == 0), "one mask for all heads"),
+        (lambda b, h, q_idx, kv_idx: (q_idx >= kv_idx) & ((h < 2) | (kv_idx == q_idx)), "one mask for all heads"),
+        (lambda b, h, q_idx, kv_idx: torch.arange(9)[h] <= q_idx, "one mask for all heads"),
+        (lambda b, h, q_idx, kv_idx: kv_idx + h <= q_idx, "one mask for all heads"),
+        (lambda b, h, q_idx, kv_idx: (q_idx >= kv_idx) & (torch.rand(()) < 0.5), "RuntimeError: vmap"),
+        (lambda b, h, q_idx, kv_idx: q_idx >= kv_idx and b == 0, "no if"),
+        (lambda b, h, q_idx, kv_idx: True, "mask_mod: expected"),
+        (lambda b, q_idx, kv_idx: q_idx >= kv_idx, "TypeError"),
         (lambda b, h, q_idx, kv_idx: q_idx < 0, "an empty mask"),
         (lambda b, h, q_idx, kv_idx: q_idx - kv_idx, "a boolean tensor for every pair"),
     ):
@@ -356,3 +363,41 @@ def test_rows_with_gaps_between_what_they_see_make_no_chain() -> None:
     for mask in (same_span("image") | same_span("prompt"), same_span("image"), query_in("image") & same_span("image")):
         spans = {"image": [[(0, 3), (40, 50)]], "prompt": [[(5, 7), (60, 64)]]}
         check_expression(mask, batch, {name: spans[name] for name in mask.names})
+
+
+def test_what_rows_really_see_counts_where_the_formula_says_too_many() -> None:
+    """With many documents `key_in & same_span` is bounded by their number, and each row still sees two intervals."""
+    documents = [(at, at + 10) for at in range(0, 80, 10)]
+    spans = {"reference": [[(at, at + 2) for at in range(0, 80, 10)]], "document": [documents]}
+    mask = ((causal & window(4)) | (causal & key_in("reference"))) & same_span("document")
+    assert mask.count({"reference": 8, "document": 8}) == 9
+    q = torch.randn(1, 80, 2, 8)
+    plan = fp.plan(spans, like=(q, q, q), mask=mask)
+    assert plan.demand.intervals == 2
+    assert plan.bounds.count == 2
+    assert "2 intervals a row" in str(plan)
+    named = {name: own[0] for name, own in spans.items()}
+    assert torch.equal(dense(plan.bounds, 80), mask.dense(seqlen=80, spans=named))
+    many = fp.plan([[(at, at + 1) for at in range(0, 80, 8)]], like=(q, q, q), mask=causal & key_in("image"))
+    assert many.demand.intervals == 10
+    assert many.choice.passed_over[0] == ("varlen", "a row may see 10 intervals of keys, the kernels take 4")
+    lazy = fp.plan(None, like=(q, q, q), mask=from_flex(lambda b, h, q_idx, kv_idx: q_idx >= kv_idx, max_intervals=9))
+    assert (lazy.demand.intervals, lazy.bounds.count) == (1, 1)
+
+
+def test_masks_have_no_truth_value() -> None:
+    for combine in (lambda: causal and window(4), lambda: not causal, lambda: causal or window(4)):
+        with pytest.raises(TypeError, match="& and |"):
+            combine()
+
+
+def test_arguments_in_the_wrong_place() -> None:
+    q = torch.randn(1, 8, 2, 8)
+    with pytest.raises(fp.InputError, match="ranges: expected spans; a mask goes to mask=, got causal"):
+        fp.attention(q, q, q, causal)
+    with pytest.raises(fp.InputError, match="clamp: expected True or False, got 'yes'"):
+        PrefixLM(4, clamp="yes")
+    with pytest.raises(fp.InputError, match="a chunk holds a span whole or not at all"):
+        fp.attention(q, q, q, [[(2, 9)]])
+    with pytest.raises(fp.InputError, match="got Tensor"):
+        fp.attention(q, q, q, mask=q)

@@ -387,8 +387,7 @@ def test_joined_runs() -> None:
     ("types", "values", "message"),
     [
         ([[0, 1]], {1}, "token_types: expected an integer tensor"),
-        (torch.zeros(1, 4), {1}, "token_types: expected an integer dtype, got torch.float32"),
-        (torch.zeros(1, 4, dtype=torch.bool), {1}, "token_types: expected an integer dtype, got torch.bool"),
+        (torch.zeros(1, 4), {1}, "token_types: expected an integer or boolean dtype, got torch.float32"),
         (torch.zeros(4, dtype=torch.long), {1}, r"token_types: expected shape \(batch, seqlen\), got \(4,\)"),
         (torch.zeros(1, 4, dtype=torch.long), (), "values: expected at least one token type"),
     ],

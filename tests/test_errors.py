@@ -152,7 +152,7 @@ def test_options(options, message: str) -> None:
 
 @pytest.mark.parametrize("window", [0, -3, 1.5, "wide"])
 def test_window(window) -> None:
-    with pytest.raises(fp.InputError, match="window: expected None or a positive number of tokens"):
+    with pytest.raises(fp.InputError, match="window: expected a positive number of tokens"):
         fp.PrefixLM(window)
 
 

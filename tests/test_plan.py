@@ -32,7 +32,7 @@ def test_causal_flops_of_a_chunk() -> None:
 
 def test_print() -> None:
     text = str(make(fp.PrefixLM(7)))
-    assert "2 sequences, 90 queries, 90 keys, PrefixLM(window=7, clamp=True)" in text
+    assert "PrefixLM(window=7, clamp=True), 1 interval a row" in text
     assert "reference: dense torch, every pair of tokens (varlen, packed passed over)" in text
     assert "varlen: FA4 needs a GPU, the tensors are on cpu" in text
     assert "of plain causal" in text

@@ -24,7 +24,9 @@ PACK_GQA = False
 
 
 def common_refusal(call: CallSpec, demand: Demand) -> str | None:
-    """What stops every FA4 backend."""
+    """What stops every FA4 backend. First the mask, so that one learns of it without a GPU as well."""
+    if demand.intervals > MOST_INTERVALS and not demand.custom:
+        return f"a row may see {demand.intervals} intervals of keys, the kernels take {MOST_INTERVALS}"
     if call.device.type != "cuda":
         return f"FA4 needs a GPU, the tensors are on {call.device}"
     build = builds.installed()
@@ -36,8 +38,6 @@ def common_refusal(call: CallSpec, demand: Demand) -> str | None:
         return f"FA4 takes bfloat16 and float16, not {call.dtype}"
     if call.needs_grad:
         return "no backward yet: q, k or v requires grad"
-    if demand.intervals > MOST_INTERVALS and not demand.custom:
-        return f"a row may see {demand.intervals} intervals of keys, the kernels take {MOST_INTERVALS}"
     return unsupported_head_dim(builds.device_arch(call.device), call.head_dim, call.head_dim_v)
 
 
