@@ -42,7 +42,8 @@ def from_cute(mask_mod: Callable[..., Any], *, aux_tensors: Sequence[torch.Tenso
         aux_tensors: CUDA tensors it reads, padded by 256 entries where it indexes them by row or by key.
         twin: the same mask as a FlexAttention mask_mod of absolute positions `(b, h, q_idx, kv_idx)`. The reference
             backend runs it, and every block list is derived from it, so where the two disagree the output is wrong:
-            compare `attention(..., backend="varlen")` with `backend="reference"` in a test of yours.
+            compare `attention(..., backend="varlen")` with `backend="reference"` in a test of yours. A plan holds the
+            twin's runs of keys: memory in proportion to the tokens times the most runs that a row has.
     """
     for name, function in (("mask_mod", mask_mod), ("twin", twin)):
         if not callable(function):

@@ -10,7 +10,7 @@ from cases import Batch, dense, prepare, random_batch, random_spans
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_blocks import check_list, read, tiles_of
-from torch.nn.attention.flex_attention import create_mask
+from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 
 import fa4_prefixlm as fp
 from fa4_prefixlm import blocks, intervals, tiling
@@ -138,6 +138,50 @@ def test_flex_attention_sees_the_same(mask: fp.Mask, seed: int, chunk: bool) -> 
     for index in range(2):
         own = {name: given[index] for name, given in spans.items()}
         assert torch.equal(built[index], mask.dense(seqlen=keys, spans=own or None, seqlen_q=rows))
+
+
+@settings(max_examples=25, deadline=None)
+@given(mask=expressions(), seed=st.integers(0, 2**32), chunk=st.booleans())
+def test_create_block_mask_finds_the_same_tiles(mask: fp.Mask, seed: int, chunk: bool) -> None:
+    """FlexAttention evaluates the mask to find its blocks; the lists here come from intervals."""
+    rng = random.Random(seed)
+    keys, rows, block_m, block_n = 100, 45 if chunk else 100, 16, 8
+    spans = {name: [random_spans(rng, keys)] for name in sorted(mask.names)}
+    mask_mod = mask.flex(seqlen=keys, seqlen_q=rows, spans=spans or None)
+    theirs = create_block_mask(mask_mod, 1, 1, rows, keys, device="cpu", BLOCK_SIZE=(block_m, block_n))
+    stage = prepare(Batch(((rows, keys),), ((),)), mask, spans)
+    tiles = tiling.query_tiles(stage.sizes, block_m)
+    ours = tiling.classify(
+        stage.bounds, tiles, stage.sizes, stage.where, block_m, block_n, chained=stage.demand.chained
+    )
+    columns = tiling.ceil_div(keys, block_n)
+    for row in range(tiling.ceil_div(rows, block_m)):
+        partial = set(ours.partial_matrix(columns)[row, : int(ours.partial[row])].tolist())
+        full = set(ours.full_matrix(columns)[row, : int(ours.full[row])].tolist())
+        their_partial = set(theirs.kv_indices[0, 0, row, : int(theirs.kv_num_blocks[0, 0, row])].tolist())
+        their_full = set(theirs.full_kv_indices[0, 0, row, : int(theirs.full_kv_num_blocks[0, 0, row])].tolist())
+        assert partial | full == their_partial | their_full
+        if (row + 1) * block_m > rows:
+            continue  # FlexAttention calls no tile full that crosses the last query
+        assert full <= their_full
+        assert full == their_full or stage.demand.tagged
+
+
+@settings(max_examples=12, deadline=None)
+@given(mask=expressions(), seed=st.integers(0, 2**32))
+def test_flex_attention_computes_the_same(mask: fp.Mask, seed: int) -> None:
+    rng = random.Random(seed)
+    spans = {name: [random_spans(rng, 40) for _ in range(2)] for name in sorted(mask.names)}
+    q, k, v = (torch.randn(2, 40, heads, 16, generator=torch.Generator().manual_seed(seed)) for heads in (2, 1, 1))
+    mask_mod = mask.flex(seqlen=40, spans=spans or None)
+    visible = create_mask(mask_mod, 2, 1, 40, 40, device="cpu")[:, 0]
+    if not visible.any():
+        return
+    block_mask = create_block_mask(mask_mod, 2, 1, 40, 40, device="cpu", BLOCK_SIZE=8)
+    heads_first = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    wanted = flex_attention(*heads_first, block_mask=block_mask, enable_gqa=True).transpose(1, 2)
+    out = fp.attention(q, k, v, spans or None, mask=mask)
+    torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-5)
 
 
 @settings(max_examples=40, deadline=None)

@@ -35,12 +35,11 @@ class Varlen(Backend):
         tiles = query_tiles(lengths, tile.block_m)
         key_tiles = classify(work.bounds, tiles, lengths, work.where, tile.block_m, tile.n, chained=demand.chained)
         own = work.mask.custom_kernel
-        code = mask_code("varlen", work.bounds)
-        if own is not None:
-            code = MaskCode("varlen", 0, list(own.aux_tensors), own.mask_mod)
         return OneCall(
             build=installed_build(),
-            code=code,
+            code=MaskCode("varlen", 0, list(own.aux_tensors), own.mask_mod)
+            if own
+            else mask_code("varlen", work.bounds),
             tile=tile,
             lists=varlen_lists(key_tiles, tiles, lengths, demand, tile.block_m, tile.n),
             lengths=lengths,
