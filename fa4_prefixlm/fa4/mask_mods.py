@@ -6,7 +6,8 @@ With a block of tags, `aux_tensors[1]` and `[2]` are the tags of the rows and of
 
 `lo <= kv < hi` is written as the single unsigned compare `kv - lo < hi - lo`: keys left of `lo` wrap around to a large
 number, and so does every key for an empty interval, `(2**31 - 1, 0)`, whose `hi - lo` is 2**31 + 1. On an H200 this
-took windowed kernels from 0.81 to 0.94 (varlen) and from 0.88 to 0.97 (packed) of FA4 causal's TFLOP/s, head dim 128.
+took windowed kernels from 0.81 to 0.94 (varlen) and from 0.88 to 0.97 (packed) of FA4 causal's TFLOP/s, head dim 128
+(benchmarks/results/h200-mask-mod.json).
 
 Cached on purpose: FA4 keys its compile cache with the source and the closure of a mask_mod.
 """
