@@ -174,6 +174,16 @@ class _Two(Mask):
     left: Mask
     right: Mask
 
+    def __post_init__(self) -> None:
+        for part in (self.left, self.right):
+            if part.custom_kernel is not None:
+                expected = "masks without a kernel of their own (from_cute): the kernel has to say the whole mask"
+                raise InputError("mask", expected, repr(part))
+
+    @property
+    def evaluated(self) -> bool:  # type: ignore[override]
+        return self.left.evaluated or self.right.evaluated
+
     @property
     def names(self) -> frozenset[str]:
         return self.left.names | self.right.names

@@ -7,6 +7,7 @@ that also run on fake CUDA tensors where torch has no CUDA, so that kernels cros
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -137,7 +138,7 @@ def tokens(lengths: Lengths) -> Tokens:
 def row_bounds(mask: Mask, spans: SpanSets, lengths: Lengths, where: Tokens, most: int | None = None) -> Bounds:
     """Evaluate `mask.intervals` for every query token of the batch, clipped to the keys of its sequence.
 
-    most: intervals that a row is known to see at most; the empty ones past it are dropped.
+    most: intervals that a row is known to see at most. Those past it must be empty, and are dropped.
     """
     rows = TokenRows(where, spans)
     base, tags = _as_run(mask, spans)
@@ -148,6 +149,12 @@ def row_bounds(mask: Mask, spans: SpanSets, lengths: Lengths, where: Tokens, mos
     _check_within_keys(mask, lo, hi, where)
     lo, hi = clipped(lo.to(torch.int32), hi.to(torch.int32), where.seqlen_k)
     if most is not None and most < lo.shape[1]:
+        past = hi.narrow(1, most, hi.shape[1] - most) > EMPTY_HI
+
+        def expected(row: int) -> str:
+            return f"at most {most} intervals for row {row}, as {mask!r} counts"
+
+        _require(past.logical_not().all(1), expected, lo, hi, "a row sees more intervals than the mask counts")
         lo, hi = lo.narrow(1, 0, most), hi.narrow(1, 0, most)
     return Bounds(lo, hi, None if tags is None else _block(tags, rows, lengths))
 
@@ -156,12 +163,23 @@ def _check_within_keys(mask: Mask, lo: torch.Tensor, hi: torch.Tensor, where: To
     """A row may see up to `END_OF_KEYS`, which stands for the end of its sequence, but no key past it by number."""
     fine = (hi <= where.seqlen_k.unsqueeze(1)) | (hi == END_OF_KEYS) | (lo >= hi)
     fine &= (lo >= 0) | (lo >= hi)
+
+    def expected(row: int) -> str:
+        return f"keys within [0, {int(where.seqlen_k[row])}) for row {row} from {mask!r}"
+
+    _require(fine.all(1), expected, lo, hi, "a row sees keys outside of its sequence")
+
+
+def _require(fine: torch.Tensor, expected: Callable[[int], str], lo: torch.Tensor, hi: torch.Tensor, what: str) -> None:
+    """Refuse intervals `(total_q, K)` unless every row is `fine` `(total_q,)`; on the device without synchronising.
+
+    expected: what a row should have been, given its index. what: the same in short, for the device-side assertion.
+    """
     if fine.device.type != "cpu":
-        torch._assert_async(fine.all(), "mask: a row sees keys outside of its sequence")
+        torch._assert_async(fine.all(), f"mask: {what}")
     elif not fine.all():
-        row = int((~fine).any(1).nonzero()[0])
-        keys = f"keys within [0, {int(where.seqlen_k[row])}) for row {row} from {mask!r}"
-        raise InputError("mask", keys, list(zip(lo[row].tolist(), hi[row].tolist(), strict=True)))
+        row = int(fine.logical_not().nonzero()[0])
+        raise InputError("mask", expected(row), list(zip(lo[row].tolist(), hi[row].tolist(), strict=True)))
 
 
 def clipped(lo: torch.Tensor, hi: torch.Tensor, seqlen_k: torch.Tensor) -> Intervals:

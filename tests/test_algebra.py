@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import create_block_mask, create_mask, fl
 
 import fa4_prefixlm as fp
 from fa4_prefixlm import blocks, intervals, tiling
-from fa4_prefixlm.algebra import normalised
+from fa4_prefixlm.algebra import KeyIn, normalised
 from fa4_prefixlm.flex import EvaluatedMask
 from fa4_prefixlm.masks import PrefixLM, causal, from_flex, key_in, one_block, prefix, query_in, same_span, window
 
@@ -445,3 +445,29 @@ def test_arguments_in_the_wrong_place() -> None:
         fp.attention(q, q, q, [[(2, 9)]])
     with pytest.raises(fp.InputError, match="got Tensor"):
         fp.attention(q, q, q, mask=q)
+
+
+def test_a_mask_with_its_own_kernel_is_not_combined() -> None:
+    from fa4_prefixlm.masks import from_cute
+
+    own = from_cute(lambda *arguments: None, twin=lambda b, h, q_idx, kv_idx: (q_idx >= kv_idx) & (kv_idx % 3 != 1))
+    for combine in (lambda: own & window(20), lambda: causal | own, lambda: (causal & own) | window(3)):
+        with pytest.raises(fp.InputError, match="mask: expected masks without a kernel of their own"):
+            combine()
+
+
+def test_a_mask_that_counts_too_few_intervals_is_refused_not_cut() -> None:
+    class Undercounted(KeyIn):
+        def count(self, spans):
+            return 1
+
+    q = torch.randn(1, 20, 2, 8)
+    with pytest.raises(fp.InputError, match=r"at most 1 intervals for row 0, .* got \[\(0, 2\), \(5, 9\)\]"):
+        fp.plan([[(0, 2), (5, 9)]], like=(q, q, q), mask=Undercounted("image"))
+
+
+def test_what_is_combined_with_an_evaluated_mask_is_evaluated() -> None:
+    asked = from_flex(lambda b, h, q_idx, kv_idx: q_idx >= kv_idx)
+    assert (asked & window(3)).evaluated
+    assert (causal | (window(3) & asked)).evaluated
+    assert not (causal & window(3)).evaluated
