@@ -56,7 +56,7 @@ def dense_attention(
 def plain_causal(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, window: int | None, seqlens: Seqlens
 ) -> torch.Tensor:
-    """What a causal kernel computes when it ignores the spans (transformers' flash attention path, 5.23)."""
+    """What a causal kernel computes when it ignores the spans (Gemma 3's flash attention path in transformers 5.23)."""
     options = Options(q.shape[-1] ** -0.5, 0.0, None)
     spans: HostSpans = ((),) * len(seqlens[0])
     out, _ = dense_attention(q, k, v, mask=PrefixLM(window), spans=spans, seqlens=seqlens, options=options)

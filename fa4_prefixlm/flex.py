@@ -57,13 +57,11 @@ def from_flex(mask_mod: MaskMod, *, max_intervals: int = MOST_INTERVALS) -> Mask
 class _NoHead:
     """Stands for the head index: a function that does anything with it but pass it on is refused."""
 
-    def _refuse(self, *arguments: object, **keywords: object) -> NoReturn:
-        raise InputError("mask_mod", "one mask for all heads", "a function that reads h")
-
     @classmethod
-    def __torch_function__(cls, *arguments: object, **keywords: object) -> NoReturn:
+    def _refuse(cls, *arguments: object, **keywords: object) -> NoReturn:
         raise InputError("mask_mod", "one mask for all heads", "a function that reads h")
 
+    __torch_function__ = _refuse
     __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __mod__ = __rmod__ = _refuse
     __floordiv__ = __rfloordiv__ = __and__ = __rand__ = __or__ = __ror__ = __neg__ = __invert__ = _refuse

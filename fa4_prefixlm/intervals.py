@@ -17,7 +17,7 @@ from .algebra import emptied, same_span
 from .errors import InputError
 from .lengths import Lengths
 from .mask import EMPTY_HI, EMPTY_LO, END_OF_KEYS, Intervals, Mask, Reach
-from .ranges import Spans, SpanSets, on_host
+from .ranges import Spans, SpanSets
 
 # Intervals per row that the mask_mods are made for. A mask that may need more runs on the reference.
 MOST_INTERVALS = 4
@@ -119,11 +119,16 @@ def measured(mask: Mask, spans: SpanSets, lengths: Lengths, asked: Demand) -> De
     if asked.intervals <= MOST_INTERVALS or asked.custom or not (known or mask.evaluated):
         return asked
     if not mask.evaluated:
-        spans = {name: dataclasses.replace(own, values=on_host(own)) for name, own in spans.items()}
+        spans = {name: dataclasses.replace(own, values=own.host_values()) for name, own in spans.items()}
         lengths = lengths.as_on_host()
     bounds = row_bounds(mask, spans, lengths, tokens(lengths))
     seen = (bounds.lo < bounds.hi).sum(1)
     return dataclasses.replace(asked, intervals=max(1, int(seen.max()) if len(seen) else 1))
+
+
+def in_words(count: int, *, tagged: bool) -> str:
+    """What a row sees, for a person: "2 intervals a row and a block of tags"."""
+    return f"{count} interval{'s' * (count > 1)} a row{' and a block of tags' * tagged}"
 
 
 def tokens(lengths: Lengths) -> Tokens:

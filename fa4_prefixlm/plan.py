@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 
-from . import backends, call, intervals, lengths, ranges
+from . import backends, call, intervals, lengths
 from .backends import Choice, Prepared, Work
 from .backends.reference import dense_mask
 from .call import QKV, CallSpec
@@ -13,6 +13,7 @@ from .lengths import CuSeqlens, Lengths
 from .mask import Mask
 from .masks import PrefixLM
 from .ranges import MaxRange, NamedRanges, SequenceSpans, SpanSets
+from .ranges import parse as parse_ranges
 from .tiling import TileCounts
 
 
@@ -56,7 +57,7 @@ class Plan:
         size = self.lengths
         lines = [
             ("batch", f"{size.batch} sequences, {size.total_q} queries, {size.total_k} keys"),
-            ("mask", f"{self.mask}, {self._intervals()}"),
+            ("mask", f"{self.mask}, {intervals.in_words(self.bounds.count, tagged=self.demand.tagged)}"),
             ("heads", f"{self.call.heads_q} query, {self.call.heads_kv} key, head dim {_dims(self.call)}"),
             ("backend", str(self.choice)),
             *[("not", f"{name}: {reason}") for name, reason in self.choice.passed_over],
@@ -68,11 +69,6 @@ class Plan:
         share = f"{_share(flops, causal)} of plain causal, {_share(flops, dense)} of dense"
         lines.append(("work", f"{flops / 1e9:.3f} GFLOP exact, {share}"))
         return "\n".join(f"{label:8} {text}" for label, text in lines)
-
-    def _intervals(self) -> str:
-        count = min(self.demand.intervals, self.bounds.count) if not self.demand.custom else self.bounds.count
-        tags = " and a block of tags" if self.demand.tagged else ""
-        return f"{count} interval{'s' * (count > 1)} a row{tags}"
 
     def __repr__(self) -> str:
         return f"<Plan {self.choice.name}, {self.lengths.batch} sequences, {self.mask}>"
@@ -117,7 +113,7 @@ def plan(
     if not isinstance(mask, Mask):
         got = repr(mask) if isinstance(mask, str) or callable(mask) else type(mask).__name__
         raise InputError("mask", "a fa4_prefixlm mask such as PrefixLM(window=1024)", got)
-    spans = _parse_ranges(mask, ranges, sizes, max_range)
+    spans = parse_ranges(mask, ranges, sizes, max_range)
     _refuse_empty(mask, spans, sizes)
     demand = intervals.measured(mask, spans, sizes, intervals.demand(mask, spans))
     choice = backends.choose(backend, spec, demand, sizes)
@@ -127,9 +123,6 @@ def plan(
     where = intervals.tokens(sizes)
     bounds = intervals.row_bounds(mask, spans, sizes, where, demand.intervals if not demand.custom else None)
     return Plan(Work(spec, mask, spans, sizes, demand, where, bounds), choice)
-
-
-_parse_ranges = ranges.parse
 
 
 def _refuse_empty(mask: Mask, spans: SpanSets, sizes: Lengths) -> None:

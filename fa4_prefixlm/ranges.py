@@ -42,10 +42,9 @@ class Spans:
         """The spans per sequence; reads them from the device, which synchronises, where the host does not know them."""
         return self.host if self.host is not None else _used_rows(self.values)
 
-
-def on_host(spans: Spans) -> torch.Tensor:
-    """`Spans.values` on the host, for spans that the host knows."""
-    return _padded(spans.on_host())
+    def host_values(self) -> torch.Tensor:
+        """The spans as `values` has them, but on the host."""
+        return _padded(self.on_host())
 
 
 SpanSets = Mapping[str, Spans]
@@ -115,7 +114,7 @@ def _parse_set(argument: str, ranges: Ranges, lengths: Lengths, max_range: int |
         if not on_host:
             longest = lengths.max_seqlen_k if max_range is None else min(max_range, lengths.max_seqlen_k)
             _assert_on_device(ranges, lengths, longest)
-            return Spans(ranges, None, longest)
+            return Spans(ranges.clone(), None, longest)  # the plan's own, as its lengths are
         checked = _check_host(argument, _used_rows(ranges), lengths, max_range)
         values = to_device(ranges, lengths.device)
     else:

@@ -12,7 +12,7 @@ from ..fa4 import build as builds
 from ..fa4.build import Build
 from ..fa4.launch import MaskCode, masked_forward
 from ..fa4.tiles import Tile, forward_tile, unsupported_head_dim
-from ..intervals import MOST_INTERVALS, Demand
+from ..intervals import MOST_INTERVALS, Demand, in_words
 from ..lengths import Lengths
 from ..tiling import KeyTiles, TileCounts, count_tiles
 from .base import Options, Prepared
@@ -98,8 +98,7 @@ class OneCall(Prepared):
         if self.code.own is not None:
             what = "its own mask_mod"
         else:
-            what = f"{self.code.intervals} interval{'s' * (self.code.intervals > 1)} a row"
-            what += " and a block of tags" if len(self.code.aux_tensors) > 1 else ""
+            what = in_words(self.code.intervals, tagged=len(self.code.aux_tensors) > 1)
         return [
             ("kernel", f"{self.build}, sm_{arch}{tested}, tile {self.tile}, {what}"),
             ("memory", f"mask {aux / 2**20:.2f} MiB, block lists {lists / 2**20:.2f} MiB"),

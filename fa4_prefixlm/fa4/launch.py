@@ -121,7 +121,6 @@ def causal_forward(
     lengths: Lengths,
     softmax_scale: float,
     window: int | None = None,
-    causal: bool = True,
     softcap: float = 0.0,
     learnable_sink: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,7 +138,7 @@ def causal_forward(
         softmax_scale=softmax_scale,
         softcap=softcap or None,
         learnable_sink=learnable_sink,
-        causal=causal and window is None,
+        causal=window is None,
         window_size_left=None if window is None else window - 1,
         window_size_right=None if window is None else 0,
         return_lse=True,
