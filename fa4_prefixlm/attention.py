@@ -14,6 +14,7 @@ from .lengths import CuSeqlens
 from .mask import Mask
 from .plan import Plan, plan
 from .ranges import MaxRange, NamedRanges
+from .serving import ServingPlan
 
 
 @overload
@@ -21,11 +22,13 @@ def attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    ranges: NamedRanges | Plan = ...,
+    ranges: NamedRanges | Plan | ServingPlan = ...,
     *,
     return_lse: Literal[False] = ...,
     cu_seqlens_q: CuSeqlens | None = ...,
     cu_seqlens_k: CuSeqlens | None = ...,
+    seqused_k: CuSeqlens | None = ...,
+    page_table: torch.Tensor | None = ...,
     max_seqlen_q: int | None = ...,
     max_seqlen_k: int | None = ...,
     max_range: MaxRange = ...,
@@ -35,6 +38,7 @@ def attention(
     learnable_sink: torch.Tensor | None = ...,
     out: torch.Tensor | None = ...,
     backend: str | None = ...,
+    build: str | None = ...,
 ) -> torch.Tensor: ...
 
 
@@ -43,11 +47,13 @@ def attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    ranges: NamedRanges | Plan = ...,
+    ranges: NamedRanges | Plan | ServingPlan = ...,
     *,
     return_lse: Literal[True],
     cu_seqlens_q: CuSeqlens | None = ...,
     cu_seqlens_k: CuSeqlens | None = ...,
+    seqused_k: CuSeqlens | None = ...,
+    page_table: torch.Tensor | None = ...,
     max_seqlen_q: int | None = ...,
     max_seqlen_k: int | None = ...,
     max_range: MaxRange = ...,
@@ -57,6 +63,7 @@ def attention(
     learnable_sink: torch.Tensor | None = ...,
     out: torch.Tensor | None = ...,
     backend: str | None = ...,
+    build: str | None = ...,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
@@ -64,11 +71,13 @@ def attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    ranges: NamedRanges | Plan = None,
+    ranges: NamedRanges | Plan | ServingPlan = None,
     *,
     return_lse: bool = False,
     cu_seqlens_q: CuSeqlens | None = None,
     cu_seqlens_k: CuSeqlens | None = None,
+    seqused_k: CuSeqlens | None = None,
+    page_table: torch.Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     max_range: MaxRange = None,
@@ -78,6 +87,7 @@ def attention(
     learnable_sink: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     backend: str | None = None,
+    build: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Exact PrefixLM attention: causal, except that the tokens of a range all see each other.
 
@@ -91,9 +101,11 @@ def attention(
             reference takes any floating point dtype. The last dimension must be contiguous; batched tensors that can't
             be viewed as packed are copied.
         k, v: `(total_k, kv_heads, head_dim)` and `(total_k, kv_heads, head_dim_v)`, or batched. `heads` is a multiple
-            of `kv_heads` (GQA, MQA).
-        ranges: the spans, or a `Plan` made once and reused; with a plan, the arguments that went into it stay out.
-        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, max_range, mask, backend: see `plan`.
+            of `kv_heads` (GQA, MQA). With a `page_table`: the cache, `(pages, page_size, kv_heads, head_dim)`.
+        ranges: the spans, or a `Plan` or `ServingPlan` made once and reused; with a plan, the arguments that went
+            into it stay out.
+        cu_seqlens_q, cu_seqlens_k, seqused_k, page_table, max_seqlen_q, max_seqlen_k, max_range, mask, backend, build:
+            see `plan`.
         softmax_scale: default `1 / sqrt(head_dim)`.
         softcap: scores become `softcap * tanh(scores / softcap)`; 0.0 is off.
         learnable_sink: `(heads,)` logits, one per query head, that join the softmax of every row and carry no value.
@@ -107,19 +119,23 @@ def attention(
     Raises:
         InputError, UnsupportedError: see `plan`; no kernel was launched.
     """
-    if isinstance(ranges, Plan):
+    ready: Plan | ServingPlan
+    if isinstance(ranges, Plan | ServingPlan):
         _refuse_plan_arguments(
             cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=cu_seqlens_k,
+            seqused_k=seqused_k,
+            page_table=page_table,
             max_seqlen_q=max_seqlen_q,
             max_seqlen_k=max_seqlen_k,
             max_range=max_range,
             mask=mask,
             backend=backend,
+            build=build,
         )
         ready = ranges
-        spec = calls.describe(q, k, v)
-        _check_same(spec, ready)
+        spec = calls.describe(q, k, v, paged=ready.call.page_size is not None)
+        ready.check(spec)
     else:
         given = {} if mask is None else {"mask": mask}
         ready = plan(
@@ -127,10 +143,13 @@ def attention(
             like=(q, k, v),
             cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=cu_seqlens_k,
+            seqused_k=seqused_k,
+            page_table=page_table,
             max_seqlen_q=max_seqlen_q,
             max_seqlen_k=max_seqlen_k,
             max_range=max_range,
             backend=backend or "auto",
+            build=build,
             **given,
         )
         spec = ready.call
@@ -154,24 +173,7 @@ def _refuse_plan_arguments(**arguments: object) -> None:
             raise InputError(name, "to be given to plan(), not together with a plan", value)
 
 
-def _check_same(spec: calls.CallSpec, ready: Plan) -> None:
-    wanted = ready.call
-    for argument, field in (
-        ("q", "shape_q"),
-        ("k", "shape_k"),
-        ("q", "heads_q"),
-        ("k", "heads_kv"),
-        ("q", "head_dim"),
-        ("v", "head_dim_v"),
-        ("q", "dtype"),
-        ("q", "device"),
-    ):
-        if getattr(spec, field) != getattr(wanted, field):
-            expected = f"{field} = {getattr(wanted, field)}, as the plan was made for"
-            raise InputError(argument, expected, getattr(spec, field))
-
-
-def _check_gradients(spec: calls.CallSpec, learnable_sink: torch.Tensor | None, ready: Plan) -> None:
+def _check_gradients(spec: calls.CallSpec, learnable_sink: torch.Tensor | None, ready: Plan | ServingPlan) -> None:
     if ready.choice.backend.differentiable or not torch.is_grad_enabled():
         return
     expected = f"no gradient: backend {ready.choice.name} has no backward yet (torch.no_grad(), or backend='reference')"

@@ -17,6 +17,7 @@ class CallSpec:
 
     batched: `(batch, seqlen, heads, head_dim)` tensors; otherwise packed `(total, heads, head_dim)`.
     shape_q, shape_k: all dimensions before the heads.
+    page_size: of keys and values in pages, `(pages, page_size, kv_heads, head_dim)`; None if they are contiguous.
     """
 
     batched: bool
@@ -29,22 +30,29 @@ class CallSpec:
     dtype: torch.dtype
     device: torch.device
     needs_grad: bool
+    page_size: int | None = None
 
     @property
     def out_shape(self) -> tuple[int, ...]:
         return (*self.shape_q, self.heads_q, self.head_dim_v)
 
 
-def describe(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> CallSpec:
-    """Check `q`, `k`, `v` against each other. Looks at shapes, dtypes, strides and devices, never at values."""
+def describe(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, paged: bool = False) -> CallSpec:
+    """Check `q`, `k`, `v` against each other. Looks at shapes, dtypes, strides and devices, never at values.
+
+    paged: `k` and `v` are a cache of pages, `(pages, page_size, kv_heads, head_dim)`, and `q` is packed.
+    """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, torch.Tensor):
             raise InputError(name, "a torch.Tensor", type(tensor).__name__)
+        if paged and tensor.ndim != (3 if name == "q" else 4):
+            wanted = "(total_q, heads, head_dim)" if name == "q" else "(pages, page_size, kv_heads, head_dim)"
+            raise InputError(name, f"{wanted} with a page_table", f"shape {tuple(tensor.shape)}")
         if tensor.ndim not in (3, 4):
             raise InputError(
                 name, "(total, heads, head_dim) or (batch, seqlen, heads, head_dim)", f"shape {tuple(tensor.shape)}"
             )
-        if tensor.ndim != q.ndim:
+        if tensor.ndim != q.ndim and not paged:
             raise InputError(name, f"{q.ndim} dimensions, as q", f"shape {tuple(tensor.shape)}")
         if not tensor.dtype.is_floating_point:
             raise InputError(name, "a floating point dtype", tensor.dtype)
@@ -64,6 +72,8 @@ def describe(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> CallSpec:
         raise InputError("q", f"a multiple of the {k.shape[-2]} key heads", f"{q.shape[-2]} heads")
     if q.ndim == 4 and q.shape[0] != k.shape[0]:
         raise InputError("k", f"q's batch size {q.shape[0]}", k.shape[0])
+    if paged and k.shape[1] == 0:
+        raise InputError("k", "pages of at least one token", f"shape {tuple(k.shape)}")
     return CallSpec(
         batched=q.ndim == 4,
         shape_q=tuple(q.shape[:-2]),
@@ -75,6 +85,7 @@ def describe(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> CallSpec:
         dtype=q.dtype,
         device=q.device,
         needs_grad=torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v)),
+        page_size=k.shape[1] if paged else None,
     )
 
 

@@ -17,6 +17,7 @@ from .algebra import emptied, same_span
 from .errors import InputError
 from .lengths import Lengths
 from .mask import EMPTY_HI, EMPTY_LO, END_OF_KEYS, Intervals, Mask, Reach
+from .plain import Plain, plain
 from .ranges import Spans, SpanSets
 
 # Intervals per row that the mask_mods are made for. A mask that may need more runs on the reference.
@@ -94,6 +95,7 @@ class Demand:
 
     intervals: per row, at most. tagged: with a block of tags beside them. chained: every row sees one interval around
     its own position, so that neighbouring rows see intervals that touch. custom: the mask brings its own kernel code.
+    plain: the mask is plainly causal or windowed for all rows of the batch.
     """
 
     intervals: int
@@ -101,13 +103,21 @@ class Demand:
     chained: bool
     reach: Reach
     custom: bool = False
+    plain: Plain | None = None
 
 
-def demand(mask: Mask, spans: SpanSets) -> Demand:
+def demand(mask: Mask, spans: SpanSets, lengths: Lengths) -> Demand:
     base, tags = _as_run(mask, spans)
     chained = base.centered and base.total and tags is None
     reach = base.reach({name: own.longest for name, own in spans.items()}) if chained else Reach(None, None)
-    return Demand(base.count(_most(spans)), tags is not None, chained, reach, mask.custom_kernel is not None)
+    return Demand(
+        intervals=base.count(_most(spans)),
+        tagged=tags is not None,
+        chained=chained,
+        reach=reach,
+        custom=mask.custom_kernel is not None,
+        plain=plain(mask, spans, lengths),
+    )
 
 
 def measured(mask: Mask, spans: SpanSets, lengths: Lengths, asked: Demand) -> Demand:

@@ -29,6 +29,8 @@ class Lengths:
     max_seqlen_q, max_seqlen_k: upper bounds, known on the host.
     seqlens_q, seqlens_k: the lengths themselves where the host knows them, else None.
     same: every sequence is known to have as many queries as keys.
+    in_pages: keys are in pages. `cu_seqlens_k` then counts them as if they were packed, `total_k` is an upper bound
+        where the host does not know the lengths, and spans of the prompt may lie past the keys that are present.
     """
 
     cu_seqlens_q: torch.Tensor
@@ -40,6 +42,7 @@ class Lengths:
     seqlens_q: tuple[int, ...] | None
     seqlens_k: tuple[int, ...] | None
     same: bool
+    in_pages: bool = False
 
     @property
     def batch(self) -> int:
@@ -106,6 +109,50 @@ def packed(
     return lengths
 
 
+def paged(
+    cu_seqlens_q: CuSeqlens,
+    seqused_k: CuSeqlens,
+    *,
+    total_q: int,
+    capacity: int,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    device: torch.device,
+) -> Lengths:
+    """Lengths of a batch whose keys are in pages. `capacity`: keys that a row of the page table can hold."""
+    host_q = _host_values("cu_seqlens_q", cu_seqlens_q, total_q, device)
+    host_k = _host_seqused(seqused_k, capacity, device)
+    batch = len(cu_seqlens_q) - 1
+    if len(seqused_k) != batch:
+        raise InputError("seqused_k", f"{batch} entries, one per sequence of cu_seqlens_q", f"{len(seqused_k)}")
+    seqlens_q, seqlens_k = _differences(host_q) if host_q is not None else None, host_k
+    if seqlens_q is not None and seqlens_k is not None:
+        for index, (rows, keys) in enumerate(zip(seqlens_q, seqlens_k, strict=True)):
+            if rows > keys:
+                raise InputError(f"seqused_k[{index}]", f"at least the sequence's {rows} queries", keys)
+    longest_k = _upper_bound("max_seqlen_k", max_seqlen_k, seqlens_k, capacity)
+    if seqlens_k is not None:
+        cu_seqlens_k = to_device(_cumulative(seqlens_k), device)
+    else:
+        keys_on_device = _on_device(seqused_k, device)
+        cu_seqlens_k = torch.nn.functional.pad(keys_on_device.cumsum(0, dtype=torch.int32), (1, 0))
+    lengths = Lengths(
+        cu_seqlens_q=_on_device(cu_seqlens_q, device),
+        cu_seqlens_k=cu_seqlens_k,
+        total_q=total_q,
+        total_k=sum(seqlens_k) if seqlens_k is not None else batch * longest_k,
+        max_seqlen_q=_upper_bound("max_seqlen_q", max_seqlen_q, seqlens_q, total_q),
+        max_seqlen_k=longest_k,
+        seqlens_q=seqlens_q,
+        seqlens_k=seqlens_k,
+        same=False,
+        in_pages=True,
+    )
+    if seqlens_q is None or seqlens_k is None:
+        _assert_on_device(lengths)
+    return lengths
+
+
 def batched(batch: int, seqlen_q: int, seqlen_k: int, device: torch.device) -> Lengths:
     """Lengths of a `(batch, seqlen, heads, head_dim)` batch: the same for every sequence."""
     if seqlen_q > seqlen_k:
@@ -162,11 +209,12 @@ def _assert_on_device(lengths: Lengths) -> None:
     cu_q, cu_k = lengths.cu_seqlens_q, lengths.cu_seqlens_k
     rows, keys = cu_q.diff(), cu_k.diff()
     fine = (rows >= 0) & (rows <= keys) & (rows <= lengths.max_seqlen_q) & (keys <= lengths.max_seqlen_k)
-    ends = torch.stack([cu_q.narrow(0, 0, 1), cu_q.narrow(0, -1, 1), cu_k.narrow(0, 0, 1), cu_k.narrow(0, -1, 1)])
+    last_k = torch.full_like(cu_k.narrow(0, -1, 1), lengths.total_k) if lengths.in_pages else cu_k.narrow(0, -1, 1)
+    ends = torch.stack([cu_q.narrow(0, 0, 1), cu_q.narrow(0, -1, 1), cu_k.narrow(0, 0, 1), last_k])
     first_and_last = torch.arange(4, device=ends.device).remainder(2).unsqueeze(1)  # 0, 1, 0, 1
     totals = torch.arange(4, device=ends.device).div(2, rounding_mode="floor").unsqueeze(1)  # 0, 0, 1, 1
     wanted = first_and_last * (lengths.total_q + totals * (lengths.total_k - lengths.total_q))
-    message = "cu_seqlens: not ascending from 0 to the tensor's length, or seqlen_q > seqlen_k, or above max_seqlen"
+    message = "lengths: not ascending from 0 to the tensor's length, or seqlen_q > seqlen_k, or above max_seqlen"
     torch._assert_async(fine.all() & (ends == wanted).all(), message)
 
 
@@ -192,6 +240,27 @@ def _host_values(name: str, values: CuSeqlens, total: int, device: torch.device)
     if host[-1] != total:
         raise InputError(f"{name}[-1]", f"the tensor's length {total}", host[-1])
     return host
+
+
+def _host_seqused(values: CuSeqlens, capacity: int, device: torch.device) -> tuple[int, ...] | None:
+    """Check `seqused_k`; its values if they are on the host (or debug mode reads them), else None."""
+    name = "seqused_k"
+    if isinstance(values, torch.Tensor):
+        if values.dtype != torch.int32:
+            raise InputError(name, "dtype torch.int32", values.dtype)
+        if values.ndim != 1:
+            raise InputError(name, "shape (batch,)", tuple(values.shape))
+        if values.device.type != "cpu" and values.device != device:
+            raise InputError(name, f"a tensor on the CPU or on q's device {device}", values.device)
+        if values.device.type != "cpu" and not debugging.enabled():
+            return None
+        host = values.tolist()
+    else:
+        host = _integers(name, values) if len(values) else []
+    for index, keys in enumerate(host):
+        if not 0 <= keys <= capacity:
+            raise InputError(f"{name}[{index}]", f"0 to {capacity} keys, which the page_table has room for", keys)
+    return tuple(host)
 
 
 def _integers(name: str, values: object) -> list[int]:

@@ -153,7 +153,7 @@ def _tiles(mask: Mask, sizes: lengths.Lengths, sets: Sets, tile_m: int, tile_n: 
     """Every tile: its box in tokens, and its kind as the block lists have it."""
     spans = ranges.parse(mask, {name: [own] for name, own in sets.items()}, sizes)
     where = intervals.tokens(sizes)
-    bounds, demand = intervals.row_bounds(mask, spans, sizes, where), intervals.demand(mask, spans)
+    bounds, demand = intervals.row_bounds(mask, spans, sizes, where), intervals.demand(mask, spans, sizes)
     cut = tiling.query_tiles(sizes, tile_m)
     key_tiles = tiling.classify(bounds, cut, sizes, where, tile_m, tile_n, chained=demand.chained)
     columns = tiling.ceil_div(sizes.total_k, tile_n)

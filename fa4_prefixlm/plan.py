@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from typing import NamedTuple
 
-from . import backends, call, intervals, lengths
+import torch
+
+from . import backends, call, intervals, lengths, paging
 from .backends import Choice, Prepared, Work
 from .backends.reference import dense_mask
 from .call import QKV, CallSpec
 from .errors import InputError
+from .fa4 import build as builds
+from .fa4.build import Build
 from .lengths import CuSeqlens, Lengths
 from .mask import Mask
 from .masks import PrefixLM
@@ -22,14 +27,21 @@ class Plan:
 
     Attributes: `mask`; `choice`, the backend with its reason; `call`, what `q`, `k`, `v` must look like; `lengths`;
     `spans`; `demand`, what the mask asks of a kernel (intervals per row, a block of tags); `bounds`, the keys each row
-    sees; `prepared`, the backend's own state.
+    sees; `pages`, where the keys are, if they are in pages; `build`, the FA4 it runs on; `prepared`, the backend's own
+    state.
     """
 
     def __init__(self, work: Work, choice: Choice) -> None:
         self.mask, self.call, self.lengths, self.choice = work.mask, work.call, work.lengths, choice
         self.demand = work.demand
         self.spans, self.bounds, self._where = work.spans, work.bounds, work.where
-        self.prepared: Prepared = choice.backend.prepare(work)
+        self.build, self.pages = work.build, work.pages
+        self.prepared: Prepared = choice.prepare(work)
+
+    def check(self, spec: CallSpec) -> None:
+        """Refuse tensors that the plan was not made for."""
+        fields = ("shape_q", "shape_k", "heads_q", "heads_kv", "head_dim", "head_dim_v", "dtype", "device")
+        check_same(spec, self.call, fields)
 
     def tiles(self) -> TileCounts | None:
         """Tiles of one head visited in full, in part, and skipped; None for the reference. Synchronises."""
@@ -80,11 +92,14 @@ def plan(
     like: QKV,
     cu_seqlens_q: CuSeqlens | None = None,
     cu_seqlens_k: CuSeqlens | None = None,
+    seqused_k: CuSeqlens | None = None,
+    page_table: torch.Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     max_range: MaxRange = None,
     mask: Mask = PrefixLM(),  # noqa: B008 (an immutable value)
     backend: str = "auto",
+    build: str | None = None,
 ) -> Plan:
     """Prepare one batch under one mask. Builds on the device of `like`, without synchronising it.
 
@@ -94,35 +109,77 @@ def plan(
             device with unused rows `(0, 0)`. None: no spans. They must not overlap; adjacent spans stay two spans.
             A mask that reads several span sets takes a dictionary, `{"image": [[(8, 24)]], "prompt": [[(0, 8)]]}`.
         like: the `(q, k, v)` that the plan is for; only shapes, dtypes and devices matter. Packed
-            `(total, heads, head_dim)` with both `cu_seqlens`, or `(batch, seqlen, heads, head_dim)` without.
+            `(total, heads, head_dim)` with both `cu_seqlens`, or `(batch, seqlen, heads, head_dim)` without. With a
+            `page_table`: `q` packed, `k` and `v` the cache, `(pages, page_size, kv_heads, head_dim)`.
         cu_seqlens_q, cu_seqlens_k: `(batch + 1,)` int32 cumulative lengths, on the host (checked) or the device.
             Queries are the last `seqlen_q` of the `seqlen_k` positions of their sequence.
+        seqused_k: `(batch,)` int32, the keys that each sequence has in its pages, those of this call included.
+        page_table: `(batch, max_pages)` int32, on the host (checked) or the device: the pages of each sequence in
+            order; entries past its last key are not read. Rows of the last page past the last key must be finite. Goes
+            with `seqused_k`, instead of `cu_seqlens_k`. Spans may lie past the keys that are present, to be prefilled
+            later; one that begins before their end and ends after it is an error (see `safe_chunk_end`).
         max_seqlen_q, max_seqlen_k: upper bounds of the lengths; they spare memory when `cu_seqlens` is on the device.
         max_range: upper bound of a span's length in tokens, or one per name; it spares memory when `ranges` is on the
             device.
         mask: what the spans mean: `PrefixLM`, one of `fa4_prefixlm.masks`, or your own.
-        backend: "auto", "varlen", "packed" or "reference".
+        backend: "auto", "causal", "native", "varlen", "packed" or "reference".
+        build: the FA4 to run on, the package it is imported as. Default: "flash_attn.cute", or vLLM's
+            "vllm.vllm_flash_attn.cute" where that is the only one.
 
     Raises:
         InputError: an argument is wrong; nothing was launched. Values that are on the device are checked by a
             device-side assertion instead (or here, in debug mode).
         UnsupportedError: the named backend can't run this call exactly.
     """
-    spec = call.describe(*_three(like))
-    sizes = _lengths(spec, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    if not isinstance(mask, Mask):
-        got = repr(mask) if isinstance(mask, str) or callable(mask) else type(mask).__name__
-        raise InputError("mask", "a fa4_prefixlm mask such as PrefixLM(window=1024)", got)
+    return plan_for(
+        call.describe(*three(like), paged=page_table is not None),
+        ranges,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        seqused_k=seqused_k,
+        page_table=page_table,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        max_range=max_range,
+        mask=mask,
+        backend=backend,
+        build=find_build(build),
+    )
+
+
+def plan_for(
+    spec: CallSpec,
+    ranges: NamedRanges,
+    *,
+    cu_seqlens_q: CuSeqlens | None,
+    seqused_k: CuSeqlens | None,
+    page_table: torch.Tensor | None,
+    mask: Mask,
+    build: Build | None,
+    cu_seqlens_k: CuSeqlens | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    max_range: MaxRange = None,
+    backend: str = "auto",
+) -> Plan:
+    """`plan`, for tensors that are already described."""
+    where_keys = _Keys(cu_seqlens_k, seqused_k, page_table)
+    sizes = _lengths(spec, cu_seqlens_q, where_keys, max_seqlen_q, max_seqlen_k)
+    check_mask(mask)
     spans = parse_ranges(mask, ranges, sizes, max_range)
     _refuse_empty(mask, spans, sizes)
-    demand = intervals.measured(mask, spans, sizes, intervals.demand(mask, spans))
-    choice = backends.choose(backend, spec, demand, sizes)
+    demand = intervals.measured(mask, spans, sizes, intervals.demand(mask, spans, sizes))
+    choice = backends.choose(backend, spec, demand, sizes, build)
     if choice.passed_over and choice.name == "reference" and spec.device.type == "cuda":
-        why = choice.passed_over[0][1]
-        warnings.warn(f"fa4_prefixlm takes the dense reference, slow on long sequences: {why}", stacklevel=2)
+        why = choice.passed_over[-1][1]
+        warnings.warn(f"fa4_prefixlm takes the dense reference, slow on long sequences: {why}", stacklevel=3)
     where = intervals.tokens(sizes)
     bounds = intervals.row_bounds(mask, spans, sizes, where, demand.intervals if not demand.custom else None)
-    return Plan(Work(spec, mask, spans, sizes, demand, where, bounds), choice)
+    pages = None
+    if page_table is not None:
+        assert spec.page_size is not None
+        pages = paging.pages(page_table, sizes, spec.page_size, spec.shape_k[0])
+    return Plan(Work(spec, mask, spans, sizes, demand, where, bounds, pages, build), choice)
 
 
 def _refuse_empty(mask: Mask, spans: SpanSets, sizes: Lengths) -> None:
@@ -135,15 +192,50 @@ def _refuse_empty(mask: Mask, spans: SpanSets, sizes: Lengths) -> None:
             raise InputError("ranges", f"at least one span, without which {mask!r} is empty", "none")
 
 
-def _three(like: object) -> QKV:
+def check_mask(mask: object) -> None:
+    if not isinstance(mask, Mask):
+        got = repr(mask) if isinstance(mask, str) or callable(mask) else type(mask).__name__
+        raise InputError("mask", "a fa4_prefixlm mask such as PrefixLM(window=1024)", got)
+
+
+def check_same(spec: CallSpec, wanted: CallSpec, fields: tuple[str, ...]) -> None:
+    """Refuse tensors that differ from those a plan was made for."""
+    for field in fields:
+        if getattr(spec, field) != getattr(wanted, field):
+            expected = f"{field} = {getattr(wanted, field)}, as the plan was made for"
+            raise InputError(_ARGUMENT.get(field, "q"), expected, getattr(spec, field))
+
+
+_ARGUMENT = {"shape_k": "k", "heads_kv": "k", "page_size": "k", "head_dim_v": "v"}
+
+
+def three(like: object) -> QKV:
     if not isinstance(like, tuple | list) or len(like) != 3:
         raise InputError("like", "the tensors (q, k, v)", type(like).__name__)
     return like[0], like[1], like[2]
 
 
-def _lengths(
-    spec: CallSpec, cu_q: CuSeqlens | None, cu_k: CuSeqlens | None, max_q: int | None, max_k: int | None
-) -> Lengths:
+class _Keys(NamedTuple):
+    """What the user said of the keys."""
+
+    cu_seqlens_k: CuSeqlens | None
+    seqused_k: CuSeqlens | None
+    page_table: torch.Tensor | None
+
+
+def find_build(module: str | None) -> Build | None:
+    found = builds.installed(module)
+    if module is not None and found is None:
+        raise InputError("build", f"an importable FA4, such as {' or '.join(builds.MODULES)}", repr(module))
+    return found
+
+
+def _lengths(spec: CallSpec, cu_q: CuSeqlens | None, keys: _Keys, max_q: int | None, max_k: int | None) -> Lengths:
+    cu_k = keys.cu_seqlens_k
+    if keys.page_table is not None:
+        return _paged_lengths(spec, cu_q, keys, max_q, max_k)
+    if keys.seqused_k is not None:
+        raise InputError("seqused_k", "a page_table beside it", "none")
     if spec.batched:
         for name, value in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
             if value is not None:
@@ -159,6 +251,31 @@ def _lengths(
         cu_k,
         total_q=spec.shape_q[0],
         total_k=spec.shape_k[0],
+        max_seqlen_q=max_q,
+        max_seqlen_k=max_k,
+        device=spec.device,
+    )
+
+
+def _paged_lengths(
+    spec: CallSpec, cu_q: CuSeqlens | None, keys: _Keys, max_q: int | None, max_k: int | None
+) -> Lengths:
+    assert spec.page_size is not None
+    if keys.cu_seqlens_k is not None:
+        raise InputError("cu_seqlens_k", "None with a page_table (seqused_k says how many keys there are)", "a value")
+    for name, value in (("cu_seqlens_q", cu_q), ("seqused_k", keys.seqused_k)):
+        if value is None:
+            raise InputError(name, "int32 values with a page_table", None)
+        if not hasattr(value, "__len__"):
+            raise InputError(name, "an int32 tensor or a list of integers", value)
+    assert cu_q is not None
+    assert keys.seqused_k is not None
+    table = paging.check_table(keys.page_table, len(cu_q) - 1, spec.device)
+    return lengths.paged(
+        cu_q,
+        keys.seqused_k,
+        total_q=spec.shape_q[0],
+        capacity=table.shape[1] * spec.page_size,
         max_seqlen_q=max_q,
         max_seqlen_k=max_k,
         device=spec.device,

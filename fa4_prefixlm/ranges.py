@@ -86,6 +86,27 @@ def parse(mask: Mask, ranges: NamedRanges, lengths: Lengths, max_range: MaxRange
     }
 
 
+def on_device(ranges: NamedRanges) -> bool:
+    """Some of the values are where the host does not look, outside of debug mode."""
+    sets = ranges.values() if isinstance(ranges, Mapping) else [ranges]
+    return not debugging.enabled() and any(isinstance(own, torch.Tensor) and own.device.type != "cpu" for own in sets)
+
+
+def to_tensor(mask: Mask, ranges: NamedRanges, batch: int, device: torch.device) -> torch.Tensor | None:
+    """The spans of a mask with a single span set as `(batch, max_ranges, 2)` int32 on the device, values unchecked.
+
+    None: there are none.
+    """
+    own = next(iter(by_name(mask, ranges).values()), None)
+    if own is None:
+        return None
+    if isinstance(own, torch.Tensor):
+        _check_tensor("ranges", own, batch, device)
+    else:
+        own = _padded(_as_pairs("ranges", own, batch))
+    return to_device(own, device) if own.shape[1] else None
+
+
 def one_sequence(mask: Mask, spans: NamedRanges, seqlen_k: int) -> dict[str, SequenceSpans]:
     """The checked spans of a single sequence: `[(8, 24)]` or `{"image": [(8, 24)]}`."""
     sizes = batched(1, seqlen_k, seqlen_k, torch.device("cpu"))
@@ -109,7 +130,7 @@ def _parse_set(argument: str, ranges: Ranges, lengths: Lengths, max_range: int |
     if ranges is None:
         ranges = [()] * lengths.batch
     if isinstance(ranges, torch.Tensor):
-        _check_tensor(argument, ranges, lengths)
+        _check_tensor(argument, ranges, lengths.batch, lengths.device)
         on_host = ranges.device.type == "cpu" or debugging.enabled()
         if not on_host:
             longest = lengths.max_seqlen_k if max_range is None else min(max_range, lengths.max_seqlen_k)
@@ -118,7 +139,7 @@ def _parse_set(argument: str, ranges: Ranges, lengths: Lengths, max_range: int |
         checked = _check_host(argument, _used_rows(ranges), lengths, max_range)
         values = to_device(ranges, lengths.device)
     else:
-        checked = _check_host(argument, _as_pairs(argument, ranges, lengths), lengths, max_range)
+        checked = _check_host(argument, _as_pairs(argument, ranges, lengths.batch), lengths, max_range)
         values = to_device(_padded(checked), lengths.device)
     longest = max((end - start for spans in checked for start, end in spans), default=0)
     if lengths.seqlens_k is None:  # then only the device can tell whether each span ends within its keys
@@ -126,22 +147,22 @@ def _parse_set(argument: str, ranges: Ranges, lengths: Lengths, max_range: int |
     return Spans(values, checked, longest)
 
 
-def _check_tensor(argument: str, ranges: torch.Tensor, lengths: Lengths) -> None:
+def _check_tensor(argument: str, ranges: torch.Tensor, batch: int, device: torch.device) -> None:
     if ranges.dtype != torch.int32:
         raise InputError(argument, "dtype torch.int32", ranges.dtype)
     if ranges.ndim != 3 or ranges.shape[2] != 2:
         raise InputError(argument, "shape (batch, max_ranges, 2)", tuple(ranges.shape))
-    if ranges.shape[0] != lengths.batch:
-        raise InputError(argument, f"one row per sequence, {lengths.batch}", ranges.shape[0])
-    if ranges.device.type != "cpu" and ranges.device != lengths.device:
-        raise InputError(argument, f"a tensor on the CPU or on q's device {lengths.device}", ranges.device)
+    if ranges.shape[0] != batch:
+        raise InputError(argument, f"one row per sequence, {batch}", ranges.shape[0])
+    if ranges.device.type != "cpu" and ranges.device != device:
+        raise InputError(argument, f"a tensor on the CPU or on q's device {device}", ranges.device)
 
 
-def _as_pairs(argument: str, ranges: Sequence[Sequence[tuple[int, int]]], lengths: Lengths) -> HostSpans:
+def _as_pairs(argument: str, ranges: Sequence[Sequence[tuple[int, int]]], batch: int) -> HostSpans:
     if not isinstance(ranges, Sequence) or isinstance(ranges, str):
         raise InputError(argument, "an int32 tensor, or a list of spans per sequence", type(ranges).__name__)
-    if len(ranges) != lengths.batch:
-        raise InputError(argument, f"one list per sequence, {lengths.batch}", f"{len(ranges)} lists")
+    if len(ranges) != batch:
+        raise InputError(argument, f"one list per sequence, {batch}", f"{len(ranges)} lists")
     result = []
     for sequence, spans in enumerate(ranges):
         pairs = []
@@ -167,8 +188,8 @@ def _check_host(argument: str, host: HostSpans, lengths: Lengths, max_range: int
             if start >= end:
                 raise InputError(name, "start below end", (start, end))
             keys = lengths.max_seqlen_k if lengths.seqlens_k is None else lengths.seqlens_k[sequence]
-            if end > keys:
-                hint = "; a chunk holds a span whole or not at all" if start < keys else ""
+            if end > keys and not (lengths.in_pages and start >= keys):
+                hint = "; a chunk holds a span whole or not at all, see safe_chunk_end" if start < keys else ""
                 raise InputError(name, f"an end within the sequence's {keys} keys", f"{(start, end)}{hint}")
             if max_range is not None and end - start > max_range:
                 raise InputError(name, f"at most max_range = {max_range} tokens", (start, end))
@@ -184,7 +205,10 @@ def _assert_on_device(ranges: torch.Tensor, lengths: Lengths, longest: int) -> N
     start, end = ranges.unbind(2)
     keys = lengths.cu_seqlens_k.diff().unsqueeze(1)
     used = (start != 0) | (end != 0)
-    fine = (start >= 0) & (start < end) & (end <= keys) & (end - start <= longest)
+    within = end <= keys
+    if lengths.in_pages:
+        within = within | (start >= keys)
+    fine = (start >= 0) & (start < end) & within & (end - start <= longest)
     torch._assert_async(
         (fine | used.logical_not()).all(), "ranges: a span is reversed, ends past its keys or is longer than max_range"
     )

@@ -151,7 +151,21 @@ def tile_runs(bounds: Bounds, tiles: QueryTiles, block_m: int, block_n: int) -> 
     full_first = torch.minimum(_ceil_div(lo_max, block_n), end)
     full_end = torch.minimum(hi_min // block_n, end)
     none = full_end <= full_first
-    return TileRuns(first, torch.where(none, end, full_first), torch.where(none, end, full_end), end)
+    return TileRuns(first, torch.where(none, first, full_first), torch.where(none, first, full_end), end)
+
+
+def tile_slots(runs: TileRuns, tiles: QueryTiles, lengths: Lengths, block_m: int) -> torch.Tensor:
+    """`(slots, 4)` int32: the runs of each query tile, in a slot that is known from `cu_seqlens_q` alone.
+
+    Tile `m` of sequence `b` has slot `cu_seqlens_q[b] // block_m + b + m`; unused slots are 0.
+    """
+    four = torch.stack([runs.first, runs.full_first, runs.full_end, runs.end], dim=1).to(torch.int32)
+    slots = lengths.total_q // block_m + lengths.batch + 1
+    local = torch.arange(len(tiles.sequence), device=four.device) - tiles.cu_tiles.take(tiles.sequence)
+    slot = lengths.cu_seqlens_q.take(tiles.sequence) // block_m + tiles.sequence + local
+    slot = torch.where(tiles.row_end > tiles.row_start, slot, slots)  # tiles past the batch go to a row of their own
+    target = slot.unsqueeze(1).expand(-1, 4)
+    return torch.zeros(slots + 1, 4, dtype=torch.int32, device=four.device).scatter(0, target, four).narrow(0, 0, slots)
 
 
 def tile_map(bounds: Bounds, tiles: QueryTiles, lengths: Lengths, where: Tokens, block_m: int, block_n: int) -> TileMap:

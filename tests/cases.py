@@ -171,7 +171,7 @@ def prepare(batch: Batch, mask: Mask, spans: ranges.NamedRanges | None = None) -
     sizes = sizes_of(batch)
     sets = ranges.parse(mask, batch.spans if spans is None else spans, sizes)
     where = intervals.tokens(sizes)
-    return Stages(sizes, sets, intervals.demand(mask, sets), where, intervals.row_bounds(mask, sets, sizes, where))
+    return Stages(sizes, sets, intervals.demand(mask, sets, sizes), where, intervals.row_bounds(mask, sets, sizes, where))
 
 
 def dense(bounds: intervals.Bounds, keys: int, rows: slice = slice(None)) -> torch.Tensor:

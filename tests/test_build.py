@@ -16,6 +16,7 @@ from fa4_prefixlm.fa4 import build as builds
 from fa4_prefixlm.fa4.tiles import forward_tile, unsupported_head_dim
 from fa4_prefixlm.intervals import Demand
 from fa4_prefixlm.mask import Reach
+from fa4_prefixlm.plain import Plain
 
 GPU_CALL = CallSpec(
     batched=False,
@@ -30,7 +31,17 @@ GPU_CALL = CallSpec(
     needs_grad=False,
 )
 DEMAND = Demand(intervals=1, tagged=False, chained=True, reach=Reach(1023, 256))
-GOOD = builds.Build("flash_attn.cute", "9.9", frozenset(), varlen_mask=True, varlen_lists=True, sm90_list_stride="tile")
+GOOD = builds.Build(
+    module="flash_attn.cute",
+    name="flash-attn-4 9.9",
+    missing=frozenset(),
+    varlen_mask=True,
+    varlen_lists=True,
+    sm90_list_stride="tile",
+    native_refusal=None,
+    sm90_head_dim_512=False,
+)
+NO_NATIVE = dataclasses.replace(GOOD, native_refusal="its internals are not known")
 
 INTERFACE = """
 def _flash_attn_fwd({arguments}):
@@ -50,12 +61,13 @@ def write_build(folder: pathlib.Path, *, arguments: str | None = None, extra: st
     (folder / "interface.py").write_text(INTERFACE.format(arguments=listed) + extra)
     (folder / "block_sparsity.py").write_text(SPARSITY)
     (folder / "flash_fwd_sm90.py").write_text(sm90)
-    return builds.describe(folder, "9.9")
+    return builds.describe(folder, GOOD.module, GOOD.name)
 
 
 def test_a_build_is_read_from_its_source(tmp_path: pathlib.Path) -> None:
     sm90 = "SeqlenInfoCls = partial(SeqlenInfoQK.create, seqlen_q_static=1, tile_m=self.tile_m, tile_n=self.tile_n)"
-    assert write_build(tmp_path, sm90=sm90) == GOOD
+    lacking = "flash-attn-4 9.9 lacks parts of the SM90 kernel that the native lane builds on"
+    assert write_build(tmp_path, sm90=sm90) == dataclasses.replace(GOOD, native_refusal=lacking)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +96,9 @@ def test_the_installed_build_is_one_we_know() -> None:
     assert build.missing == frozenset()
     assert build.varlen_mask
     assert build.varlen_lists
-    assert build.sm90_list_stride == ("128" if build.version == "4.0.0b36" else build.sm90_list_stride)
+    if build.name == "flash-attn-4 4.0.0b36":
+        assert build.sm90_list_stride == "128"
+        assert build.native_refusal is None
 
 
 def choose(
@@ -96,16 +110,20 @@ def choose(
     arch: str = "sm_90",
     demand: Demand | None = None,
 ) -> backends.Choice:
-    monkeypatch.setattr(builds, "installed", lambda: build)
     monkeypatch.setenv("FLASH_ATTENTION_ARCH", arch)
     sizes = lengths.batched(1, tokens, tokens, torch.device("cpu"))
-    return backends.choose(name, call, demand or DEMAND, sizes)
+    return backends.choose(name, call, demand or DEMAND, sizes, build)
 
 
 def test_auto_takes_the_first_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
     choice = choose(monkeypatch, GOOD)
-    assert (choice.name, choice.passed_over) == ("varlen", ())
-    assert str(choice) == "varlen: one FlashAttention-4 varlen call, block-sparse (the first choice)"
+    assert (choice.name, [name for name, _ in choice.passed_over]) == ("native", ["causal"])
+    summary = "FlashAttention-4's SM90 main loop over each row's interval"
+    assert str(choice) == f"native: {summary} (causal passed over)"
+    without = choose(monkeypatch, NO_NATIVE)
+    assert (without.name, without.passed_over[-1]) == ("varlen", ("native", "its internals are not known"))
+    text = choose(monkeypatch, NO_NATIVE, demand=dataclasses.replace(DEMAND, plain=Plain(None)))
+    assert (text.name, text.passed_over, text.reason) == ("causal", (), "the first choice")
 
 
 @pytest.mark.parametrize(
@@ -125,9 +143,9 @@ def test_auto_takes_the_first_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_a_build_cannot_do_is_passed_over(
     monkeypatch: pytest.MonkeyPatch, change: dict, name: str, why: str
 ) -> None:
-    choice = choose(monkeypatch, dataclasses.replace(GOOD, **change))
+    choice = choose(monkeypatch, dataclasses.replace(NO_NATIVE, **change))
     assert choice.name == name
-    assert why is None or why in choice.passed_over[0][1]
+    assert why is None or why in dict(choice.passed_over)["varlen"]
 
 
 @pytest.mark.parametrize(
@@ -144,21 +162,21 @@ def test_what_fa4_cannot_run_goes_to_the_reference(monkeypatch: pytest.MonkeyPat
     call = dataclasses.replace(GPU_CALL, **change)
     choice = choose(monkeypatch, GOOD, call)
     assert choice.name == "reference"
-    assert [name for name, _ in choice.passed_over] == ["varlen", "packed"]
-    assert all(why in reason for _, reason in choice.passed_over)
+    assert [name for name, _ in choice.passed_over] == ["causal", "native", "varlen", "packed"]
+    assert all(why in reason for name, reason in choice.passed_over if name != "causal")
     with pytest.raises(fp.UnsupportedError, match=why):
         choose(monkeypatch, GOOD, call, name="packed")
 
 
 def test_no_fa4_and_no_fitting_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose(monkeypatch, None).passed_over[0] == ("varlen", "flash-attn-4 is not installed")
-    assert "no kernel for sm_80" in choose(monkeypatch, GOOD, arch="sm_80").passed_over[0][1]
+    assert ("varlen", "flash-attn-4 is not installed") in choose(monkeypatch, None).passed_over
+    assert "no kernel for sm_80" in choose(monkeypatch, GOOD, arch="sm_80").passed_over[-1][1]
 
 
 def test_long_windowed_sequences_take_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    choice = choose(monkeypatch, GOOD, tokens=2**19)
+    choice = choose(monkeypatch, NO_NATIVE, tokens=2**19)
     assert choice.name == "packed"
-    assert choice.passed_over == (("varlen", "its block lists would take 128 MiB, packed ones 0 MiB"),)
+    assert choice.passed_over[2:] == (("varlen", "its block lists would take 128 MiB, packed ones 0 MiB"),)
     assert choose(monkeypatch, GOOD, name="varlen", tokens=2**19).reason == "asked for by name"
 
 
@@ -201,6 +219,7 @@ def test_pack_gqa_is_said_not_left_to_fa4() -> None:
 @pytest.mark.parametrize(
     ("change", "name", "why"),
     [
+        ({"chained": False}, "native", None),
         ({"intervals": 4, "chained": False}, "varlen", None),
         ({"intervals": 5, "chained": False}, "reference", "a row may see 5 intervals of keys, the kernels take 4"),
         ({"tagged": True, "chained": False}, "varlen", None),
@@ -210,7 +229,7 @@ def test_pack_gqa_is_said_not_left_to_fa4() -> None:
 def test_what_a_mask_asks_for(monkeypatch: pytest.MonkeyPatch, change: dict, name: str, why: str | None) -> None:
     choice = choose(monkeypatch, GOOD, demand=dataclasses.replace(DEMAND, **change))
     assert choice.name == name
-    assert why is None or choice.passed_over[0][1] == why
+    assert why is None or choice.passed_over[-1][1] == why
     if "tagged" in change or "custom" in change:
         with pytest.raises(fp.UnsupportedError, match="sequence"):
             choose(monkeypatch, GOOD, name="packed", demand=dataclasses.replace(DEMAND, **change))

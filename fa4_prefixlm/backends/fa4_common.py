@@ -23,13 +23,10 @@ DTYPES = (torch.bfloat16, torch.float16)
 PACK_GQA = False
 
 
-def common_refusal(call: CallSpec, demand: Demand) -> str | None:
-    """What stops every FA4 backend. First the mask, so that one learns of it without a GPU as well."""
-    if demand.intervals > MOST_INTERVALS and not demand.custom:
-        return f"a row may see {demand.intervals} intervals of keys, the kernels take {MOST_INTERVALS}"
+def build_refusal(call: CallSpec, build: Build | None) -> str | None:
+    """What stops every FA4 backend, whatever the mask."""
     if call.device.type != "cuda":
         return f"FA4 needs a GPU, the tensors are on {call.device}"
-    build = builds.installed()
     if build is None:
         return "flash-attn-4 is not installed"
     if build.missing:
@@ -38,13 +35,29 @@ def common_refusal(call: CallSpec, demand: Demand) -> str | None:
         return f"FA4 takes bfloat16 and float16, not {call.dtype}"
     if call.needs_grad:
         return "no backward yet: q, k or v requires grad"
-    return unsupported_head_dim(builds.device_arch(call.device), call.head_dim, call.head_dim_v)
+    return None
 
 
-def installed_build() -> Build:
-    build = builds.installed()
-    assert build is not None, "a backend is prepared only after its verdict"
-    return build
+def masked_refusal(call: CallSpec, demand: Demand, build: Build | None) -> str | None:
+    """What stops the backends with a mask_mod. First the mask, so that one learns of it without a GPU as well."""
+    if demand.intervals > MOST_INTERVALS and not demand.custom:
+        return f"a row may see {demand.intervals} intervals of keys, the kernels take {MOST_INTERVALS}"
+    return build_refusal(call, build) or unsupported_head_dim(
+        builds.device_arch(call.device), call.head_dim, call.head_dim_v
+    )
+
+
+def paged_refusal(call: CallSpec) -> str | None:
+    """What stops FA4's own reading of pages."""
+    if call.page_size is not None and (call.head_dim % 16 or call.head_dim_v % 16):
+        return "FA4 reads pages for head dims that are multiples of 16"
+    return None
+
+
+def kernel_line(build: Build, device: torch.device, what: str) -> tuple[str, str]:
+    """The `kernel` line of `print(plan)`."""
+    arch = builds.device_arch(device)
+    return "kernel", f"{build}, sm_{arch}{'' if arch // 10 == 9 else ' (compiled, not run)'}, {what}"
 
 
 def choose_tile(call: CallSpec, demand: Demand, max_seqlen_q: int) -> Tile:
@@ -93,14 +106,12 @@ class OneCall(Prepared):
     def describe(self) -> list[tuple[str, str]]:
         lists = self.lists.nbytes() if self.lists is not None else 0
         aux = sum(tensor.nbytes for tensor in self.code.aux_tensors)
-        arch = builds.device_arch(self.lengths.device)
-        tested = "" if arch // 10 == 9 else " (compiled, not run)"
         if self.code.own is not None:
             what = "its own mask_mod"
         else:
             what = in_words(self.code.intervals, tagged=len(self.code.aux_tensors) > 1)
         return [
-            ("kernel", f"{self.build}, sm_{arch}{tested}, tile {self.tile}, {what}"),
+            kernel_line(self.build, self.lengths.device, f"tile {self.tile}, {what}"),
             ("memory", f"mask {aux / 2**20:.2f} MiB, block lists {lists / 2**20:.2f} MiB"),
         ]
 

@@ -10,20 +10,21 @@ import torch
 
 from ..blocks import packed_lists
 from ..call import CallSpec
+from ..fa4.build import Build
 from ..fa4.launch import mask_code
 from ..intervals import Demand
 from ..lengths import as_one_sequence
 from ..tiling import classify, query_tiles
 from .base import Backend, Work
-from .fa4_common import OneCall, choose_tile, common_refusal, installed_build
+from .fa4_common import OneCall, choose_tile, masked_refusal
 
 
 class Packed(Backend):
     name = "packed"
     summary = "one FlashAttention-4 call over the batch as a single sequence, block-sparse"
 
-    def refusal(self, call: CallSpec, demand: Demand) -> str | None:
-        refusal = common_refusal(call, demand)
+    def refusal(self, call: CallSpec, demand: Demand, build: Build | None) -> str | None:
+        refusal = masked_refusal(call, demand, build)
         if refusal is None and demand.tagged:
             return "a block of tags is per sequence, and the packed batch is a single one"
         if refusal is None and demand.custom:
@@ -38,7 +39,7 @@ class Packed(Backend):
         tiles = query_tiles(whole, tile.block_m)
         key_tiles = classify(bounds, tiles, whole, where, tile.block_m, tile.n, chained=demand.chained)
         return OneCall(
-            build=installed_build(),
+            build=work.fa4(),
             code=mask_code("packed", bounds),
             tile=tile,
             lists=packed_lists(key_tiles, work.lengths, demand, tile.block_m, tile.n),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ..call import CallSpec
+from ..fa4.build import Build
 from ..intervals import Demand
 from ..mask import Mask
 from ..ranges import HostSpans, SequenceSpans
@@ -157,7 +158,7 @@ class Reference(Backend):
     summary = "dense torch, every pair of tokens"
     differentiable = True
 
-    def refusal(self, call: CallSpec, demand: Demand) -> str | None:
+    def refusal(self, call: CallSpec, demand: Demand, build: Build | None) -> str | None:
         return None
 
     def prepare(self, work: Work) -> Dense:

@@ -5,22 +5,23 @@ from __future__ import annotations
 from ..blocks import varlen_lists
 from ..call import CallSpec
 from ..fa4 import build as builds
+from ..fa4.build import Build
 from ..fa4.launch import MaskCode, mask_code
 from ..intervals import Demand
 from ..tiling import classify, query_tiles
 from .base import Backend, Work
-from .fa4_common import OneCall, choose_tile, common_refusal, installed_build
+from .fa4_common import OneCall, choose_tile, masked_refusal
 
 
 class Varlen(Backend):
     name = "varlen"
     summary = "one FlashAttention-4 varlen call, block-sparse"
 
-    def refusal(self, call: CallSpec, demand: Demand) -> str | None:
-        refusal = common_refusal(call, demand)
+    def refusal(self, call: CallSpec, demand: Demand, build: Build | None) -> str | None:
+        refusal = masked_refusal(call, demand, build)
         if refusal is not None:
             return refusal
-        build = installed_build()
+        assert build is not None
         if not build.varlen_mask:
             return f"{build} refuses mask_mod with aux_tensors for varlen (4.0.0b13 and later take it)"
         if not build.varlen_lists:
@@ -36,7 +37,7 @@ class Varlen(Backend):
         key_tiles = classify(work.bounds, tiles, lengths, work.where, tile.block_m, tile.n, chained=demand.chained)
         own = work.mask.custom_kernel
         return OneCall(
-            build=installed_build(),
+            build=work.fa4(),
             code=MaskCode("varlen", 0, list(own.aux_tensors), own.mask_mod)
             if own
             else mask_code("varlen", work.bounds),

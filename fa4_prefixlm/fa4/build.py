@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib
 import importlib.metadata
 import importlib.util
 import os
 import pathlib
 import re
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 
-MODULE = "flash_attn.cute"
+from .fingerprint import native_refusal
+from .tiles import unsupported_head_dim
+
+# Where an FA4 may be, in order of preference, with the distribution that brings it.
+MODULES = {"flash_attn.cute": "flash-attn-4", "vllm.vllm_flash_attn.cute": "vllm"}
 
 # Arguments of the build's launch function that this library uses.
 LAUNCH_ARGUMENTS = frozenset(
@@ -48,50 +54,70 @@ VARLEN_MASK_REFUSAL = "mask_mod with aux_tensors is not yet supported for varlen
 
 @dataclass(frozen=True)
 class Build:
-    """One installed FA4.
+    """One FA4.
 
+    module: the package it is imported as. name: what to call it, "flash-attn-4 4.0.0b36".
     missing: launch arguments this library needs and the build does not have.
     varlen_mask: varlen calls take a `mask_mod` with `aux_tensors` (upstream: since 4.0.0b13).
     varlen_lists: block-sparse tensors have a varlen layout.
     sm90_list_stride: the row stride with which the SM90 kernel reads varlen block lists, as its source has it:
         "tile" is right, "128" is a defect for any other key tile (seen in 4.0.0b36), "unknown" is not trusted.
+    native_refusal: why the native lane is not offered on it; None if its internals are known.
+    sm90_head_dim_512: its causal SM90 kernel takes head dim 512 (seen in vLLM's fork; upstream ends at 256).
     """
 
     module: str
-    version: str
+    name: str
     missing: frozenset[str]
     varlen_mask: bool
     varlen_lists: bool
     sm90_list_stride: str
+    native_refusal: str | None
+    sm90_head_dim_512: bool
 
     def __str__(self) -> str:
-        return f"flash-attn-4 {self.version}"
+        return self.name
+
+    def head_dim_refusal(self, arch: int, head_dim: int, head_dim_v: int) -> str | None:
+        """Why its causal kernel does not take these head dims; None if it does."""
+        if arch // 10 == 9 and self.sm90_head_dim_512 and head_dim == head_dim_v == 512:
+            return None
+        return unsupported_head_dim(arch, head_dim, head_dim_v)
+
+    def part(self, name: str) -> ModuleType:
+        """A module of the build, imported."""
+        return importlib.import_module(f"{self.module}.{name}")
 
 
 @functools.cache
-def installed() -> Build | None:
-    """The installed build, None if there is none."""
-    spec = importlib.util.find_spec(MODULE.partition(".")[0])
+def installed(module: str | None = None) -> Build | None:
+    """The build imported as `module`, or the first of `MODULES` there is; None if there is none."""
+    if module is None:
+        return next((build for build in map(installed, MODULES) if build is not None), None)
+    package, _, below = module.partition(".")
+    spec = importlib.util.find_spec(package)
     for location in (spec.submodule_search_locations or ()) if spec is not None else ():
-        folder = pathlib.Path(location, "cute")
+        folder = pathlib.Path(location, *below.split("."))
         if (folder / "interface.py").is_file():
-            return describe(folder, _version())
+            return describe(folder, module, f"{MODULES.get(module, module)} {_version(MODULES.get(module, package))}")
     return None
 
 
-def describe(folder: pathlib.Path, version: str) -> Build:
+def describe(folder: pathlib.Path, module: str, name: str) -> Build:
     """Read the capabilities of the build whose `cute` package is `folder` from its source."""
     interface = (folder / "interface.py").read_text()
     sparsity = folder / "block_sparsity.py"
     sm90 = folder / "flash_fwd_sm90.py"
     fields = _class_fields(sparsity.read_text(), "BlockSparseTensorsTorch") if sparsity.is_file() else set()
     return Build(
-        module=MODULE,
-        version=version,
+        module=module,
+        name=name,
         missing=LAUNCH_ARGUMENTS - _parameters(interface, "_flash_attn_fwd"),
         varlen_mask=VARLEN_MASK_REFUSAL not in interface,
         varlen_lists=fields >= VARLEN_LIST_FIELDS,
         sm90_list_stride=_sm90_list_stride(sm90.read_text()) if sm90.is_file() else "unknown",
+        native_refusal=native_refusal(folder, name),
+        sm90_head_dim_512="head_dim <= 512" in interface,
     )
 
 
@@ -108,9 +134,9 @@ def device_arch(device: torch.device) -> int:
     return major * 10 + minor
 
 
-def _version() -> str:
+def _version(distribution: str) -> str:
     try:
-        return importlib.metadata.version("flash-attn-4")
+        return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return "unknown"
 

@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import inspect
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 _enabled = True
 _lock = threading.Lock()
-_inside = 0
+_inside: Counter[str] = Counter()
 
 
 @contextlib.contextmanager
@@ -35,43 +37,38 @@ def disabled() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def sm90_list_stride() -> Iterator[None]:
-    """Within the block, SM90 kernels that FA4's interface compiles read varlen block lists with their own tile."""
+def sm90_list_stride(module: str) -> Iterator[None]:
+    """Within the block, SM90 kernels that the build compiles read varlen block lists with their own tile."""
     if not _enabled:
         yield
         return
-    from flash_attn.cute import interface
-
-    global _inside
-    original, cured = _kernel_classes()
+    interface = importlib.import_module(f"{module}.interface")
+    original, cured = _kernel_classes(module)
     with _lock:
-        _inside += 1
-        interface.FlashAttentionForwardSm90 = cured
+        _inside[module] += 1
+        interface.FlashAttentionForwardSm90 = cured  # type: ignore[attr-defined]
     try:
         yield
     finally:
         with _lock:
-            _inside -= 1
-            if _inside == 0:  # another thread may still be compiling
-                interface.FlashAttentionForwardSm90 = original
+            _inside[module] -= 1
+            if _inside[module] == 0:  # another thread may still be compiling
+                interface.FlashAttentionForwardSm90 = original  # type: ignore[attr-defined]
 
 
 @functools.cache
-def _kernel_classes() -> tuple[type, type]:
-    from flash_attn.cute.flash_fwd_sm90 import FlashAttentionForwardSm90
-
-    load = _with_tile_sizes(FlashAttentionForwardSm90.load)
-    mma = _with_tile_sizes(FlashAttentionForwardSm90.mma)
-    cured = type("FlashAttentionForwardSm90WithListStride", (FlashAttentionForwardSm90,), {"load": load, "mma": mma})
-    return FlashAttentionForwardSm90, cured
+def _kernel_classes(module: str) -> tuple[type, type]:
+    original = importlib.import_module(f"{module}.flash_fwd_sm90").FlashAttentionForwardSm90
+    load, mma = _with_tile_sizes(original.load), _with_tile_sizes(original.mma)
+    return original, type("FlashAttentionForwardSm90WithListStride", (original,), {"load": load, "mma": mma})
 
 
 def _with_tile_sizes(method: Callable[..., Any]) -> Callable[..., Any]:
     index = list(inspect.signature(method).parameters).index("SeqlenInfoCls")
 
-    def completed(self: Any, *arguments: Any) -> Any:
+    def completed(self: Any, *arguments: Any, **named: Any) -> Any:
         before, seqlen_info, after = arguments[: index - 1], arguments[index - 1], arguments[index:]
         seqlen_info = functools.partial(seqlen_info, tile_m=self.tile_m, tile_n=self.tile_n)
-        return method(self, *before, seqlen_info, *after)
+        return method(self, *before, seqlen_info, *after, **named)
 
     return completed

@@ -24,6 +24,19 @@ NO_ROW, NO_KEY = -1, -2
 
 
 @dataclasses.dataclass(frozen=True)
+class Keys:
+    """Where a sequence's keys are. Contiguous: `cu_seqlens_k`. In pages: `seqused_k` and `page_table`.
+
+    max_seqlen_k: upper bound of a sequence's keys.
+    """
+
+    max_seqlen_k: int
+    cu_seqlens_k: torch.Tensor | None = None
+    seqused_k: torch.Tensor | None = None
+    page_table: torch.Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class MaskCode:
     """A mask_mod and the tensors it reads: `mask_mods.<layout>(intervals, tagged)`, or one that the user brought."""
 
@@ -32,13 +45,13 @@ class MaskCode:
     aux_tensors: list[torch.Tensor]
     own: Callable[..., Any] | None = None
 
-    def mask_mod(self) -> Callable[..., Any]:
+    def mask_mod(self, build: Build) -> Callable[..., Any]:
         if self.own is not None:
             return self.own
         from . import mask_mods
 
         make: Callable[..., Any] = getattr(mask_mods, self.layout)
-        return make(self.intervals, len(self.aux_tensors) > 1)
+        return make(self.intervals, len(self.aux_tensors) > 1, build.module)
 
 
 def mask_code(layout: str, bounds: Bounds) -> MaskCode:
@@ -74,12 +87,9 @@ def masked_forward(
     lengths: those of a varlen call; None for `(batch, seqlen, heads, head_dim)` tensors.
     lists: None visits every key tile.
     """
-    from flash_attn.cute import interface
-    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
-
     sparse = None
     if lists is not None:
-        sparse = BlockSparseTensorsTorch(
+        sparse = build.part("block_sparsity").BlockSparseTensorsTorch(
             mask_block_cnt=lists.partial_count,
             mask_block_idx=lists.partial_idx,
             full_block_cnt=lists.full_count,
@@ -89,9 +99,8 @@ def masked_forward(
             block_size=lists.block_size,
         )
     needs_cure = lists is not None and lengths is not None and build.sm90_list_stride == "128"
-    device = torch.cuda.device(q.device) if torch.cuda.is_available() else contextlib.nullcontext()
-    with device, cures.sm90_list_stride() if needs_cure else contextlib.nullcontext():
-        interface._flash_attn_fwd(
+    with on_device(q), cures.sm90_list_stride(build.module) if needs_cure else contextlib.nullcontext():
+        build.part("interface")._flash_attn_fwd(
             q,
             k,
             v,
@@ -105,7 +114,7 @@ def masked_forward(
             tile_mn=(tile.m, tile.n),
             mma_pv_is_rs=tile.p_in_registers,
             pack_gqa=pack_gqa,
-            mask_mod=code.mask_mod(),
+            mask_mod=code.mask_mod(build),
             block_sparse_tensors=sparse,
             aux_tensors=code.aux_tensors,
             out=out,
@@ -118,29 +127,40 @@ def causal_forward(
     k: torch.Tensor,
     v: torch.Tensor,
     *,
-    lengths: Lengths,
+    build: Build,
+    cu_seqlens_q: torch.Tensor,
+    max_seqlen_q: int,
+    keys: Keys,
     softmax_scale: float,
     window: int | None = None,
     softcap: float = 0.0,
     learnable_sink: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """FA4's own varlen call with its own tiles, `(out, lse)`: the peer of every benchmark and error band."""
-    from flash_attn.cute import interface
-
-    out, lse, *_ = interface._flash_attn_fwd(
-        q,
-        k,
-        v,
-        cu_seqlens_q=lengths.cu_seqlens_q,
-        cu_seqlens_k=lengths.cu_seqlens_k,
-        max_seqlen_q=lengths.max_seqlen_q,
-        max_seqlen_k=lengths.max_seqlen_k,
-        softmax_scale=softmax_scale,
-        softcap=softcap or None,
-        learnable_sink=learnable_sink,
-        causal=window is None,
-        window_size_left=None if window is None else window - 1,
-        window_size_right=None if window is None else 0,
-        return_lse=True,
-    )
+    """FA4's own causal varlen call with its own tiles, `(out, lse)`: the peer of every benchmark and error band."""
+    with on_device(q):
+        out, lse, *_ = build.part("interface")._flash_attn_fwd(
+            q,
+            k,
+            v,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=keys.cu_seqlens_k,
+            seqused_k=keys.seqused_k,
+            page_table=keys.page_table,
+            max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=keys.max_seqlen_k,
+            softmax_scale=softmax_scale,
+            softcap=softcap or None,
+            learnable_sink=learnable_sink,
+            causal=window is None,
+            window_size_left=None if window is None else window - 1,
+            window_size_right=None if window is None else 0,
+            return_lse=True,
+            out=out,
+        )
     return out, lse
+
+
+def on_device(q: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+    """The CUDA device of `q` made current; nothing where torch has no CUDA (fake tensors)."""
+    return torch.cuda.device(q.device) if torch.cuda.is_available() else contextlib.nullcontext()

@@ -2,6 +2,7 @@
 
 `aux_tensors[0]` is `(rows, K, 2)` int32, the intervals `[lo, hi)` of each query row, padded past the last row by
 `launch.PADDING` rows that see nothing, because FA4 evaluates a mask_mod on all rows of a tile, also those past the end.
+`module` is the build they run on.
 With a block of tags, `aux_tensors[1]` and `[2]` are the tags of the rows and of the keys, padded likewise.
 
 `lo <= kv < hi` is written as the single unsigned compare `kv - lo < hi - lo`: keys left of `lo` wrap around to a large
@@ -15,17 +16,18 @@ Cached on purpose: FA4 keys its compile cache with the source and the closure of
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from flash_attn.cute import utils
 
 
 @functools.cache
-def varlen(intervals: int, tagged: bool) -> Callable[..., Any]:
+def varlen(intervals: int, tagged: bool, module: str) -> Callable[..., Any]:
     """Indices are local to the sequence; rows and keys of it begin at its offsets in the packed tensors."""
+    utils = importlib.import_module(f"{module}.utils")
 
     @cute.jit
     def visible_varlen(
@@ -47,8 +49,9 @@ def varlen(intervals: int, tagged: bool) -> Callable[..., Any]:
 
 
 @functools.cache
-def packed(intervals: int, tagged: bool) -> Callable[..., Any]:
+def packed(intervals: int, tagged: bool, module: str) -> Callable[..., Any]:
     """The batch is one sequence, so indices and bounds count packed rows and keys."""
+    utils = importlib.import_module(f"{module}.utils")
 
     @cute.jit
     def visible_packed(

@@ -1,0 +1,94 @@
+"""Keys copied out of their pages first, for backends that read contiguous keys. Exact for every mask and build.
+
+Only the keys that some query sees are copied: of a windowed mask, the chunk and what the window reaches before it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from ..intervals import Tokens
+from ..lengths import Lengths
+from ..paging import Pages
+from ..tiling import TileCounts
+from .base import Options, Prepared, Work
+
+
+@dataclass
+class Gathered(Prepared):
+    """first_key: `(batch,)` int32, the first key of each sequence that is copied. lengths: of the copied keys."""
+
+    inner: Prepared
+    pages: Pages
+    first_key: torch.Tensor
+    lengths: Lengths
+
+    def run(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, out: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = self._room(k), self._room(v)
+        if q.device.type == "cuda":
+            from ..kernels.page_gather import gather_pages as gather
+        else:
+            from ..kernels.page_copy import gather_pages_torch as gather
+        gather(k, v, self.pages.table, self.first_key, self.lengths.cu_seqlens_k, keys, values)
+        return self.inner.run(q, keys, values, options, out)
+
+    def describe(self) -> list[tuple[str, str]]:
+        most = "" if self.lengths.seqlens_k is not None else "at most "
+        return [
+            ("gather", f"{most}{self.lengths.total_k} keys out of pages of {self.pages.size}"),
+            *self.inner.describe(),
+        ]
+
+    def tile_counts(self) -> TileCounts | None:
+        return self.inner.tile_counts()
+
+    def _room(self, cache: torch.Tensor) -> torch.Tensor:
+        # Kernels load the rest of a last tile and multiply it by 0, so what is not copied must be finite.
+        make = torch.empty if self.lengths.seqlens_k is not None else torch.zeros
+        return make(self.lengths.total_k, *cache.shape[2:], dtype=cache.dtype, device=cache.device)
+
+
+def contiguous(work: Work, *, trim: bool) -> tuple[Work, torch.Tensor]:
+    """The work over copied keys, and the first key of each sequence to copy.
+
+    trim: copy what the mask reaches; otherwise all keys, for backends that look at positions and spans themselves.
+    """
+    left = work.demand.reach.left if trim and work.demand.chained else None
+    lengths = dataclasses.replace(work.lengths, in_pages=False)
+    keys, rows = work.lengths.cu_seqlens_k.diff(), work.lengths.cu_seqlens_q.diff()
+    call = dataclasses.replace(work.call, page_size=None)
+    if left is None:
+        return dataclasses.replace(work, call=call, lengths=lengths, pages=None), torch.zeros_like(keys)
+    first_key = (keys - rows - left).clamp(min=0)
+    lengths = _without(lengths, first_key, left)
+    by = first_key.index_select(0, work.where.sequence)
+    where = Tokens(
+        sequence=work.where.sequence,
+        key_offset=lengths.cu_seqlens_k.index_select(0, work.where.sequence),
+        seqlen_k=work.where.seqlen_k - by,
+        position=work.where.position - by,
+    )
+    bounds = work.bounds.shifted(by.neg())
+    return dataclasses.replace(work, call=call, lengths=lengths, where=where, bounds=bounds, pages=None), first_key
+
+
+def _without(lengths: Lengths, first_key: torch.Tensor, left: int) -> Lengths:
+    """`lengths` without the keys before `first_key`; `left` is how far the mask reaches before a row."""
+    seqlens_k, total = None, min(lengths.total_k, lengths.total_q + lengths.batch * left)
+    if lengths.seqlens_q is not None and lengths.seqlens_k is not None:
+        pairs = zip(lengths.seqlens_q, lengths.seqlens_k, strict=True)
+        seqlens_k = tuple(keys - max(keys - rows - left, 0) for rows, keys in pairs)
+        total = sum(seqlens_k)
+    skipped = torch.nn.functional.pad(first_key.cumsum(0, dtype=torch.int32), (1, 0))
+    return dataclasses.replace(
+        lengths,
+        cu_seqlens_k=lengths.cu_seqlens_k - skipped,
+        total_k=total,
+        max_seqlen_k=min(lengths.max_seqlen_k, lengths.max_seqlen_q + left),
+        seqlens_k=seqlens_k,
+    )

@@ -1,0 +1,1 @@
+"""Engines: what they have in hand, turned into plans."""

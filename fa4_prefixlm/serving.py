@@ -1,0 +1,337 @@
+"""Plans for engines: allocated once, updated for every batch without a synchronisation, captured in CUDA graphs."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+
+import torch
+
+from . import backends, call, debugging, lengths, paging, plan, ranges
+from .backends import Choice, Prepared
+from .backends.causal import CausalCall
+from .backends.native import NativeCall, native_kernel
+from .call import QKV, CallSpec
+from .errors import InputError, UnsupportedError
+from .fa4.build import Build
+from .fa4.launch import PADDING, Keys
+from .intervals import Demand
+from .lengths import CuSeqlens, Lengths, to_device
+from .mask import Mask
+from .masks import PrefixLM
+from .plain import outside, text_only
+from .ranges import NamedRanges
+from .span_form import SpanForm, span_form
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """The largest batch. keys: of one sequence, what a row of the page table can hold."""
+
+    tokens: int
+    sequences: int
+    pages: int
+    page_size: int
+
+    @property
+    def keys(self) -> int:
+        return self.pages * self.page_size
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """One update, its shapes checked. rows: of `q`, at least; None if only the device knows."""
+
+    ranges: NamedRanges
+    cu_seqlens_q: CuSeqlens
+    seqused_k: CuSeqlens
+    page_table: torch.Tensor
+    rows: int | None
+
+    @property
+    def size(self) -> int:
+        return len(self.cu_seqlens_q) - 1
+
+    @property
+    def lengths_on_host(self) -> bool:
+        return not (_is_on_device(self.cu_seqlens_q) or _is_on_device(self.seqused_k))
+
+    def host_lengths(self, capacity: int) -> Lengths:
+        """The lengths, checked, with their tensors on the host."""
+        assert self.rows is not None
+        return lengths.paged(
+            _on_host(self.cu_seqlens_q),
+            _on_host(self.seqused_k),
+            total_q=int(self.cu_seqlens_q[-1]),
+            capacity=capacity,
+            max_seqlen_q=None,
+            max_seqlen_k=None,
+            device=torch.device("cpu"),
+        )
+
+
+class ServingPlan:
+    """Made by `serving_plan`: keys in pages, `update` for each batch.
+
+    Attributes: `mask`; `limits`; `choice`, the backend with its reason; `call`, what `q`, `k`, `v` must look like, but
+    for their numbers of tokens and pages; `in_place`: `update` writes the buffers that kernels read, so a CUDA graph
+    captured with this plan runs the batch of the last update. Where it is False (backends other than native), `update`
+    makes a new plan, and running it in a capture raises.
+    """
+
+    def __init__(self, mask: Mask, spec: CallSpec, limits: Limits, build: Build | None) -> None:
+        self.mask, self.call, self.limits = mask, spec, limits
+        self._state = _state(mask, spec, limits, build)
+        self.in_place = isinstance(self._state, _InPlace)
+        self._rows = 0
+
+    @property
+    def choice(self) -> Choice:
+        return self._state.choice
+
+    def update(
+        self,
+        ranges: NamedRanges = None,
+        *,
+        cu_seqlens_q: CuSeqlens,
+        seqused_k: CuSeqlens,
+        page_table: torch.Tensor,
+        total_q: int | None = None,
+    ) -> None:
+        """Take the next batch. Never synchronises; values on the device are checked by a device-side assertion.
+
+        Args:
+            ranges: as for `plan`, for the sequences of this batch, and only read here. A span past the keys of its
+                sequence is one that is not prefilled yet; one that a chunk cuts is an error (see `safe_chunk_end`).
+                With None, or spans on the host that no query token is in, the batch runs FA4's own causal call; a
+                captured graph runs what it captured, with the same result.
+            cu_seqlens_q: `(batch + 1,)` int32, at most `max_sequences` sequences.
+            seqused_k: `(batch,)` int32, the keys in the pages, those of this batch's tokens included.
+            page_table: `(batch, pages)` int32, at most `max_pages` wide; copied.
+            total_q: rows of `q`, if `cu_seqlens_q` is on the device and `q` has fewer than `max_tokens`. Rows past
+                `cu_seqlens_q[-1]` are left alone.
+        """
+        given = _checked(ranges, cu_seqlens_q, seqused_k, page_table, total_q, self)
+        self._state.take(given)
+        self._rows = self.limits.tokens if given.rows is None else given.rows
+
+    @property
+    def prepared(self) -> Prepared:
+        return self._state.prepared()
+
+    def check(self, spec: CallSpec) -> None:
+        """Refuse tensors that the plan was not made for."""
+        plan.check_same(
+            spec, self.call, ("heads_q", "heads_kv", "head_dim", "head_dim_v", "page_size", "dtype", "device")
+        )
+        rows, exactly = spec.shape_q[0], not self.in_place
+        if not self._rows <= rows <= (self._rows if exactly else self.limits.tokens):
+            expected = f"{self._rows} rows" if exactly else f"{self._rows} to {self.limits.tokens} rows"
+            raise InputError("q", f"{expected}, as the plan's batch has", rows)
+
+    def __str__(self) -> str:
+        size = self.limits
+        lines = [
+            ("at most", f"{size.sequences} sequences, {size.tokens} queries, {size.keys} keys each"),
+            ("mask", str(self.mask)),
+            ("backend", str(self.choice)),
+            *[("not", f"{name}: {reason}") for name, reason in self.choice.passed_over],
+            *self.prepared.describe(),
+        ]
+        return "\n".join(f"{label:8} {text}" for label, text in lines)
+
+
+def serving_plan(
+    *,
+    like: QKV,
+    max_tokens: int,
+    max_sequences: int,
+    max_pages: int,
+    mask: Mask = PrefixLM(),  # noqa: B008 (an immutable value)
+    build: str | None = None,
+) -> ServingPlan:
+    """Allocate a plan for an engine. Call `attention` with it once before a CUDA graph is captured, to compile.
+
+    Args:
+        like: the `(q, k_cache, v_cache)` that the plan is for: packed queries of any length, and caches
+            `(pages, page_size, kv_heads, head_dim)`; only shapes, dtypes and devices matter.
+        max_tokens, max_sequences: the largest batch.
+        max_pages: width of the page table, pages of one sequence at most.
+        mask, build: as for `plan`.
+    """
+    spec = call.describe(*plan.three(like), paged=True)
+    for name, value in (("max_tokens", max_tokens), ("max_sequences", max_sequences), ("max_pages", max_pages)):
+        if not isinstance(value, int) or value < 1:
+            raise InputError(name, "a positive integer", value)
+    plan.check_mask(mask)
+    assert spec.page_size is not None
+    return ServingPlan(mask, spec, Limits(max_tokens, max_sequences, max_pages, spec.page_size), plan.find_build(build))
+
+
+class _State(abc.ABC):
+    choice: Choice
+
+    @abc.abstractmethod
+    def take(self, batch: Batch) -> None: ...
+
+    @abc.abstractmethod
+    def prepared(self) -> Prepared: ...
+
+
+def _state(mask: Mask, spec: CallSpec, limits: Limits, build: Build | None) -> _State:
+    demand = Demand(
+        intervals=mask.count(dict.fromkeys(mask.names, 2)),
+        tagged=False,
+        chained=mask.centered and mask.total,
+        reach=mask.reach(dict.fromkeys(mask.names, limits.keys)),
+        custom=mask.custom_kernel is not None,
+    )
+    form = span_form(mask)
+    if form is not None and build is not None and backends.BACKENDS["native"].refusal(spec, demand, build) is None:
+        return _InPlace(mask, form, spec, demand, limits, build)
+    return _Rebuilt(mask, spec, demand, limits, build)
+
+
+class _InPlace(_State):
+    """The native lane over buffers that stay where they are."""
+
+    def __init__(
+        self, mask: Mask, form: SpanForm, spec: CallSpec, demand: Demand, limits: Limits, build: Build
+    ) -> None:
+        from .kernels.row_update import RowBuffers
+
+        self.choice = Choice("native", "the first choice")
+        self._mask, self._form, self._limits, self._device = mask, form, limits, spec.device
+        kernel = native_kernel(mask, spec, demand, limits.tokens)
+        self._rows = RowBuffers.allocate(
+            limits.tokens, limits.sequences, kernel.tokens, kernel.tile.n, device=spec.device, padding=PADDING
+        )
+        self._table = torch.zeros(limits.sequences, limits.pages, dtype=torch.int32, device=spec.device)
+        cu_seqlens_q = self._rows.cu_seqlens_q
+        keys = Keys(limits.keys, seqused_k=self._rows.seqused_k, page_table=self._table)
+        self._native = NativeCall(build, kernel, self._rows.bounds, self._rows.tiles, cu_seqlens_q, keys)
+        self._causal = CausalCall(build, cu_seqlens_q, limits.tokens, keys, outside(form).window)
+        self._text_only = False
+
+    def take(self, batch: Batch) -> None:
+        from .kernels.row_update import update_rows
+
+        spans, self._text_only = self._read(batch)
+        width = batch.page_table.shape[1]
+        self._table.narrow(0, 0, batch.size).narrow(1, 0, width).copy_(batch.page_table, non_blocking=True)
+        update_rows(
+            self._form,
+            self._rows,
+            _int32(batch.cu_seqlens_q, self._device),
+            _int32(batch.seqused_k, self._device),
+            spans,
+            max_rows=batch.rows,
+            max_keys=self._limits.keys,
+        )
+
+    def _read(self, batch: Batch) -> tuple[torch.Tensor | None, bool]:
+        """(the spans on the device, whether the host knows that no query token is in one)."""
+        causal_outside = self._form.is_causal_outside
+        if batch.lengths_on_host and not ranges.on_device(batch.ranges):
+            sizes = batch.host_lengths(self._limits.keys)
+            own = next(iter(ranges.parse(self._mask, batch.ranges, sizes).values()), None)
+            if own is None or own.host is None or own.values.shape[1] == 0:
+                return None, causal_outside
+            known = sizes.on_host()
+            return to_device(own.values, self._device), causal_outside and text_only(own.host, *known)
+        if batch.lengths_on_host:
+            batch.host_lengths(self._limits.keys)  # which checks them
+        spans = ranges.to_tensor(self._mask, batch.ranges, batch.size, self._device)
+        return spans, causal_outside and spans is None
+
+    def prepared(self) -> Prepared:
+        # A graph outlives this batch: it has to capture the kernel that is right for every batch.
+        if self._text_only and not torch.cuda.is_current_stream_capturing():
+            return self._causal
+        return self._native
+
+
+class _Rebuilt(_State):
+    """A new plan for every batch, on the backends that are not native."""
+
+    def __init__(self, mask: Mask, spec: CallSpec, demand: Demand, limits: Limits, build: Build | None) -> None:
+        self._mask, self._spec, self._build = mask, spec, build
+        largest = lengths.paged(
+            [0, limits.tokens],
+            [max(limits.keys, limits.tokens)],
+            total_q=limits.tokens,
+            capacity=max(limits.keys, limits.tokens),
+            max_seqlen_q=None,
+            max_seqlen_k=None,
+            device=torch.device("cpu"),
+        )
+        self.choice = backends.choose("auto", spec, demand, largest, build)
+        self._plan: plan.Plan | None = None
+
+    def take(self, batch: Batch) -> None:
+        if batch.rows is None:
+            raise InputError("total_q", "the number of query tokens, which this backend has to know", None)
+        self._plan = plan.plan_for(
+            dataclasses.replace(self._spec, shape_q=(batch.rows,)),
+            batch.ranges,
+            cu_seqlens_q=batch.cu_seqlens_q,
+            seqused_k=batch.seqused_k,
+            page_table=batch.page_table,
+            mask=self._mask,
+            build=self._build,
+        )
+        self.choice = self._plan.choice
+
+    def prepared(self) -> Prepared:
+        if self._plan is None:
+            raise InputError("plan", "a batch, by plan.update(...)", "none yet")
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            expected = "no CUDA graph capture: only the native backend reads buffers that update() writes in place"
+            raise UnsupportedError("plan", expected, f"backend {self.choice.name}")
+        return self._plan.prepared
+
+
+def _checked(
+    spans: NamedRanges,
+    cu_seqlens_q: CuSeqlens,
+    seqused_k: CuSeqlens,
+    page_table: torch.Tensor,
+    total_q: int | None,
+    own: ServingPlan,
+) -> Batch:
+    """Shapes and what the host knows by itself."""
+    for name, values in (("cu_seqlens_q", cu_seqlens_q), ("seqused_k", seqused_k)):
+        if not hasattr(values, "__len__") or (isinstance(values, torch.Tensor) and values.ndim != 1):
+            raise InputError(name, "a 1-D int32 tensor or a list of integers", values)
+        if isinstance(values, torch.Tensor) and values.dtype != torch.int32:
+            raise InputError(name, "dtype torch.int32", values.dtype)
+    batch, limits = len(cu_seqlens_q) - 1, own.limits
+    if not 0 <= batch <= limits.sequences:
+        raise InputError("cu_seqlens_q", f"1 to {limits.sequences + 1} entries, as max_sequences allows", batch + 1)
+    if len(seqused_k) != batch:
+        raise InputError("seqused_k", f"{batch} entries, one per sequence of cu_seqlens_q", f"{len(seqused_k)}")
+    table = paging.check_table(page_table, batch, own.call.device)
+    if table.shape[1] > limits.pages:
+        raise InputError("page_table", f"at most {limits.pages} pages a sequence, the plan's max_pages", table.shape[1])
+    known = _last(cu_seqlens_q)
+    rows = known if total_q is None else total_q
+    if rows is not None and not (known or 0) <= rows <= limits.tokens:
+        expected = f"{known or 0} to {limits.tokens} tokens, the plan's max_tokens"
+        raise InputError("cu_seqlens_q" if total_q is None else "total_q", expected, rows)
+    return Batch(spans, cu_seqlens_q, seqused_k, table, rows)
+
+
+def _is_on_device(values: CuSeqlens) -> bool:
+    return isinstance(values, torch.Tensor) and values.device.type != "cpu" and not debugging.enabled()
+
+
+def _last(values: CuSeqlens) -> int | None:
+    return None if _is_on_device(values) or len(values) == 0 else int(values[-1])
+
+
+def _on_host(values: CuSeqlens) -> CuSeqlens:
+    return values.cpu() if isinstance(values, torch.Tensor) else values
+
+
+def _int32(values: CuSeqlens, device: torch.device) -> torch.Tensor:
+    return values if isinstance(values, torch.Tensor) and values.device == device else to_device(values, device)
