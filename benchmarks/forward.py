@@ -17,7 +17,7 @@ from harness import Path, Result, measure, save, show
 import fa4_prefixlm as fp
 from fa4_prefixlm.accuracy import exact_attention
 from fa4_prefixlm.backends.fa4_common import OneCall
-from fa4_prefixlm.fa4.launch import causal_forward
+from fa4_prefixlm.fa4.launch import Keys, causal_forward
 from fa4_prefixlm.fa4.tiles import forward_tile
 
 HEADS = (16, 8)
@@ -69,7 +69,7 @@ def paths(work: Workload) -> list[Path]:
     def plan_for(backend: str, ranges: list[list[tuple[int, int]]]) -> fp.Plan:
         return fp.plan(ranges, like=(q, k, v), cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, mask=mask, backend=backend)
 
-    plans = {backend: plan_for(backend, spans) for backend in ("varlen", "packed")}
+    plans = {backend: plan_for(backend, spans) for backend in ("native", "varlen", "packed")}
     lengths = plans["varlen"].lengths
     causal_flops = plan_for("varlen", [[]] * work.batch).flops()
     flops = plans["varlen"].flops()
@@ -84,8 +84,22 @@ def paths(work: Workload) -> list[Path]:
     def causal_exact() -> torch.Tensor:
         return exact([[]] * work.batch)
 
+    keys = Keys(work.tokens, cu_seqlens_k=lengths.cu_seqlens_k)
+    build = plans["varlen"].build
+    assert build is not None
+
     def causal() -> torch.Tensor:
-        return causal_forward(q, k, v, lengths=lengths, softmax_scale=work.head_dim**-0.5, window=work.window)[0]
+        return causal_forward(
+            q,
+            k,
+            v,
+            build=build,
+            cu_seqlens_q=lengths.cu_seqlens_q,
+            max_seqlen_q=queries,
+            keys=keys,
+            softmax_scale=work.head_dim**-0.5,
+            window=work.window,
+        )[0]
 
     every_tile = plan_for("varlen", spans)
     prepared = every_tile.prepared

@@ -123,6 +123,36 @@ UGLY = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Pages:
+    """Keys and values of a batch in pages in random order, among pages of NaN that nobody may read.
+
+    k, v: `(pages, page_size, heads, dim)`. table: `(batch, max_pages)` int32; entries past the last key are garbage.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    table: torch.Tensor
+
+    @classmethod
+    def of(cls, batch: Batch, k: torch.Tensor, v: torch.Tensor, page_size: int, seed: int) -> Pages:
+        rng = random.Random(seed)
+        counts = [-(-keys // page_size) for _, keys in batch.seqlens]
+        order = list(range(sum(counts) + 5))
+        rng.shuffle(order)
+        table = torch.full((len(counts), max(1, *counts) + rng.randint(0, 3)), -(2**20), dtype=torch.int32)
+        caches = [torch.full((len(order), page_size, *tensor.shape[1:]), float("nan")).to(tensor) for tensor in (k, v)]
+        for index, count in enumerate(counts):
+            own, order = order[:count], order[count:]
+            table[index, :count] = torch.tensor(own, dtype=torch.int32)
+            for cache, tensor in zip(caches, (k, v), strict=True):
+                keys = tensor[batch.cu_k[index] : batch.cu_k[index + 1]]
+                filled = torch.zeros(count * page_size, *tensor.shape[1:], dtype=tensor.dtype, device=tensor.device)
+                filled[: len(keys)] = keys
+                cache[torch.tensor(own, dtype=torch.long, device=tensor.device)] = filled.unflatten(0, (-1, page_size))
+        return cls(*caches, table)
+
+
 class Blind(PrefixLM):
     """PrefixLM, but the first 200 positions of a sequence and every third row after them see nothing."""
 
@@ -171,7 +201,9 @@ def prepare(batch: Batch, mask: Mask, spans: ranges.NamedRanges | None = None) -
     sizes = sizes_of(batch)
     sets = ranges.parse(mask, batch.spans if spans is None else spans, sizes)
     where = intervals.tokens(sizes)
-    return Stages(sizes, sets, intervals.demand(mask, sets, sizes), where, intervals.row_bounds(mask, sets, sizes, where))
+    return Stages(
+        sizes, sets, intervals.demand(mask, sets, sizes), where, intervals.row_bounds(mask, sets, sizes, where)
+    )
 
 
 def dense(bounds: intervals.Bounds, keys: int, rows: slice = slice(None)) -> torch.Tensor:

@@ -13,15 +13,17 @@ import sys
 
 import pytest
 import torch
-from cases import UGLY, Batch, Blind, ChainedBlind, masks_for, random_batch, random_mask
+from cases import UGLY, Batch, Blind, ChainedBlind, Pages, masks_for, random_batch, random_mask
 
 import fa4_prefixlm as fp
 from fa4_prefixlm.accuracy import exact_attention, relative_error
 from fa4_prefixlm.backends import Options
+from fa4_prefixlm.masks import causal, prefix, window
 
 pytestmark = pytest.mark.gpu
 
-BACKENDS = ("varlen", "packed")
+MASK_MODS = ("varlen", "packed")
+BACKENDS = ("native", *MASK_MODS)
 EVERY = (*BACKENDS, "reference")
 BAND = 1.25
 DIMS = ((64, 64), (96, 96), (128, 128), (192, 192), (192, 128), (256, 256), (64, 128), (128, 64))
@@ -72,17 +74,19 @@ def causal_band(q, k, v, batch: Batch, window: int | None, options: Options) -> 
 
 
 def _causal_error(q, k, v, batch: Batch, window: int | None, options: Options) -> tuple[float, float]:
-    from fa4_prefixlm import lengths
-    from fa4_prefixlm.fa4.launch import causal_forward
+    from fa4_prefixlm.fa4.build import installed
+    from fa4_prefixlm.fa4.launch import Keys, causal_forward
 
-    sizes = lengths.packed(
-        batch.cu_q, batch.cu_k, total_q=len(q), total_k=len(k), max_seqlen_q=None, max_seqlen_k=None, device=q.device
-    )
+    cu_q, cu_k = (torch.tensor(cu, dtype=torch.int32, device="cuda") for cu in (batch.cu_q, batch.cu_k))
+    longest_q, longest_k = (max(sizes) for sizes in batch.as_seqlens)
     out, lse = causal_forward(
         q,
         k,
         v,
-        lengths=sizes,
+        build=installed(),
+        cu_seqlens_q=cu_q,
+        max_seqlen_q=longest_q,
+        keys=Keys(longest_k, cu_seqlens_k=cu_k),
         window=window,
         softmax_scale=options.softmax_scale,
         softcap=options.softcap,
@@ -102,7 +106,9 @@ def poison_free_memory() -> None:
     del blocks
 
 
-def run(kind: Kind, batch: Batch, mask, backend: str, seed: int, device_inputs: bool = False):
+def run(
+    kind: Kind, batch: Batch, mask, backend: str, seed: int, device_inputs: bool = False, page_size: int | None = None
+):
     """One attention call against fp64: (relative error, LSE error), every element written, twice the same bits."""
     q, k, v, options = tensors_of(kind, batch, seed)
     exact, exact_lse = exact_attention(q, k, v, mask=mask, spans=batch.spans, seqlens=batch.as_seqlens, options=options)
@@ -110,8 +116,14 @@ def run(kind: Kind, batch: Batch, mask, backend: str, seed: int, device_inputs: 
     if device_inputs:
         cu_q, cu_k = (torch.tensor(cu, dtype=torch.int32, device="cuda") for cu in (cu_q, cu_k))
         ranges = batch.ranges_tensor().cuda()
+    where = {"cu_seqlens_k": cu_k}
+    if page_size is not None:
+        pages = Pages.of(batch, k, v, page_size, seed)
+        k, v = pages.k, pages.v
+        used = torch.tensor(batch.as_seqlens[1], dtype=torch.int32)
+        where = {"page_table": pages.table.cuda(), "seqused_k": used.cuda() if device_inputs else used}
     poison_free_memory()
-    plan = fp.plan(ranges, like=(q, k, v), cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, mask=mask, backend=backend)
+    plan = fp.plan(ranges, like=(q, k, v), cu_seqlens_q=cu_q, mask=mask, backend=backend, **where)
     results = []
     for _ in range(2):
         poison_free_memory()
@@ -194,7 +206,7 @@ def test_rows_that_see_nothing_are_zero_with_lse_minus_infinity(backend: str, di
         assert (out[900:1050] == 0).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", MASK_MODS)
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_memory_after_the_bounds_does_not_matter(backend: str, dim: int) -> None:
     batch = random_batch(random.Random(5), longest=700)
@@ -207,6 +219,25 @@ def test_memory_after_the_bounds_does_not_matter(backend: str, dim: int) -> None
         around = torch.tensor(poison, dtype=torch.int32, device="cuda").repeat(len(bounds) + 2048, 1, 1)
         around[: len(q)] = bounds[: len(q)]  # the padding rows are poison too
         plan.prepared.code = dataclasses.replace(code, aux_tensors=[around[: len(bounds)]])
+        assert torch.equal(fp.attention(q, k, v, plan), clean)
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_memory_around_the_native_bounds_does_not_matter(dim: int) -> None:
+    batch = random_batch(random.Random(5), longest=700)
+    q, k, v = batch.tensors((4, 2), (dim, dim), torch.bfloat16, "cuda", 0)
+    plan = fp.plan(batch.spans, like=(q, k, v), cu_seqlens_q=batch.cu_q, cu_seqlens_k=batch.cu_k, backend="native")
+    clean = fp.attention(q, k, v, plan)
+    call = plan.prepared
+    used = torch.zeros(len(call.tiles), dtype=torch.bool)
+    for index, (rows, _) in enumerate(batch.seqlens):
+        first = batch.cu_q[index] // call.kernel.tokens + index
+        used[first : first + -(-rows // call.kernel.tokens)] = True
+    for poison in (2**31 - 1, -(2**31), 7):
+        bounds = torch.full((len(call.bounds) + 2048, 2), poison, dtype=torch.int32, device="cuda")
+        bounds[: len(q)] = call.bounds[: len(q)]
+        tiles = torch.where(used[:, None].cuda(), call.tiles, poison)
+        plan.prepared = dataclasses.replace(call, bounds=bounds, tiles=tiles)
         assert torch.equal(fp.attention(q, k, v, plan), clean)
 
 
@@ -248,15 +279,46 @@ def test_batched_tensors_are_the_packed_ones() -> None:
     assert torch.equal(again, fp.attention(strided.contiguous(), k, v, ranges))
 
 
-def test_auto_takes_varlen_and_packed_when_lists_would_be_large() -> None:
+def test_auto_takes_native_and_packed_when_lists_would_be_large() -> None:
     q, k, v = (torch.empty(2**19, heads, 64, device="cuda", dtype=torch.bfloat16) for heads in (2, 1, 1))
     cu = [0, 2**19]
-    plan = fp.plan([[(0, 256)]], like=(q, k, v), cu_seqlens_q=cu, cu_seqlens_k=cu, mask=fp.PrefixLM(1024))
-    assert plan.choice.name == "packed"
-    assert plan.choice.passed_over[0][0] == "varlen"
-    assert "MiB" in plan.choice.passed_over[0][1]
-    short = fp.plan([[]], like=(q[:999], k[:999], v[:999]), cu_seqlens_q=[0, 999], cu_seqlens_k=[0, 999])
-    assert (short.choice.name, short.choice.passed_over) == ("varlen", ())
+    where = {"like": (q, k, v), "cu_seqlens_q": cu, "cu_seqlens_k": cu}
+    plan = fp.plan([[(0, 256)]], mask=fp.PrefixLM(1024), **where)
+    assert (plan.choice.name, [name for name, _ in plan.choice.passed_over]) == ("native", ["causal"])
+    two = fp.plan({"prompt": [[(0, 256)]]}, mask=causal & (prefix("prompt") | window(1024)), **where)
+    assert two.choice.name in ("varlen", "packed")
+    if two.choice.name == "packed":
+        assert "MiB" in dict(two.choice.passed_over)["varlen"]
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_a_text_only_batch_is_fa4s_own_call_bit_for_bit(window: int | None) -> None:
+    from fa4_prefixlm.fa4.build import installed
+    from fa4_prefixlm.fa4.launch import Keys, causal_forward
+
+    batch = Batch(((300, 300), (1, 500), (200, 600)), ((), ((3, 60),), ((0, 400),)))
+    q, k, v = batch.tensors((4, 2), (128, 128), torch.bfloat16, "cuda", 0)
+    where = {"cu_seqlens_q": batch.cu_q, "cu_seqlens_k": batch.cu_k}
+    plan = fp.plan(batch.spans, like=(q, k, v), mask=fp.PrefixLM(window), **where)
+    assert plan.choice.name == "causal"
+    out, lse = fp.attention(q, k, v, plan, return_lse=True)
+    cu_q, cu_k = (torch.tensor(cu, dtype=torch.int32, device="cuda") for cu in (batch.cu_q, batch.cu_k))
+    keys = Keys(600, cu_seqlens_k=cu_k)
+    own, own_lse = causal_forward(
+        q,
+        k,
+        v,
+        build=installed(),
+        cu_seqlens_q=cu_q,
+        max_seqlen_q=300,
+        keys=keys,
+        softmax_scale=128**-0.5,
+        window=window,
+    )
+    assert torch.equal(out, own)
+    assert torch.equal(lse, own_lse)
+    touched = fp.plan([[], [(3, 60)], [(0, 401)]], like=(q, k, v), mask=fp.PrefixLM(window), **where)
+    assert touched.choice.name == "native"
 
 
 def test_a_gradient_falls_back_to_the_reference_and_says_so() -> None:

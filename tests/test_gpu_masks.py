@@ -57,7 +57,7 @@ def check(mask: fp.Mask, batch: Batch, spans: dict[str, list], kind: Kind, seed:
     exact, exact_lse = exact_attention(q, k, v, mask=mask, spans=named, seqlens=batch.as_seqlens, options=options)
     band, lse_band = causal_band(q, k, v, batch, 64, options)
     ran = set()
-    for backend in ("varlen", "packed"):
+    for backend in ("native", "varlen", "packed"):
         poison_free_memory()
         try:
             plan = fp.plan(

@@ -30,7 +30,10 @@ TARGETS = {
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One kernel: backend, head dims, and the options that change the generated code."""
+    """One kernel: backend, head dims, and the options that change the generated code.
+
+    heads: (query, key) heads. page_size: of keys in pages; None for contiguous ones.
+    """
 
     backend: str
     head_dim: int
@@ -40,6 +43,9 @@ class Variant:
     sink: bool = False
     device_inputs: bool = False
     mask: str = "prefix_lm"
+    heads: tuple[int, int] = (4, 2)
+    page_size: int | None = None
+    dtype: str = "bfloat16"
 
     @property
     def kernel(self) -> tuple[str, int, bool]:
@@ -47,8 +53,36 @@ class Variant:
         return self.backend, {"two": 2, "three": 3, "four": 4}.get(self.mask, 1), self.mask == "block"
 
 
-def standard_variants() -> list[Variant]:
-    """What CI proves for every architecture: both one-call backends at the usual head dims, and with every option."""
+def standard_variants(arch: str) -> list[Variant]:
+    """What CI proves: every backend that runs there, at the usual head dims, and with every option."""
+    return [*_mask_mod_variants(), *(_native_variants() if arch == "sm_90" else [])]
+
+
+def _native_variants() -> list[Variant]:
+    """Each way of reading keys (contiguous, pages by TMA and by cp.async), bounds from key 0 on or not, each tile."""
+    variants = [
+        Variant("native", head_dim, head_dim, window=window, page_size=page_size)
+        for head_dim, window, page_size in (
+            (64, None, None),
+            (128, None, None),
+            (128, 256, None),
+            (256, None, None),
+            (256, 256, None),
+            (128, None, 16),
+            (128, 256, 128),
+            (256, None, 80),
+            (256, 256, 16),
+            (256, 256, 64),
+        )
+    ]
+    variants.append(Variant("native", 192, 128, page_size=16))
+    variants.append(Variant("native", 96, 96, heads=(5, 1)))
+    variants.append(Variant("native", 72, 72, heads=(3, 3), dtype="float16"))
+    full = Variant("native", 128, 128, window=256, softcap=30.0, sink=True, device_inputs=True, page_size=16)
+    return [*variants, full, Variant("causal", 128, 128, page_size=16), Variant("causal", 256, 256, window=256)]
+
+
+def _mask_mod_variants() -> list[Variant]:
     variants = [
         Variant(backend, head_dim, head_dim)
         for backend, head_dim in itertools.product(("varlen", "packed"), (64, 128, 256))
@@ -59,6 +93,7 @@ def standard_variants() -> list[Variant]:
     variants.append(Variant("varlen", 256, 256, mask="block"))
     variants.append(Variant("packed", 128, 128, window=256, softcap=30.0, sink=True, device_inputs=True))
     variants.append(Variant("varlen", 256, 256, window=256, softcap=30.0, sink=True, device_inputs=True))
+    variants.append(Variant("varlen", 128, 128, page_size=16))  # keys gathered from pages
     return variants
 
 
@@ -76,17 +111,25 @@ def compile_variant(variant: Variant) -> str:
             ranges = torch.empty(2, 4, 2, dtype=torch.int32, device="cuda")
         if variant.mask == "block":  # more spans than intervals fit, so that the block runs by tags
             ranges = [[(at, at + 10) for at in range(0, 100, 20)], []]
-        q = torch.empty(1300, 4, variant.head_dim, dtype=torch.bfloat16, device="cuda")
-        k = torch.empty(1300, 2, variant.head_dim, dtype=torch.bfloat16, device="cuda")
-        v = torch.empty(1300, 2, variant.head_dim_v, dtype=torch.bfloat16, device="cuda")
-        sink = torch.empty(4, dtype=torch.float32, device="cuda") if variant.sink else None
+        if variant.backend == "causal":
+            ranges = [[], []]
+        dtype, (heads_q, heads_kv) = getattr(torch, variant.dtype), variant.heads
+        rows = (1300,) if variant.page_size is None else (200, variant.page_size)
+        q = torch.empty(1300, heads_q, variant.head_dim, dtype=dtype, device="cuda")
+        k = torch.empty(*rows, heads_kv, variant.head_dim, dtype=dtype, device="cuda")
+        v = torch.empty(*rows, heads_kv, variant.head_dim_v, dtype=dtype, device="cuda")
+        sink = torch.empty(heads_q, dtype=torch.float32, device="cuda") if variant.sink else None
+        keys: dict[str, object] = {"cu_seqlens_k": cu}
+        if variant.page_size is not None:
+            used = torch.empty(2, dtype=torch.int32, device="cuda") if variant.device_inputs else [700, 600]
+            keys = {"seqused_k": used, "page_table": torch.empty(2, 100, dtype=torch.int32, device="cuda")}
         plan = fp.plan(
             ranges,  # type: ignore[arg-type]
             cu_seqlens_q=cu,  # type: ignore[arg-type]
-            cu_seqlens_k=cu,  # type: ignore[arg-type]
             mask=_mask(variant),
             like=(q, k, v),
             backend=variant.backend,
+            **keys,  # type: ignore[arg-type]
         )
         fp.attention(q, k, v, plan, softcap=variant.softcap, learnable_sink=sink)
     return dict(plan.prepared.describe())["kernel"]
@@ -143,7 +186,7 @@ def main() -> None:
     parser.add_argument("--variants", metavar="-", help="read variants as JSON from standard input")
     arguments = parser.parse_args()
     os.environ.update(TARGETS[arguments.arch])
-    variants = [Variant(**spec) for spec in json.load(sys.stdin)] if arguments.variants else standard_variants()
+    variants = [Variant(**spec) for spec in json.load(sys.stdin)] if arguments.variants else standard_variants(arguments.arch)
     failed = False
     for variant in variants:
         began, error, kernel = time.monotonic(), None, None

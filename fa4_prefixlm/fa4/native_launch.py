@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..errors import UnsupportedError
 from .build import Build
 from .launch import Keys, on_device
 from .tiles import Tile
@@ -85,6 +86,9 @@ def native_forward(
     with on_device(q):
         run = parts.compiled.get(key)
         if run is None:
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                expected = "one call of attention() before the capture, to compile the kernel"
+                raise UnsupportedError("q, k, v", expected, f"a first call, {kernel}")
             run = parts.compiled[key] = _load_or_compile(parts, key, kernel, softcap, tensors, bounds, tiles)
         if not parts.is_fake():
             run(*parts.arguments(tensors, (bounds, tiles, *parts.no_lists)))

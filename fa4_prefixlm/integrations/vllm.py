@@ -1,0 +1,311 @@
+"""What vLLM 0.33's FlashAttention backend has in hand, turned into plans. Imports nothing of vLLM.
+
+    plans = GroupPlans({"layers.0": layer_mask(1024, clamp=False), "layers.1": layer_mask(1024, clamp=False)}, ...)
+    plans.update(mm_ranges={0: [(4, 259)]}, ...)  # once a step
+    plans.attention("layers.0", q, kv_cache, out)  # in every layer
+
+docs/vllm.md says where these lines go. Positions are vLLM's: counted from the start of the request, with inclusive ends
+in `mm_ranges` and nowhere else.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..attention import attention
+from ..backends.reference import Reference
+from ..errors import InputError, UnsupportedError
+from ..fa4 import build as builds
+from ..mask import Mask
+from ..masks import PrefixLM, causal
+from ..masks import window as within
+from ..masks.spans import BatchSpans, drop_longer
+from ..serving import ServingPlan, serving_plan
+
+VENDORED = "vllm.vllm_flash_attn.cute"
+
+MMRanges = Mapping[int, Sequence[tuple[int, int]]]
+HostIntegers = torch.Tensor | Sequence[int]
+KVCache = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+
+
+def find_build() -> str | None:
+    """The `build` to give to a plan: vLLM's own FA4 where there is one, else None, which is the default."""
+    return VENDORED if builds.installed(VENDORED) is not None else None
+
+
+def layer_mask(window: int | None, *, clamp: bool, prefix_lm: bool = True) -> Mask:
+    """The mask of a layer.
+
+    Args:
+        window: the layer's sliding window in tokens, the query's own included (`Attention.sliding_window`); None: none.
+        clamp: the layer's `mm_prefix_clamp_sliding_window`. True: (causal or span) and window. False: (causal and
+            window) or span. Without a window there is nothing to clamp.
+        prefix_lm: False where the model takes the spans away from the layer, as Gemma 4 does from its global ones.
+    """
+    if not prefix_lm:
+        return causal if window is None else causal & within(window)
+    return PrefixLM() if window is None else PrefixLM(window=window, clamp=clamp)
+
+
+def spans_from_mm_ranges(
+    mm_ranges: MMRanges | None,
+    *,
+    query_start_loc: HostIntegers,
+    seq_lens: HostIntegers,
+    window: int | None = None,
+    clamp: bool = False,
+) -> BatchSpans | None:
+    """The spans that hold a query token of this step, half-open, one list per request; None if there are none.
+
+    `{1: [(4, 259)]}` with `query_start_loc` [0, 7, 307] and `seq_lens` [90, 300] is `[[], [(4, 260)]]`.
+
+    Args:
+        mm_ranges: request index to inclusive `(start, end)`, all of a request's, in any order. As in vLLM, one with
+            `start >= end` is none.
+        query_start_loc: `(requests + 1,)` on the host, exact.
+        seq_lens: `(requests,)` on the host, keys of each request with this step's. May be too large where all of a
+            request's query tokens are past its ranges (decoding).
+        window, clamp: the model's, not a layer's. Without clamp, ranges longer than the window are dropped. vLLM drops
+            them where it makes the ranges, so its builders can leave these out.
+
+    Raises:
+        InputError: a range is cut by the end of the chunk (see `safe_chunk_end`), two overlap, or one is negative.
+    """
+    rows, keys = _lengths(query_start_loc, seq_lens)
+    return _spans(mm_ranges or {}, rows, keys, None if clamp else window)
+
+
+def split_cache(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(keys, values), each `(blocks, block_size, kv_heads, head_dim)`, of a layer's `(blocks, kv_heads, block_size,
+    2 * head_dim)`. Views; K and V take turns in memory.
+    """
+    if kv_cache.ndim != 4 or kv_cache.shape[3] % 2:
+        raise InputError("kv_cache", "shape (blocks, kv_heads, block_size, 2 * head_dim)", tuple(kv_cache.shape))
+    both = kv_cache.transpose(1, 2)
+    if 1 in both.shape:
+        # Torch may have any stride where there is one element; TMA wants multiples of 16 bytes.
+        strides = [
+            kv_cache.shape[3] if size == 1 else step for size, step in zip(both.shape, both.stride(), strict=True)
+        ]
+        both = both.as_strided(both.shape, strides)
+    keys, values = both.chunk(2, dim=3)
+    return keys, values
+
+
+class GroupPlans:
+    """The plans of one attention group: its layers share block table, head dim and heads, not always their mask.
+
+    Owned by the group's metadata builder, one for each micro-batch. What `update` was given last is what `attention`
+    runs, so a builder that has one must not let vLLM reuse its metadata for another group's block table.
+
+    Attributes: `plans`, one `ServingPlan` for each distinct mask; `text_only`: no query token of the last update is in
+    a span, so every layer is plainly causal, or causal in its window; `in_place`: a captured CUDA graph runs the batch
+    of the last update.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, Mask],
+        *,
+        max_tokens: int,
+        max_requests: int,
+        max_blocks: int,
+        block_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        build: str | None = None,
+    ) -> None:
+        """Allocate.
+
+        Args:
+            layers: the mask of each layer, by the name that `attention` gets.
+            max_tokens, max_requests: `max_num_batched_tokens` and `max_num_seqs`.
+            max_blocks: blocks of the longest request, `max_model_len / block_size` rounded up.
+            block_size: tokens of a block, as the block table counts them.
+            num_heads, num_kv_heads: of this rank.
+            dtype: of queries and cache.
+            build: the FA4 to run on, see `find_build`.
+
+        Raises:
+            UnsupportedError: a layer's mask reads spans, and no FA4 kernel runs it on this GPU: head dim 512, say.
+        """
+        if not layers:
+            raise InputError("layers", "at least one layer", "none")
+        row = torch.empty(head_dim, dtype=dtype, device=device)  # as wide as FA4 sees it, as long as it costs nothing
+        cache = row.expand(torch.iinfo(torch.int32).max, block_size, num_kv_heads, head_dim)
+        like = (row.expand(1, num_heads, head_dim), cache, cache)
+        limits = {"max_tokens": max_tokens, "max_sequences": max_requests, "max_pages": max_blocks}
+        self.plans: dict[Mask, ServingPlan] = {}
+        for name, mask in layers.items():
+            if mask not in self.plans:
+                self.plans[mask] = serving_plan(like=like, mask=mask, build=build, **limits)
+                _refuse_reference(name, mask, self.plans[mask])
+        self._plan_of = {name: self.plans[mask] for name, mask in layers.items()}
+        self._max_blocks, self._block_size, self._tokens = max_blocks, block_size, 0
+        self.text_only = True
+
+    @property
+    def in_place(self) -> bool:
+        return all(plan.in_place for plan in self.plans.values())
+
+    def update(
+        self,
+        *,
+        query_start_loc: torch.Tensor,
+        seq_lens: torch.Tensor,
+        block_table: torch.Tensor,
+        query_start_loc_cpu: HostIntegers,
+        seq_lens_cpu: HostIntegers,
+        mm_ranges: MMRanges | None = None,
+        exact_on_host: bool = False,
+    ) -> None:
+        """Take this step's batch. Copies what it keeps, and does not wait for the device.
+
+        Args:
+            query_start_loc: `(requests + 1,)` int32 on the device, its tail repeated for padded requests.
+            seq_lens: `(requests,)` int32 on the device, 0 for padded requests.
+            block_table: `(requests, blocks)` int32 on the device, of any width and stride.
+            query_start_loc_cpu: `(requests + 1,)` on the host, exact.
+            seq_lens_cpu: `(requests,)` on the host; upper bounds will do for decoding requests.
+            mm_ranges: see `spans_from_mm_ranges`, which raises what this raises.
+            exact_on_host: `seq_lens_cpu` is exact for all. Spares memory on backends that are not in place.
+        """
+        rows, keys = _lengths(query_start_loc_cpu, seq_lens_cpu)
+        spans = _spans(mm_ranges or {}, rows, keys, None)
+        held = max(1, -(-max(keys, default=0) // self._block_size))
+        # vLLM's table is as wide as its longest request could be.
+        table = block_table.narrow(1, 0, min(held, self._max_blocks, block_table.shape[1]))
+        total = sum(rows)
+        for mask, plan in self.plans.items():
+            from_host = exact_on_host and not plan.in_place
+            plan.update(
+                spans if mask.names else None,
+                cu_seqlens_q=[0, *itertools.accumulate(rows)] if from_host else query_start_loc,
+                seqused_k=keys if from_host else seq_lens,
+                page_table=table,
+                total_q=total,
+            )
+        self._tokens, self.text_only = total, spans is None
+
+    def attention(
+        self,
+        layer: str,
+        q: torch.Tensor,
+        kv_cache: KVCache,
+        out: torch.Tensor,
+        *,
+        softmax_scale: float | None = None,
+        softcap: float = 0.0,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Write one layer's attention to `out` and return it; rows past the batch's tokens are left alone.
+
+        Args:
+            q, out: `(rows, heads, head_dim)`, with at least the batch's tokens. In a CUDA graph, all rows that the
+                graph is padded to.
+            kv_cache: the layer's, `(blocks, kv_heads, block_size, 2 * head_dim)`, this step's tokens written; or
+                `split_cache` of it, which can be kept.
+            softmax_scale, softcap, sinks: as for `fa4_prefixlm.attention`.
+        """
+        plan = self._plan_of.get(layer)
+        if plan is None:
+            raise InputError("layer", f"one of {', '.join(self._plan_of)}", repr(layer))
+        keys, values = split_cache(kv_cache) if isinstance(kv_cache, torch.Tensor) else kv_cache
+        # The plan's own buffers know where the batch ends; a plan that is made anew for each batch wants just its rows.
+        rows = slice(None) if plan.in_place else slice(self._tokens)
+        attention(
+            q[rows],
+            keys,
+            values,
+            plan,
+            softmax_scale=softmax_scale,
+            softcap=softcap,
+            learnable_sink=sinks,
+            out=out[rows],
+        )
+        return out
+
+    def warm_up(self, kv_cache: KVCache, **options: Any) -> None:
+        """Compile what batches with and without spans run: once, before the first update and before CUDA graphs.
+
+        Reads two tokens of block 0. options: `softcap` and `sinks` of the group's layers.
+        """
+        spec = next(iter(self.plans.values())).call
+        q = torch.zeros(2, spec.heads_q, spec.head_dim, dtype=spec.dtype, device=spec.device)
+        starts, keys, table = (
+            torch.tensor(values, dtype=torch.int32, device=spec.device) for values in ([0, 2], [2], [[0]])
+        )
+        for mm_ranges in ({0: [(0, 1)]}, None):
+            self.update(
+                query_start_loc=starts,
+                seq_lens=keys,
+                block_table=table,
+                query_start_loc_cpu=[0, 2],
+                seq_lens_cpu=[2],
+                mm_ranges=mm_ranges,
+                exact_on_host=True,
+            )
+            for layer in {id(plan): name for name, plan in self._plan_of.items()}.values():
+                self.attention(layer, q, kv_cache, torch.empty_like(q), **options)
+
+
+def _spans(mm_ranges: MMRanges, rows: list[int], keys: list[int], longest: int | None) -> BatchSpans | None:
+    spans: BatchSpans = [[] for _ in rows]
+    for request, own in mm_ranges.items():
+        if not 0 <= request < len(rows):
+            raise InputError("mm_ranges", f"requests of 0 to {len(rows) - 1}", request)
+        spans[request] = [(start, end + 1) for start, end in own if start < end]
+    if longest is not None:
+        spans = drop_longer(spans, longest)
+    spans = [_touched(*request) for request in zip(range(len(rows)), spans, rows, keys, strict=True)]
+    return spans if any(spans) else None
+
+
+def _touched(request: int, spans: list[tuple[int, int]], rows: int, keys: int) -> list[tuple[int, int]]:
+    """The request's spans that hold one of its query tokens, which are the last `rows` of `keys` positions."""
+    if rows == 0:
+        return []
+    touched = sorted(span for span in spans if span[0] < keys and span[1] > keys - rows)
+    before = 0
+    for start, end in touched:
+        argument = f"mm_ranges[{request}]"
+        if start < before:
+            expected = "ranges that start at 0 or later" if before == 0 else "ranges that do not overlap"
+            raise InputError(argument, expected, f"one from {start} on")
+        if end > keys:
+            cut = f"{(start, end - 1)}; a chunk holds a span whole or not at all, see safe_chunk_end"
+            raise InputError(argument, f"ranges that end within the {keys} tokens so far", cut)
+        before = end
+    return touched
+
+
+def _lengths(query_start_loc: HostIntegers, seq_lens: HostIntegers) -> tuple[list[int], list[int]]:
+    """(query tokens, keys) of each request."""
+    starts, keys = _host("query_start_loc_cpu", query_start_loc), _host("seq_lens_cpu", seq_lens)
+    if len(starts) != len(keys) + 1:
+        expected = f"{len(starts) - 1} entries, one per request of query_start_loc_cpu"
+        raise InputError("seq_lens_cpu", expected, len(keys))
+    return [end - start for start, end in itertools.pairwise(starts)], keys
+
+
+def _host(name: str, values: HostIntegers) -> list[int]:
+    if isinstance(values, torch.Tensor):
+        if values.device.type != "cpu":
+            raise InputError(name, "values on the host: reading them from the device would wait for it", values.device)
+        return [int(value) for value in values.tolist()]
+    return [operator.index(value) for value in values]
+
+
+def _refuse_reference(layer: str, mask: Mask, plan: ServingPlan) -> None:
+    if mask.names and plan.call.device.type == "cuda" and plan.choice.name == Reference.name:
+        why = "; ".join(f"{name}: {reason}" for name, reason in plan.choice.passed_over)
+        raise UnsupportedError(f"layers[{layer!r}]", f"a mask that FlashAttention-4 runs here ({why})", repr(mask))

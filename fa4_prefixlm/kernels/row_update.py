@@ -1,0 +1,331 @@
+"""A serving plan's buffers, filled for a batch in one launch: row bounds and key tiles from lengths and spans.
+
+The same as `intervals.row_bounds` and `tiling.tile_runs` of a mask in closed form, for buffers that are allocated once
+and lengths that only the device knows. Nothing here synchronises on a GPU.
+
+A query tile has its own slot whatever the lengths are, so the grid is known on the host: tile `m` of sequence `b`
+has slot `cu_seqlens_q[b] // tile_tokens + b + m`. One program works on one slot.
+"""
+
+# Triton's functions are not typed.
+# mypy: allow-untyped-defs, disable-error-code="import-untyped"
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from ..errors import InputError
+from ..mask import END_OF_KEYS
+from ..span_form import SpanForm
+
+SPANS_AT_ONCE = 32
+FINE = (
+    "cu_seqlens ascending from 0 within the rows of q and the plan's, seqlen_q <= seqlen_k within the plan's keys, and "
+    "spans with 0 <= start < end, whole within the keys, that share no query token"
+)
+
+
+@dataclass(frozen=True)
+class RowBuffers:
+    """What kernels read of a serving plan; int32 on the device but for `fine`.
+
+    bounds: `(max_tokens + padding, 2)`, `[lo, hi)` of each query row, local to its sequence's keys. Rows past the batch
+        hold those of an earlier one, or (0, 0).
+    tiles: `(slots, 4)`, per query tile first, full_first, full_end and end, as `tiling.TileRuns`. Unused slots are 0.
+    cu_seqlens_q: `(max_sequences + 1,)`, the batch's own, its last value repeated.
+    seqused_k: `(max_sequences,)`, keys of each sequence, 0 for unused ones.
+    fine: `(slots,)` bool, whether the values that a program saw are valid.
+    tile_tokens, tile_n: query tokens and keys of a tile.
+    """
+
+    bounds: torch.Tensor
+    tiles: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    seqused_k: torch.Tensor
+    fine: torch.Tensor
+    max_tokens: int
+    max_sequences: int
+    tile_tokens: int
+    tile_n: int
+
+    @classmethod
+    def allocate(
+        cls,
+        max_tokens: int,
+        max_sequences: int,
+        tile_tokens: int,
+        tile_n: int,
+        device: torch.device | str,
+        padding: int = 256,
+    ) -> RowBuffers:
+        """Empty buffers. padding: rows of `bounds` that kernels may read past the last one, up to a tile."""
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        slots = max_tokens // tile_tokens + max_sequences + 1
+        return cls(
+            bounds=zeros(max_tokens + padding, 2),
+            tiles=zeros(slots, 4),
+            cu_seqlens_q=zeros(max_sequences + 1),
+            seqused_k=zeros(max_sequences),
+            fine=zeros(slots, dtype=torch.bool),
+            max_tokens=max_tokens,
+            max_sequences=max_sequences,
+            tile_tokens=tile_tokens,
+            tile_n=tile_n,
+        )
+
+
+def update_rows(
+    form: SpanForm,
+    buffers: RowBuffers,
+    cu_seqlens_q: torch.Tensor,
+    seqused_k: torch.Tensor | None = None,
+    ranges: torch.Tensor | None = None,
+    *,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_rows: int | None = None,
+    max_keys: int | None = None,
+) -> None:
+    """Fill `buffers` for a batch of at most `max_sequences` sequences and `max_tokens` query tokens.
+
+    The values are checked by an assertion on the device, on the CPU (Triton's interpreter) by an `InputError`.
+
+    Args:
+        form: the mask.
+        buffers: written in place.
+        cu_seqlens_q: `(batch + 1,)` int32 on the device.
+        seqused_k: `(batch,)` int32 on the device, keys of each sequence. Either this or `cu_seqlens_k`.
+        ranges: `(batch, max_ranges, 2)` int32 on the device in any strides, half-open `[start, end)` in absolute key
+            positions, in any order, unused rows `(0, 0)`. A span that starts at or after `seqlen_k` is not here yet
+            and is passed over; any other ends at or before it.
+        cu_seqlens_k: `(batch + 1,)` int32 on the device.
+        max_rows: query rows of the batch, at most, where that is below the plan's `max_tokens`.
+        max_keys: keys of a sequence, at most.
+    """
+    batch = cu_seqlens_q.shape[0] - 1
+    if not 0 <= batch <= buffers.max_sequences:
+        raise InputError("cu_seqlens_q", f"at most the plan's {buffers.max_sequences} sequences", batch)
+    _check("cu_seqlens_q", cu_seqlens_q, (batch + 1,), buffers)
+    if seqused_k is not None and cu_seqlens_k is None:
+        keys = seqused_k
+        _check("seqused_k", keys, (batch,), buffers)
+    elif cu_seqlens_k is not None and seqused_k is None:
+        keys = cu_seqlens_k
+        _check("cu_seqlens_k", keys, (batch + 1,), buffers)
+    else:
+        raise InputError(
+            "seqused_k", "either seqused_k or cu_seqlens_k", "both" if cu_seqlens_k is not None else "none"
+        )
+    spans, strides = 0, cu_seqlens_q.stride() * 3
+    if ranges is not None:
+        if form.span is None:
+            raise InputError("ranges", "None: the mask reads no spans", tuple(ranges.shape))
+        spans = ranges.shape[1] if ranges.ndim == 3 else 0
+        _check("ranges", ranges, (batch, spans, 2), buffers)
+        strides = ranges.stride()
+    with torch.cuda.device_of(buffers.fine):
+        update_rows_kernel[(buffers.fine.shape[0],)](
+            buffers.bounds,
+            buffers.tiles,
+            buffers.cu_seqlens_q,
+            buffers.seqused_k,
+            buffers.fine,
+            cu_seqlens_q.contiguous(),
+            keys.contiguous(),
+            cu_seqlens_q if ranges is None else ranges,
+            *strides,
+            spans,
+            batch,
+            buffers.max_tokens if max_rows is None else min(max_rows, buffers.max_tokens),
+            buffers.max_sequences,
+            END_OF_KEYS if max_keys is None else min(max_keys, END_OF_KEYS),
+            min(form.window or 1, END_OF_KEYS),
+            **constants(form, buffers, cumulative_keys=keys is cu_seqlens_k),
+        )
+        fine = buffers.fine.all()
+        if fine.is_cuda:
+            torch._assert_async(fine, f"expected {FINE}")
+        elif not fine:
+            raise InputError("cu_seqlens_q, seqused_k, cu_seqlens_k, ranges", FINE, "other values")
+
+
+def constants(form: SpanForm, buffers: RowBuffers, *, cumulative_keys: bool) -> dict[str, object]:
+    """What the kernel is compiled for."""
+    return {
+        "OUTSIDE_BEGIN": form.outside.begin,
+        "OUTSIDE_END": form.outside.end,
+        "INSIDE_BEGIN": form.inside.begin,
+        "INSIDE_END": form.inside.end,
+        "CUMULATIVE_KEYS": cumulative_keys,
+        "TILE_TOKENS": buffers.tile_tokens,
+        "TILE_N": buffers.tile_n,
+        "ROWS": triton.next_power_of_2(buffers.tile_tokens),
+        "SPANS_AT_ONCE": SPANS_AT_ONCE,
+        "LEVELS": buffers.max_sequences.bit_length(),
+    }
+
+
+def _check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], buffers: RowBuffers) -> None:
+    if tensor.dtype != torch.int32:
+        raise InputError(name, "dtype torch.int32", tensor.dtype)
+    if tensor.shape != shape:
+        raise InputError(name, f"shape {shape}", tuple(tensor.shape))
+    if tensor.device != buffers.fine.device:
+        raise InputError(name, f"a tensor on the plan's device {buffers.fine.device}", tensor.device)
+
+
+BATCH_VALUES = (
+    "cu_seqlens_q",
+    "keys",
+    "ranges",
+    "stride_sequence",
+    "stride_span",
+    "stride_edge",
+    "spans",
+    "batch",
+    "max_rows",
+    "max_sequences",
+    "max_keys",
+    "window",
+)
+
+
+@triton.jit(do_not_specialize=BATCH_VALUES)
+def update_rows_kernel(
+    bounds,
+    tiles,
+    own_cu_seqlens_q,
+    own_seqused_k,
+    fine,
+    cu_seqlens_q,
+    keys,
+    ranges,
+    stride_sequence,
+    stride_span,
+    stride_edge,
+    spans,
+    batch,
+    max_rows,
+    max_sequences,
+    max_keys,
+    window,
+    OUTSIDE_BEGIN: tl.constexpr,
+    OUTSIDE_END: tl.constexpr,
+    INSIDE_BEGIN: tl.constexpr,
+    INSIDE_END: tl.constexpr,
+    CUMULATIVE_KEYS: tl.constexpr,
+    TILE_TOKENS: tl.constexpr,
+    TILE_N: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPANS_AT_ONCE: tl.constexpr,
+    LEVELS: tl.constexpr,
+):
+    """Program `slot` writes the query tile of that slot, and copies and checks the lengths of sequence `slot`.
+
+    Values are clamped wherever an address or a bound comes from them, so that bad ones do no harm.
+    """
+    slot = tl.program_id(0)
+    begin, end = _pair(cu_seqlens_q, slot, batch)
+    seqlen_k, good = _seqlen_k(keys, slot, batch, max_keys, CUMULATIVE_KEYS)
+    good &= (begin >= 0) & (begin <= end) & (end <= max_rows) & ((slot > 0) | (begin == 0))
+    good &= end - begin <= seqlen_k
+    tl.store(own_cu_seqlens_q + slot, tl.minimum(tl.maximum(begin, 0), max_rows), mask=slot <= max_sequences)
+    tl.store(own_seqused_k + slot, seqlen_k, mask=slot < max_sequences)
+
+    # The slots where sequences begin ascend: the tile's sequence is the last one that begins at or before `slot`.
+    sequence = 0
+    for level in tl.static_range(LEVELS):
+        later = sequence + (1 << (LEVELS - 1 - level))
+        first_slot = tl.load(cu_seqlens_q + tl.minimum(later, batch)) // TILE_TOKENS + later
+        sequence = tl.where((later < batch) & (first_slot <= slot), later, sequence)
+    begin, end = _pair(cu_seqlens_q, sequence, batch)
+    begin, end = tl.maximum(begin, 0), tl.minimum(end, max_rows)
+    seqlen_k, _ = _seqlen_k(keys, sequence, batch, max_keys, CUMULATIVE_KEYS)
+    tile = slot - (begin // TILE_TOKENS + sequence)
+    first_row = begin + tile * TILE_TOKENS
+    is_tile = (tile >= 0) & (first_row < end)
+    token = tl.arange(0, ROWS)
+    row = first_row + token
+    inside = (token < TILE_TOKENS) & (row >= begin) & (row < end)
+    position = row - end + seqlen_k
+
+    start = tl.zeros([ROWS], tl.int32)
+    stop = tl.zeros([ROWS], tl.int32)
+    holding = tl.zeros([ROWS], tl.int32)
+    wrong = tl.zeros([SPANS_AT_ONCE], tl.int1)
+    ranges += tl.cast(sequence, tl.int64) * stride_sequence
+    for first in range(0, tl.where(is_tile, spans, 0), SPANS_AT_ONCE):
+        index = first + tl.arange(0, SPANS_AT_ONCE)
+        at = ranges + index.to(tl.int64) * stride_span
+        s = tl.load(at, mask=index < spans, other=0)
+        e = tl.load(at + stride_edge, mask=index < spans, other=0)
+        used = (s != 0) | (e != 0)
+        wrong |= used & ((s < 0) | (s >= e) | ((s < seqlen_k) & (e > seqlen_k)))
+        holds = (s[:, None] <= position[None, :]) & (position[None, :] < e[:, None])
+        start = tl.maximum(start, tl.max(tl.where(holds, s[:, None], 0), axis=0))
+        stop = tl.maximum(stop, tl.max(tl.where(holds, e[:, None], 0), axis=0))
+        holding += tl.sum(holds.to(tl.int32), axis=0)
+    good &= tl.max(wrong.to(tl.int32), axis=0) == 0
+    good &= tl.max(tl.where(inside, holding, 0), axis=0) <= 1
+    tl.store(fine + slot, good)
+
+    left = tl.maximum(position - (window - 1), 0)
+    lo, hi = _edges(OUTSIDE_BEGIN, OUTSIDE_END, position, left, start, stop, seqlen_k)
+    lo_inside, hi_inside = _edges(INSIDE_BEGIN, INSIDE_END, position, left, start, stop, seqlen_k)
+    lo = tl.minimum(tl.where(holding > 0, lo_inside, lo), seqlen_k)
+    hi = tl.maximum(tl.minimum(tl.where(holding > 0, hi_inside, hi), seqlen_k), 0)
+    tl.store(bounds + row * 2, lo, mask=inside)
+    tl.store(bounds + row * 2 + 1, hi, mask=inside)
+
+    # As in tiling.tile_runs; no row of a valid batch sees nothing.
+    first = tl.min(tl.where(inside, lo, seqlen_k), axis=0) // TILE_N
+    last = (tl.max(tl.where(inside, hi, 0), axis=0) + TILE_N - 1) // TILE_N
+    full_first = (tl.max(tl.where(inside, lo, 0), axis=0) + TILE_N - 1) // TILE_N
+    full_end = tl.min(tl.where(inside, hi, seqlen_k), axis=0) // TILE_N
+    first, full_first, full_end = tl.minimum(first, last), tl.minimum(full_first, last), tl.minimum(full_end, last)
+    any_full = full_first < full_end
+    tl.store(tiles + slot * 4, first)
+    tl.store(tiles + slot * 4 + 1, tl.where(any_full, full_first, first))
+    tl.store(tiles + slot * 4 + 2, tl.where(any_full, full_end, first))
+    tl.store(tiles + slot * 4 + 3, last)
+
+
+@triton.jit
+def _pair(cumulative, index, batch):
+    """Entries `index` and `index + 1`; the last one past the end."""
+    return tl.load(cumulative + tl.minimum(index, batch)), tl.load(cumulative + tl.minimum(index + 1, batch))
+
+
+@triton.jit
+def _seqlen_k(keys, sequence, batch, max_keys, CUMULATIVE_KEYS: tl.constexpr):
+    """(keys of the sequence, within 0 and `max_keys`; whether they were)."""
+    if CUMULATIVE_KEYS:
+        begin, end = _pair(keys, sequence, batch)
+        fine = (begin >= 0) & (begin <= end) & ((sequence > 0) | (begin == 0))
+        count = end - begin
+    else:
+        count = tl.load(keys + sequence, mask=sequence < batch, other=0)
+        fine = count >= 0
+    return tl.minimum(tl.maximum(count, 0), max_keys), fine & (count <= max_keys)
+
+
+@triton.jit
+def _edges(BEGIN: tl.constexpr, END: tl.constexpr, position, left, start, stop, seqlen_k):
+    """`[lo, hi)` of the rows, by the names of `span_form.Edges`."""
+    lo = tl.zeros_like(position)
+    if BEGIN == "window":
+        lo = left
+    elif BEGIN == "window or span":
+        lo = tl.minimum(left, start)
+    hi = position + 1
+    if END == "span":
+        hi = stop
+    elif END == "keys":
+        hi = tl.zeros_like(position) + seqlen_k
+    return lo, hi
