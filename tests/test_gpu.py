@@ -127,7 +127,7 @@ def run(
     results = []
     for _ in range(2):
         poison_free_memory()
-        out = torch.full((*q.shape[:2], v.shape[2]), float("nan"), device="cuda", dtype=q.dtype)
+        out = torch.full((*q.shape[:2], v.shape[-1]), float("nan"), device="cuda", dtype=q.dtype)
         same, lse = fp.attention(
             q, k, v, plan, out=out, return_lse=True, softcap=kind.softcap, learnable_sink=options.learnable_sink
         )
