@@ -117,13 +117,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--save", type=pathlib.Path, metavar="FILE", help="keep the results as JSON")
     parser.add_argument("--only", default="", metavar="TEXT", help="only workloads whose name holds TEXT")
+    parser.add_argument("--once", action="store_true", help="call every path once, to fill FA4's cache of kernels")
     arguments = parser.parse_args()
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         print("this benchmark needs a Hopper GPU")
         return 2
     results: list[Result] = []
     for work in WORKLOADS:
-        if arguments.only in str(work):
+        if arguments.only not in str(work):
+            continue
+        if arguments.once:
+            for path in paths(work):
+                path.run()
+        else:
             measured = measure(str(work), paths(work))
             show(measured)
             results += measured

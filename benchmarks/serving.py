@@ -2,7 +2,8 @@
 
 Like forward.py, but the baseline is FA4's own paged causal call on the same pages (page size 16, and the key tile).
 Beside it: native; the keys gathered first, then varlen (what runs where native is not offered); the mask_mod without
-block sparsity on the same pages, which is how vLLM 0.33 calls FA4. Then one `update` and one replayed layer.
+block sparsity on the same pages, which is how vLLM 0.33 calls FA4; two passes (a paged causal call, and a second one
+over the rest of the spans, merged by torch operations). Then one `update` and one replayed layer.
 
 `--build vllm.vllm_flash_attn.cute` runs all of it on vLLM's fork.
 """
@@ -24,6 +25,7 @@ from harness import Path, Result, measure, save, show
 
 import fa4_prefixlm as fp
 from fa4_prefixlm.accuracy import exact_attention
+from fa4_prefixlm.fa4.build import Build, installed
 from fa4_prefixlm.fa4.launch import Keys, causal_forward, mask_code, on_device
 
 WORKLOADS = [
@@ -43,6 +45,61 @@ def in_pages(keys: torch.Tensor, page_size: int, table: torch.Tensor) -> torch.T
     cache = torch.empty_like(pages.flatten(0, 1))
     cache[table.flatten().long()] = pages.flatten(0, 1)
     return cache
+
+
+@dataclasses.dataclass(frozen=True)
+class SpanRest:
+    """The second pass of the other way without native: the keys after each row within its span (no window clips them).
+
+    A span `[s, e)` reversed, with tokens `e-2 .. s` as queries and `e-1 .. s+1` as keys, is a plain causal call.
+    """
+
+    rows: torch.Tensor
+    key_rows: torch.Tensor
+    cu_seqlens: torch.Tensor
+    longest: int
+
+    @classmethod
+    def of(
+        cls, spans: list[list[tuple[int, int]]], queries: int, tokens: int, table: torch.Tensor, page_size: int
+    ) -> SpanRest:
+        rows, key_rows, lengths = [], [], [0]
+        for sequence, own in enumerate(spans):
+            for start, end in own:
+                if end <= tokens - queries:
+                    continue
+                down = torch.arange(end - 2, start - 1, -1, device="cuda")
+                rows.append(down - (tokens - queries) + sequence * queries)
+                key_rows.append(table[sequence].long()[(down + 1) // page_size] * page_size + (down + 1) % page_size)
+                lengths.append(end - start - 1)
+        cu = torch.tensor(lengths, device="cuda").cumsum(0, dtype=torch.int32)
+        return cls(torch.cat(rows), torch.cat(key_rows), cu, max(lengths))
+
+    def merged(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        build: Build,
+        scale: float,
+    ) -> torch.Tensor:
+        """`out` with the rest of the spans merged in by LSE, in float32."""
+        k, v = (cache.flatten(0, 1).index_select(0, self.key_rows) for cache in (k_cache, v_cache))
+        more, more_lse = causal_forward(
+            q.index_select(0, self.rows),
+            k,
+            v,
+            build=build,
+            cu_seqlens_q=self.cu_seqlens,
+            max_seqlen_q=self.longest,
+            keys=Keys(self.longest, cu_seqlens_k=self.cu_seqlens),
+            softmax_scale=scale,
+        )
+        share = torch.sigmoid(lse.index_select(1, self.rows) - more_lse).t().unsqueeze(2)
+        first = out.index_select(0, self.rows).float()
+        return out.index_copy(0, self.rows, (more + (first - more) * share).to(out.dtype))
 
 
 def paths(work: Workload, page_size: int, build: str | None) -> list[Path]:
@@ -117,6 +174,13 @@ def paths(work: Workload, page_size: int, build: str | None) -> list[Path]:
     for name, own in plans.items():
         named.append(Path(name, lambda own=own: fp.attention(q, k_cache, v_cache, own), masked_exact, plan.flops()))
     named.append(Path("mask_mod, every tile", every_tile, masked_exact, plan.flops()))
+    rest = SpanRest.of(spans, queries, work.tokens, table, page_size)
+
+    def two_passes() -> torch.Tensor:
+        out, lse = causal_forward(q, k_cache, v_cache, **where, keys=keys, softmax_scale=scale, window=work.window)
+        return rest.merged(q, k_cache, v_cache, out, lse, where["build"], scale)
+
+    named.append(Path("two passes", two_passes, masked_exact, plan.flops()))
     return named
 
 
@@ -153,8 +217,6 @@ def steps(build: str | None) -> list[Step]:
 
     def layer() -> torch.Tensor:
         return fp.attention(q, *caches, plan)
-
-    from fa4_prefixlm.fa4.build import installed
 
     fa4 = installed(build)
     assert fa4 is not None
@@ -210,6 +272,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save", type=pathlib.Path, metavar="FILE", help="keep the results as JSON")
     parser.add_argument("--only", default="", metavar="TEXT", help="only workloads whose name holds TEXT")
+    parser.add_argument("--once", action="store_true", help="call every path once, to fill FA4's cache of kernels")
     parser.add_argument("--build", metavar="MODULE", help="the FA4 to run on, as it is imported")
     arguments = parser.parse_args()
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
@@ -218,10 +281,17 @@ def main() -> int:
     results: list[Result] = []
     for work, page_sizes in WORKLOADS:
         for page_size in page_sizes:
-            if arguments.only in str(work):
+            if arguments.only not in str(work):
+                continue
+            if arguments.once:
+                for path in paths(work, page_size, arguments.build):
+                    path.run()
+            else:
                 measured = measure(f"{work}, pages of {page_size}", paths(work, page_size, arguments.build))
                 show(measured)
                 results += measured
+    if arguments.once:
+        return 0
     found = steps(arguments.build)
     for step in found:
         print(f"{step.what:24} {step.gpu_us:8.1f} us GPU {step.host_us:8.1f} us host")
