@@ -114,11 +114,10 @@ def check(rng: random.Random, batch: Batch, mask: Mask, tile: tuple[int, int]) -
     form = span_form(mask)
     total, count = batch.cu_q[-1], len(batch.seqlens)
     buffers = allocate(total + rng.choice([0, 0, 1, 300]), count + rng.choice([0, 0, 1, 5]), tile)
-    lengths = {"cu_seqlens_k": int32(batch.cu_k)} if rng.random() < 0.5 else {"seqused_k": int32(batch.as_seqlens[1])}
     ranges = ranges_of(rng, batch, rng.choice([0, 0, 40])) if form.span else None
     for left_over in (buffers.tiles, buffers.cu_seqlens_q, buffers.seqused_k):
         left_over.fill_(POISON)
-    update_rows(form, buffers, int32(batch.cu_q), ranges=ranges, **lengths)
+    update_rows(form, buffers, int32(batch.cu_q), int32(batch.as_seqlens[1]), ranges)
     compare(batch, mask, buffers)
     assert all(guards_are_whole(getattr(buffers, name)) for name in TENSORS)
 
@@ -239,19 +238,11 @@ class TestInterpreted:
             assert buffers.cu_seqlens_q.max() <= limit.get("max_rows", 90)
             assert buffers.seqused_k.max() <= limit.get("max_keys", 70)
 
-    def test_cumulative_keys_start_at_zero_and_ascend(self) -> None:
-        for cu_k in ([1, 60, 120], [0, 60, 50], [-5, 60, 120]):
-            buffers = allocate(100, 3, (42, 64))
-            with pytest.raises(InputError):
-                update_rows(span_form(PrefixLM()), buffers, int32([0, 10, 10]), cu_seqlens_k=int32(cu_k))
-
     def test_arguments(self) -> None:
         buffers, form = allocate(100, 2, (64, 64)), span_form(PrefixLM())
         cu, used = int32([0, 5]), int32([5])
         for message, arguments, given in (
             ("at most the plan's 2 sequences", (form, buffers, int32([0, 1, 2, 3])), {"seqused_k": int32([1, 1, 1])}),
-            ("either seqused_k or cu_seqlens_k", (form, buffers, cu), {}),
-            ("either seqused_k or cu_seqlens_k", (form, buffers, cu), {"seqused_k": used, "cu_seqlens_k": cu}),
             ("dtype torch.int32", (form, buffers, cu.long()), {"seqused_k": used}),
             (r"shape \(1,\)", (form, buffers, cu), {"seqused_k": int32([5, 5])}),
             (r"shape \(1, 1, 2\)", (form, buffers, cu), {"seqused_k": used, "ranges": int32([[(0, 1)]] * 2)}),
@@ -267,11 +258,10 @@ class TestCompiled:
     def test_in_the_interpreter(self) -> None:
         run_interpreted(__file__)
 
-    @pytest.mark.parametrize("cumulative_keys", [True, False])
     @pytest.mark.parametrize("mask", [PrefixLM(), PrefixLM(9, clamp=False), window(9) | query_in("a")], ids=str)
-    def test_compiles_for_hopper(self, mask: Mask, cumulative_keys: bool) -> None:
+    def test_compiles_for_hopper(self, mask: Mask) -> None:
         buffers = RowBuffers.allocate(1000, 9, 42, 80, device="meta")
-        constants = row_update.constants(span_form(mask), buffers, cumulative_keys=cumulative_keys)
-        pointers = dict.fromkeys((*TENSORS, "own_cu_seqlens_q", "own_seqused_k", "keys", "ranges"), "*i32")
+        constants = row_update.constants(span_form(mask), buffers)
+        pointers = dict.fromkeys((*TENSORS, "own_cu_seqlens_q", "own_seqused_k", "ranges"), "*i32")
         pointers["fine"] = "*i1"
         assert ".target sm_90" in compile_for_hopper(row_update.update_rows_kernel, pointers, constants)

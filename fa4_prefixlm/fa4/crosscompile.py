@@ -186,7 +186,9 @@ def main() -> None:
     parser.add_argument("--variants", metavar="-", help="read variants as JSON from standard input")
     arguments = parser.parse_args()
     os.environ.update(TARGETS[arguments.arch])
-    variants = [Variant(**spec) for spec in json.load(sys.stdin)] if arguments.variants else standard_variants(arguments.arch)
+    variants = (
+        [Variant(**spec) for spec in json.load(sys.stdin)] if arguments.variants else standard_variants(arguments.arch)
+    )
     failed = False
     for variant in variants:
         began, error, kernel = time.monotonic(), None, None

@@ -85,10 +85,9 @@ def update_rows(
     form: SpanForm,
     buffers: RowBuffers,
     cu_seqlens_q: torch.Tensor,
-    seqused_k: torch.Tensor | None = None,
+    seqused_k: torch.Tensor,
     ranges: torch.Tensor | None = None,
     *,
-    cu_seqlens_k: torch.Tensor | None = None,
     max_rows: int | None = None,
     max_keys: int | None = None,
 ) -> None:
@@ -100,11 +99,10 @@ def update_rows(
         form: the mask.
         buffers: written in place.
         cu_seqlens_q: `(batch + 1,)` int32 on the device.
-        seqused_k: `(batch,)` int32 on the device, keys of each sequence. Either this or `cu_seqlens_k`.
+        seqused_k: `(batch,)` int32 on the device, keys of each sequence.
         ranges: `(batch, max_ranges, 2)` int32 on the device in any strides, half-open `[start, end)` in absolute key
             positions, in any order, unused rows `(0, 0)`. A span that starts at or after `seqlen_k` is not here yet
             and is passed over; any other ends at or before it.
-        cu_seqlens_k: `(batch + 1,)` int32 on the device.
         max_rows: query rows of the batch, at most, where that is below the plan's `max_tokens`.
         max_keys: keys of a sequence, at most.
     """
@@ -112,16 +110,7 @@ def update_rows(
     if not 0 <= batch <= buffers.max_sequences:
         raise InputError("cu_seqlens_q", f"at most the plan's {buffers.max_sequences} sequences", batch)
     _check("cu_seqlens_q", cu_seqlens_q, (batch + 1,), buffers)
-    if seqused_k is not None and cu_seqlens_k is None:
-        keys = seqused_k
-        _check("seqused_k", keys, (batch,), buffers)
-    elif cu_seqlens_k is not None and seqused_k is None:
-        keys = cu_seqlens_k
-        _check("cu_seqlens_k", keys, (batch + 1,), buffers)
-    else:
-        raise InputError(
-            "seqused_k", "either seqused_k or cu_seqlens_k", "both" if cu_seqlens_k is not None else "none"
-        )
+    _check("seqused_k", seqused_k, (batch,), buffers)
     spans, strides = 0, cu_seqlens_q.stride() * 3
     if ranges is not None:
         if form.span is None:
@@ -137,7 +126,7 @@ def update_rows(
             buffers.seqused_k,
             buffers.fine,
             cu_seqlens_q.contiguous(),
-            keys.contiguous(),
+            seqused_k.contiguous(),
             cu_seqlens_q if ranges is None else ranges,
             *strides,
             spans,
@@ -146,23 +135,22 @@ def update_rows(
             buffers.max_sequences,
             END_OF_KEYS if max_keys is None else min(max_keys, END_OF_KEYS),
             min(form.window or 1, END_OF_KEYS),
-            **constants(form, buffers, cumulative_keys=keys is cu_seqlens_k),
+            **constants(form, buffers),
         )
         fine = buffers.fine.all()
         if fine.is_cuda:
             torch._assert_async(fine, f"expected {FINE}")
         elif not fine:
-            raise InputError("cu_seqlens_q, seqused_k, cu_seqlens_k, ranges", FINE, "other values")
+            raise InputError("cu_seqlens_q, seqused_k, ranges", FINE, "other values")
 
 
-def constants(form: SpanForm, buffers: RowBuffers, *, cumulative_keys: bool) -> dict[str, object]:
+def constants(form: SpanForm, buffers: RowBuffers) -> dict[str, object]:
     """What the kernel is compiled for."""
     return {
         "OUTSIDE_BEGIN": form.outside.begin,
         "OUTSIDE_END": form.outside.end,
         "INSIDE_BEGIN": form.inside.begin,
         "INSIDE_END": form.inside.end,
-        "CUMULATIVE_KEYS": cumulative_keys,
         "TILE_TOKENS": buffers.tile_tokens,
         "TILE_N": buffers.tile_n,
         "ROWS": triton.next_power_of_2(buffers.tile_tokens),
@@ -182,7 +170,7 @@ def _check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], buffers: Row
 
 BATCH_VALUES = (
     "cu_seqlens_q",
-    "keys",
+    "seqused_k",
     "ranges",
     "stride_sequence",
     "stride_span",
@@ -204,7 +192,7 @@ def update_rows_kernel(
     own_seqused_k,
     fine,
     cu_seqlens_q,
-    keys,
+    seqused_k,
     ranges,
     stride_sequence,
     stride_span,
@@ -219,7 +207,6 @@ def update_rows_kernel(
     OUTSIDE_END: tl.constexpr,
     INSIDE_BEGIN: tl.constexpr,
     INSIDE_END: tl.constexpr,
-    CUMULATIVE_KEYS: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
     TILE_N: tl.constexpr,
     ROWS: tl.constexpr,
@@ -232,7 +219,7 @@ def update_rows_kernel(
     """
     slot = tl.program_id(0)
     begin, end = _pair(cu_seqlens_q, slot, batch)
-    seqlen_k, good = _seqlen_k(keys, slot, batch, max_keys, CUMULATIVE_KEYS)
+    seqlen_k, good = _seqlen_k(seqused_k, slot, batch, max_keys)
     good &= (begin >= 0) & (begin <= end) & (end <= max_rows) & ((slot > 0) | (begin == 0))
     good &= end - begin <= seqlen_k
     tl.store(own_cu_seqlens_q + slot, tl.minimum(tl.maximum(begin, 0), max_rows), mask=slot <= max_sequences)
@@ -246,7 +233,7 @@ def update_rows_kernel(
         sequence = tl.where((later < batch) & (first_slot <= slot), later, sequence)
     begin, end = _pair(cu_seqlens_q, sequence, batch)
     begin, end = tl.maximum(begin, 0), tl.minimum(end, max_rows)
-    seqlen_k, _ = _seqlen_k(keys, sequence, batch, max_keys, CUMULATIVE_KEYS)
+    seqlen_k, _ = _seqlen_k(seqused_k, sequence, batch, max_keys)
     tile = slot - (begin // TILE_TOKENS + sequence)
     first_row = begin + tile * TILE_TOKENS
     is_tile = (tile >= 0) & (first_row < end)
@@ -303,16 +290,10 @@ def _pair(cumulative, index, batch):
 
 
 @triton.jit
-def _seqlen_k(keys, sequence, batch, max_keys, CUMULATIVE_KEYS: tl.constexpr):
-    """(keys of the sequence, within 0 and `max_keys`; whether they were)."""
-    if CUMULATIVE_KEYS:
-        begin, end = _pair(keys, sequence, batch)
-        fine = (begin >= 0) & (begin <= end) & ((sequence > 0) | (begin == 0))
-        count = end - begin
-    else:
-        count = tl.load(keys + sequence, mask=sequence < batch, other=0)
-        fine = count >= 0
-    return tl.minimum(tl.maximum(count, 0), max_keys), fine & (count <= max_keys)
+def _seqlen_k(seqused_k, sequence, batch, max_keys):
+    """(keys of the sequence, clamped; whether the value is fine)."""
+    count = tl.load(seqused_k + sequence, mask=sequence < batch, other=0)
+    return tl.minimum(tl.maximum(count, 0), max_keys), (count >= 0) & (count <= max_keys)
 
 
 @triton.jit
