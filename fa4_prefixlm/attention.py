@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 
 from . import call as calls
+from . import op
 from .backends import Options
 from .errors import InputError, UnsupportedError
 from .lengths import CuSeqlens
@@ -15,6 +16,9 @@ from .mask import Mask
 from .plan import Plan, plan
 from .ranges import MaxRange, NamedRanges
 from .serving import ServingPlan
+
+op.with_handle(Plan)
+op.with_handle(ServingPlan)
 
 
 @overload
@@ -103,7 +107,7 @@ def attention(
         k, v: `(total_k, kv_heads, head_dim)` and `(total_k, kv_heads, head_dim_v)`, or batched. `heads` is a multiple
             of `kv_heads` (GQA, MQA). With a `page_table`: the cache, `(pages, page_size, kv_heads, head_dim)`.
         ranges: the spans, or a `Plan` or `ServingPlan` made once and reused; with a plan, the arguments that went
-            into it stay out.
+            into it stay out. In code that `torch.compile` compiles it has to be a plan, made outside of it.
         cu_seqlens_q, cu_seqlens_k, seqused_k, page_table, max_seqlen_q, max_seqlen_k, max_range, mask, backend, build:
             see `plan`.
         softmax_scale: default `1 / sqrt(head_dim)`.
@@ -119,40 +123,47 @@ def attention(
     Raises:
         InputError, UnsupportedError: see `plan`; no kernel was launched.
     """
+    parts: dict[str, Any] = {
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        "seqused_k": seqused_k,
+        "page_table": page_table,
+        "max_seqlen_q": max_seqlen_q,
+        "max_seqlen_k": max_seqlen_k,
+        "max_range": max_range,
+        "mask": mask,
+        "backend": backend,
+        "build": build,
+    }
     ready: Plan | ServingPlan
+    if torch.compiler.is_compiling():
+        given = ranges if isinstance(ranges, Plan | ServingPlan) else None
+        result, lse = op.in_graph(q, k, v, given, parts, softmax_scale, softcap, learnable_sink, out)
+        return (result, lse) if return_lse else result
     if isinstance(ranges, Plan | ServingPlan):
-        _refuse_plan_arguments(
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k,
-            seqused_k=seqused_k,
-            page_table=page_table,
-            max_seqlen_q=max_seqlen_q,
-            max_seqlen_k=max_seqlen_k,
-            max_range=max_range,
-            mask=mask,
-            backend=backend,
-            build=build,
-        )
         ready = ranges
-        spec = calls.describe(q, k, v, paged=ready.call.page_size is not None)
-        ready.check(spec)
+        for name, value in parts.items():
+            if value is not None:
+                raise InputError(name, op.SUPERFLUOUS, value)
     else:
-        given = {} if mask is None else {"mask": mask}
-        ready = plan(
-            ranges,
-            like=(q, k, v),
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k,
-            seqused_k=seqused_k,
-            page_table=page_table,
-            max_seqlen_q=max_seqlen_q,
-            max_seqlen_k=max_seqlen_k,
-            max_range=max_range,
-            backend=backend or "auto",
-            build=build,
-            **given,
-        )
-        spec = ready.call
+        ready = plan(ranges, like=(q, k, v), **{name: value for name, value in parts.items() if value is not None})
+    result, lse = attend(q, k, v, ready, softmax_scale, softcap, learnable_sink, out)
+    return (result, lse) if return_lse else result
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    ready: Plan | ServingPlan,
+    softmax_scale: float | None,
+    softcap: float,
+    learnable_sink: torch.Tensor | None,
+    out: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Check the call against its plan and run it: `(out, lse)`."""
+    spec = calls.describe(q, k, v, paged=ready.call.page_size is not None)
+    ready.check(spec)
     calls.check_sink(learnable_sink, spec)
     calls.check_out(out, spec)
     _check_gradients(spec, learnable_sink, ready)
@@ -164,13 +175,7 @@ def attention(
     if spec.batched:
         result = result.unflatten(0, spec.shape_q)
         lse = lse.unflatten(1, spec.shape_q).transpose(0, 1)
-    return (result, lse) if return_lse else result
-
-
-def _refuse_plan_arguments(**arguments: object) -> None:
-    for name, value in arguments.items():
-        if value is not None:
-            raise InputError(name, "to be given to plan(), not together with a plan", value)
+    return result, lse
 
 
 def _check_gradients(spec: calls.CallSpec, learnable_sink: torch.Tensor | None, ready: Plan | ServingPlan) -> None:

@@ -131,6 +131,8 @@ def plan(
             device-side assertion instead (or here, in debug mode).
         UnsupportedError: the named backend can't run this call exactly.
     """
+    if seqused_k is not None and page_table is None:
+        raise InputError("seqused_k", "a page_table beside it", "none")
     return plan_for(
         call.describe(*three(like), paged=page_table is not None),
         ranges,
@@ -234,8 +236,6 @@ def _lengths(spec: CallSpec, cu_q: CuSeqlens | None, keys: _Keys, max_q: int | N
     cu_k = keys.cu_seqlens_k
     if keys.page_table is not None:
         return _paged_lengths(spec, cu_q, keys, max_q, max_k)
-    if keys.seqused_k is not None:
-        raise InputError("seqused_k", "a page_table beside it", "none")
     if spec.batched:
         for name, value in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
             if value is not None:

@@ -75,8 +75,8 @@ class ServingPlan:
 
     Attributes: `mask`; `limits`; `choice`, the backend with its reason; `call`, what `q`, `k`, `v` must look like, but
     for their numbers of tokens and pages; `in_place`: `update` writes the buffers that kernels read, so a CUDA graph
-    captured with this plan runs the batch of the last update. Where it is False (backends other than native), `update`
-    makes a new plan, and running it in a capture raises.
+    captured with this plan runs the batch of the last update. Where it is False (neither native nor a mask that is
+    always plain), `update` makes a new plan, and running it in a capture raises.
     """
 
     def __init__(self, mask: Mask, spec: CallSpec, limits: Limits, build: Build | None) -> None:
@@ -187,29 +187,33 @@ def _state(mask: Mask, spec: CallSpec, limits: Limits, build: Build | None) -> _
         custom=mask.custom_kernel is not None,
     )
     form = span_form(mask)
-    if form is not None and build is not None and backends.BACKENDS["native"].refusal(spec, demand, build) is None:
-        return _InPlace(mask, form, spec, demand, limits, build)
+    if form is not None and form.is_causal_outside and form.inside == form.outside:
+        demand = dataclasses.replace(demand, plain=outside(form))  # for every batch
+    for name in ("causal", "native"):
+        if form is not None and build is not None and backends.BACKENDS[name].refusal(spec, demand, build) is None:
+            return _InPlace(name, mask, form, spec, demand, limits, build)
     return _Rebuilt(mask, spec, demand, limits, build)
 
 
 class _InPlace(_State):
-    """The native lane over buffers that stay where they are."""
+    """Kernels over buffers that stay where they are: native, or FA4's causal one for a mask that is always plain."""
 
     def __init__(
-        self, mask: Mask, form: SpanForm, spec: CallSpec, demand: Demand, limits: Limits, build: Build
+        self, name: str, mask: Mask, form: SpanForm, spec: CallSpec, demand: Demand, limits: Limits, build: Build
     ) -> None:
         from .kernels.row_update import RowBuffers
 
-        self.choice = Choice("native", "the first choice")
+        self.choice = Choice(name, "the first choice")
         self._mask, self._form, self._limits, self._device = mask, form, limits, spec.device
-        kernel = native_kernel(mask, spec, demand, limits.tokens)
-        self._rows = RowBuffers.allocate(
-            limits.tokens, limits.sequences, kernel.tokens, kernel.tile.n, device=spec.device, padding=PADDING
-        )
+        kernel = native_kernel(mask, spec, demand, limits.tokens) if name == "native" else None
+        tile = (kernel.tokens, kernel.tile.n) if kernel is not None else (128, 128)
+        self._rows = RowBuffers.allocate(limits.tokens, limits.sequences, *tile, device=spec.device, padding=PADDING)
         self._table = torch.zeros(limits.sequences, limits.pages, dtype=torch.int32, device=spec.device)
         cu_seqlens_q = self._rows.cu_seqlens_q
         keys = Keys(limits.keys, seqused_k=self._rows.seqused_k, page_table=self._table)
-        self._native = NativeCall(build, kernel, self._rows.bounds, self._rows.tiles, cu_seqlens_q, keys)
+        self._native = None
+        if kernel is not None:
+            self._native = NativeCall(build, kernel, self._rows.bounds, self._rows.tiles, cu_seqlens_q, keys)
         self._causal = CausalCall(build, cu_seqlens_q, limits.tokens, keys, outside(form).window)
         self._text_only = False
 
@@ -246,7 +250,7 @@ class _InPlace(_State):
 
     def prepared(self) -> Prepared:
         # A graph outlives this batch: it has to capture the kernel that is right for every batch.
-        if self._text_only and not torch.cuda.is_current_stream_capturing():
+        if self._native is None or (self._text_only and not torch.cuda.is_current_stream_capturing()):
             return self._causal
         return self._native
 
@@ -286,7 +290,7 @@ class _Rebuilt(_State):
         if self._plan is None:
             raise InputError("plan", "a batch, by plan.update(...)", "none yet")
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            expected = "no CUDA graph capture: only the native backend reads buffers that update() writes in place"
+            expected = "no CUDA graph capture: this backend does not read buffers that update() writes in place"
             raise UnsupportedError("plan", expected, f"backend {self.choice.name}")
         return self._plan.prepared
 

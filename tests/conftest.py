@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable
 
 import pytest
 import torch
+
+from fa4_prefixlm.fa4 import build as builds
 
 
 def _why_no_gpu() -> str | None:
@@ -15,7 +16,7 @@ def _why_no_gpu() -> str | None:
         return "no CUDA GPU here"
     if torch.cuda.get_device_capability()[0] != 9:
         return f"needs a Hopper GPU, this is sm_{torch.cuda.get_device_capability()[0]}x"
-    if importlib.util.find_spec("flash_attn") is None:
+    if builds.installed() is None:
         return "flash-attn-4 is not installed"
     return None
 

@@ -145,6 +145,29 @@ def test_update_and_attention_do_not_synchronise(ranges: bool) -> None:
     assert relative_error(out, exact) < 2.6e-3
 
 
+@pytest.mark.parametrize("mask", [causal, causal & window(70)], ids=str)
+def test_a_mask_without_spans_is_captured_as_fa4s_own_call(mask: fp.Mask) -> None:
+    serving = serving_plan(mask)
+    assert (serving.choice.name, serving.in_place) == ("causal", True)
+    cache = [torch.zeros(3000, PAGE, 2, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    q = torch.zeros(TOKENS, 4, 128, device="cuda", dtype=torch.bfloat16)
+    out = torch.zeros_like(q)
+    fp.attention(q, *cache, serving, out=out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fp.attention(q, *cache, serving, out=out)
+    for seed in range(3):
+        batch = a_batch(seed, "text")
+        rows = batch.cu_q[-1]
+        own, k, v = batch.tensors((4, 2), (128, 128), torch.bfloat16, "cuda", seed)
+        pages = Pages.of(batch, k, v, PAGE, seed)
+        q[:rows], cache[0][: len(pages.k)], cache[1][: len(pages.v)] = own, pages.k, pages.v
+        serving.update(**on_device(batch, pages, ranges=False))
+        graph.replay()
+        exact, _ = exact_attention(own, k, v, mask=mask, spans={}, seqlens=batch.as_seqlens)
+        assert relative_error(out[:rows], exact) < 2.6e-3
+
+
 def test_capturing_an_uncompiled_kernel_and_other_backends_raise() -> None:
     batch = Batch(((200, 300),), (((100, 300),),))
     q, k, v = batch.tensors((10, 2), (40, 40), torch.bfloat16, "cuda", 0)

@@ -12,7 +12,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..intervals import Tokens
-from ..kernels.page_gather import gather_pages
 from ..lengths import Lengths
 from ..paging import Pages
 from ..tiling import TileCounts
@@ -31,6 +30,8 @@ class Gathered(Prepared):
     def run(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, out: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        from ..kernels.page_gather import gather_pages  # which imports Triton
+
         keys, values = self._room(k), self._room(v)
         if not isinstance(q, FakeTensor):  # cross-compiling
             gather_pages(k, v, self.pages.table, self.first_key, self.lengths.cu_seqlens_k, keys, values)

@@ -220,17 +220,18 @@ class GroupPlans:
         if plan is None:
             raise InputError("layer", f"one of {', '.join(self._plan_of)}", repr(layer))
         keys, values = split_cache(kv_cache) if isinstance(kv_cache, torch.Tensor) else kv_cache
-        # The plan's own buffers know where the batch ends; a plan that is made anew for each batch wants just its rows.
-        rows = slice(None) if plan.in_place else slice(self._tokens)
+        rows, written = q, out
+        if not plan.in_place:  # then it is made for the batch's rows and no more; the buffers of one in place know them
+            rows, written = (tensor.narrow(0, 0, min(self._tokens, len(tensor))) for tensor in (q, out))
         attention(
-            q[rows],
+            rows,
             keys,
             values,
             plan,
             softmax_scale=softmax_scale,
             softcap=softcap,
             learnable_sink=sinks,
-            out=out[rows],
+            out=written,
         )
         return out
 
