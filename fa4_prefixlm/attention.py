@@ -17,9 +17,6 @@ from .plan import Plan, plan
 from .ranges import MaxRange, NamedRanges
 from .serving import ServingPlan
 
-op.with_handle(Plan)
-op.with_handle(ServingPlan)
-
 
 @overload
 def attention(

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import backends, call, intervals, lengths, paging
+from . import backends, call, intervals, lengths, op, paging
 from .backends import Choice, Prepared, Work
 from .backends.reference import dense_mask
 from .call import QKV, CallSpec
@@ -22,6 +22,7 @@ from .ranges import parse as parse_ranges
 from .tiling import TileCounts
 
 
+@op.with_handle
 class Plan:
     """Made by `plan`. `print(plan)` shows the backend and why, the tiles and the exact work (which synchronises).
 

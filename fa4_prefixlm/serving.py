@@ -7,7 +7,7 @@ import dataclasses
 
 import torch
 
-from . import backends, call, debugging, lengths, paging, plan, ranges
+from . import backends, call, debugging, lengths, op, paging, plan, ranges
 from .backends import Choice, Prepared
 from .backends.causal import CausalCall
 from .backends.native import NativeCall, native_kernel
@@ -70,6 +70,7 @@ class Batch:
         )
 
 
+@op.with_handle
 class ServingPlan:
     """Made by `serving_plan`: keys in pages, `update` for each batch.
 
@@ -207,10 +208,11 @@ class _InPlace(_State):
         self._mask, self._form, self._limits, self._device = mask, form, limits, spec.device
         kernel = native_kernel(mask, spec, demand, limits.tokens) if name == "native" else None
         tile = (kernel.tokens, kernel.tile.n) if kernel is not None else (128, 128)
-        self._rows = RowBuffers.allocate(limits.tokens, limits.sequences, *tile, device=spec.device, padding=PADDING)
-        self._table = torch.zeros(limits.sequences, limits.pages, dtype=torch.int32, device=spec.device)
+        self._rows = RowBuffers.allocate(
+            limits.tokens, limits.sequences, *tile, limits.pages, device=spec.device, padding=PADDING
+        )
         cu_seqlens_q = self._rows.cu_seqlens_q
-        keys = Keys(limits.keys, seqused_k=self._rows.seqused_k, page_table=self._table)
+        keys = Keys(limits.keys, seqused_k=self._rows.seqused_k, page_table=self._rows.page_table)
         self._native = None
         if kernel is not None:
             self._native = NativeCall(build, kernel, self._rows.bounds, self._rows.tiles, cu_seqlens_q, keys)
@@ -221,14 +223,13 @@ class _InPlace(_State):
         from .kernels.row_update import update_rows
 
         spans, self._text_only = self._read(batch)
-        width = batch.page_table.shape[1]
-        self._table.narrow(0, 0, batch.size).narrow(1, 0, width).copy_(batch.page_table, non_blocking=True)
         update_rows(
             self._form,
             self._rows,
             _int32(batch.cu_seqlens_q, self._device),
             _int32(batch.seqused_k, self._device),
             spans,
+            page_table=_int32(batch.page_table, self._device),
             max_rows=batch.rows,
             max_keys=self._limits.keys,
         )

@@ -16,7 +16,7 @@ Pairs = Sequence[tuple[int, int]]
 # Two images; the first is longer than the window.
 IMAGES: Pairs = ((5, 21), (28, 36))
 WINDOW = 8
-# What vLLM keeps of them.
+# What vLLM keeps of them, of Gemma 3 and PaliGemma 2.
 KEPT: Pairs = tuple(drop_longer([IMAGES], WINDOW)[0])
 GAPS: Pairs = ((0, 9), (14, 22), (30, 36))
 FRAMES: Pairs = ((4, 9), (12, 17), (20, 25), (28, 33), (36, 41))
@@ -39,21 +39,18 @@ CATALOGUE: dict[str, Example] = {
     "gemma3-global": Example(gemma3.global_layers()),
     "gemma3-local-transformers": Example(gemma3.local_layers(WINDOW, like="transformers")),
     "gemma3-local-vllm": Example(gemma3.local_layers(WINDOW, like="vllm"), KEPT),
-    "gemma4-global-transformers": Example(gemma4.global_layers(like="transformers"), None),
-    "gemma4-global-vllm": Example(gemma4.global_layers(like="vllm"), KEPT),
-    "gemma4-local-transformers": Example(gemma4.local_layers(WINDOW, like="transformers")),
-    "gemma4-local-vllm": Example(gemma4.local_layers(WINDOW, like="vllm"), KEPT),
+    "gemma4-global": Example(gemma4.global_layers(), None),
+    "gemma4-local": Example(gemma4.local_layers(WINDOW)),
     "gemma4-unified-global-forward": Example(gemma4.unified_global_layers(like="transformers-forward")),
     "gemma4-unified-global-static-cache": Example(gemma4.unified_global_layers(like="transformers-static-cache"), None),
     "gemma4-unified-local-forward": Example(gemma4.unified_local_layers(WINDOW, like="transformers-forward")),
     "gemma4-unified-local-static-cache": Example(gemma4.unified_local_layers(WINDOW, like="transformers-static-cache")),
-    "gemma4-unified-global-vllm": Example(gemma4.unified_global_layers(like="vllm"), KEPT),
-    "gemma4-unified-local-vllm": Example(gemma4.unified_local_layers(WINDOW, like="vllm"), KEPT),
     "paligemma-global-transformers": Example(paligemma.global_layers(like="transformers"), PREFIX),
     "paligemma-global-gaps": Example(paligemma.global_layers(like="transformers", gaps=True), GAPS),
     "paligemma-global-vllm": Example(paligemma.global_layers(like="vllm"), ((0, 12),)),
     "paligemma2-local-transformers": Example(paligemma.local_layers(WINDOW, like="transformers"), PREFIX),
     "paligemma2-local-gaps": Example(paligemma.local_layers(WINDOW, like="transformers", gaps=True), GAPS),
+    "paligemma2-local-vllm": Example(paligemma.local_layers(WINDOW, like="vllm"), ((0, WINDOW),)),
     "molmo2-transformers": Example(molmo2.all_layers(like="transformers"), FRAMES),
     "molmo2-vllm": Example(molmo2.all_layers(like="vllm"), FRAMES),
     # The model's own span is moondream3.IMAGE_SPAN, 730 tokens.

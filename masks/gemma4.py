@@ -3,25 +3,26 @@ Gemma 4's configuration, layers are `causal` and `causal & window(w)`.)
 
 `text_config.layer_types` says which layer is which, `w` is `text_config.sliding_window`.
 
-Gemma 4:
-- "full_attention": `causal` in transformers, `causal | same_span("image")` in vLLM.
-- "sliding_attention": `(causal | same_span("image")) & window(w)` in transformers, `(causal & window(w)) |
-  same_span("image")` in vLLM.
+Gemma 4, in transformers and in vLLM:
+- "full_attention": `causal`, and no spans to give.
+- "sliding_attention": `(causal | same_span("image")) & window(w)`. Unlike Gemma 3's in vLLM, no span is dropped.
 
 Gemma 4 unified has two masks in transformers. Name the one you mean:
-- "transformers-static-cache", `generate` with a static cache: Gemma 4's two rules.
+- "transformers-static-cache", `generate` with a static cache: Gemma 4's two rules. "vllm" is the same.
 - "transformers-forward", training and `generate` with its default cache: `causal | same_span("image")` and `(causal &
   window(w)) | same_span("image")`. In a chunk after a cache that keeps a window alone, transformers lacks the keys of a
   span that the cache dropped; this mask has them.
-- "vllm": the same two rules, with vLLM's spans.
 
 Spans: the runs of 1 (image) and 2 (video) in `mm_token_type_ids`; runs that touch are one span. 3 (audio) is causal.
-vLLM leaves out spans longer than the window, on all layers: give its masks `drop_longer(spans, window)`. A mask that
-is `causal` alone takes no spans.
+vLLM has the runs of each image and of each frame of a video by themselves; its processor puts text tokens between them.
 
 Source: `create_masks_for_vision_model` in `models/gemma4/modeling_gemma4.py`, `Gemma4UnifiedModel.forward` and
 `create_masks_for_generate` in `models/gemma4_unified/modeling_gemma4_unified.py` of transformers 5.23.0
-(tests/test_catalogue.py runs them). vLLM 0.33: Gemma 3's rule, by reading of design notes, not checked here.
+(tests/test_catalogue.py runs them). vLLM 0.33.0, read: `mm_prefix_clamp_sliding_window` and
+`_clear_mm_prefix_for_full_attn_layers` in `model_executor/models/gemma4_mm.py`, which `gemma4_unified.py` inherits,
+`Gemma4Attention` in `gemma4.py`, `_make_mm_prefix_mask_mod` in `v1/attention/backends/flash_attn.py`,
+`compute_kv_seq_mask` in `v1/attention/ops/triton_attention_helpers.py`. Its FlexAttention backend ignores the clamp:
+there a local layer is `(causal & window(w)) | same_span("image")` (`get_mask_mod` in `flex_attention.py`).
 """
 
 from __future__ import annotations
@@ -35,41 +36,32 @@ from fa4_prefixlm.algebra import window as within
 from fa4_prefixlm.mask import Mask
 
 from ._like import variant
-from .spans import BatchSpans, drop_longer, runs_of
-
-__all__ = [
-    "drop_longer",
-    "global_layers",
-    "local_layers",
-    "spans_from_token_types",
-    "unified_global_layers",
-    "unified_local_layers",
-]
+from .spans import BatchSpans, runs_of
 
 UnifiedLike = Literal["transformers-forward", "transformers-static-cache", "vllm"]
 
 
-def global_layers(*, like: Literal["transformers", "vllm"]) -> Mask:
-    """Gemma 4's layers of type "full_attention"."""
-    return variant(like, {"transformers": causal, "vllm": causal | same_span("image")})
+def global_layers(*, like: Literal["transformers", "vllm"] = "transformers") -> Mask:
+    """Gemma 4's layers of type "full_attention". like: one mask for both, so it need not be given."""
+    return variant(like, dict.fromkeys(("transformers", "vllm"), causal))
 
 
-def local_layers(window: int, *, like: Literal["transformers", "vllm"]) -> Mask:
-    """Gemma 4's layers of type "sliding_attention"."""
-    return variant(like, {"transformers": _clipped(window), "vllm": _whole(window)})
+def local_layers(window: int, *, like: Literal["transformers", "vllm"] = "transformers") -> Mask:
+    """Gemma 4's layers of type "sliding_attention". like: one mask for both, so it need not be given."""
+    return variant(like, dict.fromkeys(("transformers", "vllm"), _clipped(window)))
 
 
 def unified_global_layers(*, like: UnifiedLike) -> Mask:
     """Gemma 4 unified's layers of type "full_attention"."""
     joined = causal | same_span("image")
-    return variant(like, {"transformers-forward": joined, "transformers-static-cache": causal, "vllm": joined})
+    return variant(like, {"transformers-forward": joined, "transformers-static-cache": causal, "vllm": causal})
 
 
 def unified_local_layers(window: int, *, like: UnifiedLike) -> Mask:
     """Gemma 4 unified's layers of type "sliding_attention"."""
-    whole = _whole(window)
-    rules = {"transformers-forward": whole, "transformers-static-cache": _clipped(window), "vllm": whole}
-    return variant(like, rules)
+    clipped = _clipped(window)
+    whole = (causal & within(window)) | same_span("image")
+    return variant(like, {"transformers-forward": whole, "transformers-static-cache": clipped, "vllm": clipped})
 
 
 def spans_from_token_types(token_types: torch.Tensor) -> BatchSpans:
@@ -79,7 +71,3 @@ def spans_from_token_types(token_types: torch.Tensor) -> BatchSpans:
 
 def _clipped(window: int) -> Mask:
     return (causal | same_span("image")) & within(window)
-
-
-def _whole(window: int) -> Mask:
-    return (causal & within(window)) | same_span("image")

@@ -3,7 +3,9 @@
 Spans: one, at the start: the BOS token and the 729 tokens of the image, `IMAGE_SPAN`. A sequence without an image has
 none.
 
-Source: vLLM 0.33, by reading of design notes, not checked here. transformers 5.23.0 does not have the model.
+Source: vLLM 0.33.0, read: `model_executor/models/moondream3.py` (the span), `compute_mm_prefix_ranges` in
+`v1/attention/backends/utils.py`, `_make_mm_prefix_mask_mod` in `flash_attn.py` there. transformers 5.23.0 does not have
+the model.
 """
 
 from __future__ import annotations

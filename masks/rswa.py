@@ -5,7 +5,8 @@ row sees at most two intervals: the prompt, and the window.
 
 Spans: one of name "prompt" per sequence, `(0, prompt length)`. Applied to all layers.
 
-Source: vLLM 0.33, by reading of design notes, not checked here. transformers 5.23.0 does not have it.
+Source: vLLM 0.33.0, read: `_make_rswa_mask_mod` in `v1/attention/backends/flash_attn.py`. transformers 5.23.0 does not
+have it.
 """
 
 from __future__ import annotations

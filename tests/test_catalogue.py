@@ -6,7 +6,7 @@ import functools
 import importlib
 import pathlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -114,8 +114,8 @@ def test_gemma4_is_transformers(oracles: ModuleType, layer: str) -> None:
     def ours(types: torch.Tensor, padding: torch.Tensor | None, cached: int) -> torch.Tensor:
         spans = gemma4.spans_from_token_types(types)
         if layer == "global":
-            return dense(gemma4.global_layers(like="transformers"), None, types.shape[1], padding, cached)
-        return dense(gemma4.local_layers(WINDOW, like="transformers"), spans, types.shape[1], padding, cached)
+            return dense(gemma4.global_layers(), None, types.shape[1], padding, cached)
+        return dense(gemma4.local_layers(WINDOW), spans, types.shape[1], padding, cached)
 
     compare(ours, functools.partial(oracles.gemma4, layer=layer, window=WINDOW), (0, 1, 2, 3))
 
@@ -247,10 +247,6 @@ DIFFERENT = {
         gemma3.local_layers(WINDOW, like="transformers"),
         gemma3.local_layers(WINDOW, like="vllm"),
     ),
-    "gemma4 local": (
-        gemma4.local_layers(WINDOW, like="transformers"),
-        gemma4.local_layers(WINDOW, like="vllm"),
-    ),
     "gemma4 unified local": (
         gemma4.unified_local_layers(WINDOW, like="transformers-static-cache"),
         gemma4.unified_local_layers(WINDOW, like="transformers-forward"),
@@ -278,11 +274,61 @@ def test_local_variants_agree_on_short_spans() -> None:
     assert torch.equal(wanted, other.dense(seqlen=30, spans=spans[0]))
 
 
-def test_global_variants_of_gemma4_differ() -> None:
-    plain = gemma4.global_layers(like="transformers")
-    assert plain == gemma4.unified_global_layers(like="transformers-static-cache") == causal
-    for joined in (gemma4.global_layers(like="vllm"), gemma4.unified_global_layers(like="transformers-forward")):
-        assert not torch.equal(plain.dense(seqlen=30), joined.dense(seqlen=30, spans=IMAGES))
+def test_global_variants_of_gemma4_unified_differ() -> None:
+    plain = gemma4.unified_global_layers(like="transformers-static-cache")
+    joined = gemma4.unified_global_layers(like="transformers-forward")
+    assert plain == causal
+    assert not torch.equal(plain.dense(seqlen=30), joined.dense(seqlen=30, spans=IMAGES))
+
+
+def test_vllm_and_transformers_agree_on_gemma4() -> None:
+    assert gemma4.global_layers() == gemma4.global_layers(like="transformers") == gemma4.global_layers(like="vllm")
+    assert gemma4.global_layers() == gemma4.unified_global_layers(like="vllm") == causal
+    local = gemma4.local_layers(WINDOW)
+    assert local == gemma4.local_layers(WINDOW, like="transformers") == gemma4.local_layers(WINDOW, like="vllm")
+    assert local == gemma4.unified_local_layers(WINDOW, like="transformers-static-cache")
+    assert local == gemma4.unified_local_layers(WINDOW, like="vllm")
+
+
+def vllm_mask(
+    spans: Sequence[tuple[int, int]], layer_window: int | None, clamp: bool, model_window: int | None
+) -> torch.Tensor:
+    """The rule of vLLM 0.33.0 in plain Python: `compute_mm_prefix_ranges` and `fill_mm_prefix_query_ranges` of
+    `v1/attention/backends/utils.py`, then `mm_prefix_mask_mod` of `v1/attention/backends/flash_attn.py`. Their ranges
+    include the end.
+
+    clamp: `mm_prefix_clamp_sliding_window`, of the model (what is dropped) and of its sliding layers (what is clipped).
+    """
+    ranges = [(start, end - 1) for start, end in spans]
+    ranges = [(s, e) for s, e in ranges if clamp or model_window is None or e - s + 1 <= model_window]
+    visible = torch.zeros(30, 30, dtype=torch.bool)
+    for q in range(30):
+        first, last = next(((s, e) for s, e in ranges if s < e and s <= q <= e), (-1, -1))
+        for kv in range(30):
+            near = layer_window is None or q - kv < layer_window
+            joined = first <= kv <= last and (near or not clamp)
+            visible[q, kv] = (kv <= q and near) or joined
+    return visible
+
+
+def test_vllm_by_its_own_rule() -> None:
+    image = [(3, 15), (15, 19), (20, 21), (24, 29)]
+    kept = drop_longer([image], WINDOW)[0]
+    assert len(kept) == 3
+    for mask, spans, layer_window, clamp, model_window in (
+        (gemma3.global_layers(), kept, None, False, WINDOW),
+        (gemma3.local_layers(WINDOW, like="vllm"), kept, WINDOW, False, WINDOW),
+        (gemma4.local_layers(WINDOW, like="vllm"), image, WINDOW, True, WINDOW),
+        (gemma4.unified_local_layers(WINDOW, like="vllm"), image, WINDOW, True, WINDOW),
+        (paligemma.global_layers(like="vllm"), image, None, False, None),  # PaliGemma 1
+        (paligemma.global_layers(like="vllm"), kept, None, False, WINDOW),  # PaliGemma 2
+        (paligemma.local_layers(WINDOW, like="vllm"), kept, WINDOW, False, WINDOW),
+        (molmo2.all_layers(like="vllm"), image, None, False, None),
+    ):
+        wanted = vllm_mask(image, layer_window, clamp, model_window)
+        assert torch.equal(mask.dense(seqlen=30, spans=spans), wanted), mask
+    # Gemma 4 takes the ranges of its global layers away.
+    assert torch.equal(gemma4.global_layers(like="vllm").dense(seqlen=30), vllm_mask([], None, True, WINDOW))
 
 
 def test_vllm_drops_long_spans() -> None:
@@ -307,16 +353,17 @@ LIKES: dict[str, tuple[Callable[..., fp.Mask], str]] = {
         "'transformers-forward' or 'transformers-static-cache' or 'vllm'",
     ),
     "paligemma global": (paligemma.global_layers, "'transformers' or 'vllm'"),
-    "paligemma local": (functools.partial(paligemma.local_layers, WINDOW), "'transformers'"),
+    "paligemma local": (functools.partial(paligemma.local_layers, WINDOW), "'transformers' or 'vllm'"),
     "molmo2": (molmo2.all_layers, "'transformers' or 'vllm'"),
 }
 
 
 @pytest.mark.parametrize("name", LIKES)
-def test_like_has_no_default_and_is_checked(name: str) -> None:
+def test_like_has_no_default_where_it_matters_and_is_checked(name: str) -> None:
     factory, choices = LIKES[name]
-    with pytest.raises(TypeError, match="like"):
-        factory()
+    if name not in ("gemma4 global", "gemma4 local"):  # one mask
+        with pytest.raises(TypeError, match="like"):
+            factory()
     for wrong in ("hf", None, "Transformers", ["vllm"]):
         with pytest.raises(InputError) as caught:
             factory(like=wrong)
@@ -327,14 +374,12 @@ def test_two_transformers_rules_have_no_common_name() -> None:
     for factory in (gemma4.unified_global_layers, functools.partial(gemma4.unified_local_layers, WINDOW)):
         with pytest.raises(InputError, match="like: "):
             factory(like="transformers")
-    with pytest.raises(InputError, match="like: "):
-        paligemma.local_layers(WINDOW, like="vllm")  # type: ignore[arg-type]
 
 
 def test_windows_are_checked() -> None:
     for factory in (
         functools.partial(gemma3.local_layers, like="vllm"),
-        functools.partial(gemma4.local_layers, like="vllm"),
+        gemma4.local_layers,
         functools.partial(paligemma.local_layers, like="transformers"),
         rswa.all_layers,
     ):

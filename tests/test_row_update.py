@@ -66,7 +66,7 @@ def compile_for_hopper(kernel, pointers: dict[str, str], constants: dict[str, ob
 
 def guarded(tensor: torch.Tensor) -> torch.Tensor:
     """The same values with a guard of poison before and after them."""
-    poison = POISON if tensor.dtype == torch.int32 else False
+    poison = POISON if tensor.dtype == torch.int32 else True
     whole = torch.full((tensor.numel() + 2 * GUARD,), poison, dtype=tensor.dtype)
     inside = whole[GUARD : GUARD + tensor.numel()]
     inside.copy_(tensor.flatten())
@@ -74,16 +74,17 @@ def guarded(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def guards_are_whole(tensor: torch.Tensor) -> bool:
-    poison = POISON if tensor.dtype == torch.int32 else False
+    poison = POISON if tensor.dtype == torch.int32 else True
     storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
     return bool((storage[:GUARD] == poison).all() and (storage[-GUARD:] == poison).all())
 
 
-TENSORS = ("bounds", "tiles", "cu_seqlens_q", "seqused_k", "fine")
+PAGES = 700
+TENSORS = ("bounds", "tiles", "cu_seqlens_q", "seqused_k", "page_table", "fine")
 
 
 def allocate(max_tokens: int, max_sequences: int, tile: tuple[int, int]) -> RowBuffers:
-    buffers = RowBuffers.allocate(max_tokens, max_sequences, *tile, device="cpu", padding=8)
+    buffers = RowBuffers.allocate(max_tokens, max_sequences, *tile, PAGES, device="cpu", padding=8)
     return dataclasses.replace(buffers, **{name: guarded(getattr(buffers, name)) for name in TENSORS})
 
 
@@ -115,10 +116,14 @@ def check(rng: random.Random, batch: Batch, mask: Mask, tile: tuple[int, int]) -
     total, count = batch.cu_q[-1], len(batch.seqlens)
     buffers = allocate(total + rng.choice([0, 0, 1, 300]), count + rng.choice([0, 0, 1, 5]), tile)
     ranges = ranges_of(rng, batch, rng.choice([0, 0, 40])) if form.span else None
-    for left_over in (buffers.tiles, buffers.cu_seqlens_q, buffers.seqused_k):
+    for left_over in (buffers.tiles, buffers.cu_seqlens_q, buffers.seqused_k, buffers.page_table):
         left_over.fill_(POISON)
-    update_rows(form, buffers, int32(batch.cu_q), int32(batch.as_seqlens[1]), ranges)
+    pages = int32([[rng.randrange(1000) for _ in range(width)] for width in [rng.choice([1, 255, 257, PAGES])] * count])
+    update_rows(form, buffers, int32(batch.cu_q), int32(batch.as_seqlens[1]), ranges, page_table=pages)
     compare(batch, mask, buffers)
+    assert torch.equal(buffers.page_table[:count, : pages.shape[1]], pages)
+    assert (buffers.page_table[count:] == POISON).all()
+    assert (buffers.page_table[:, pages.shape[1] :] == POISON).all()
     assert all(guards_are_whole(getattr(buffers, name)) for name in TENSORS)
 
 
@@ -219,7 +224,7 @@ class TestInterpreted:
         ranges = None if spans is None else int32(spans)
         with pytest.raises(InputError):
             update_rows(span_form(PrefixLM(20)), buffers, int32(cu_q), seqused_k=int32(keys), ranges=ranges)
-        assert not buffers.fine.all()
+        assert buffers.fine.all()  # the next batch begins anew
         assert all(guards_are_whole(getattr(buffers, name)) for name in TENSORS)
         assert (buffers.bounds[100:] == 0).all()
         assert (buffers.bounds >= 0).all()
@@ -260,8 +265,8 @@ class TestCompiled:
 
     @pytest.mark.parametrize("mask", [PrefixLM(), PrefixLM(9, clamp=False), window(9) | query_in("a")], ids=str)
     def test_compiles_for_hopper(self, mask: Mask) -> None:
-        buffers = RowBuffers.allocate(1000, 9, 42, 80, device="meta")
+        buffers = RowBuffers.allocate(1000, 9, 42, 80, 50, device="meta")
         constants = row_update.constants(span_form(mask), buffers)
-        pointers = dict.fromkeys((*TENSORS, "own_cu_seqlens_q", "own_seqused_k", "ranges"), "*i32")
+        pointers = dict.fromkeys((*TENSORS, "own_cu_seqlens_q", "own_seqused_k", "own_page_table", "ranges"), "*i32")
         pointers["fine"] = "*i1"
         assert ".target sm_90" in compile_for_hopper(row_update.update_rows_kernel, pointers, constants)

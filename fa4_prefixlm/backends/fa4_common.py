@@ -63,6 +63,8 @@ def kernel_line(build: Build, device: torch.device, what: str) -> tuple[str, str
 def choose_tile(call: CallSpec, demand: Demand, max_seqlen_q: int) -> Tile:
     arch = builds.device_arch(call.device)
     windowed = demand.chained and demand.reach.left is not None
+    if call.page_size not in (None, 64):
+        windowed = False  # pages that are no key tile are read row by row: 80 keys at a time were 2 to 3 % faster
     return forward_tile(arch, call.head_dim, call.head_dim_v, windowed=windowed, max_seqlen_q=max_seqlen_q)
 
 

@@ -23,6 +23,7 @@ from ..mask import END_OF_KEYS
 from ..span_form import SpanForm
 
 SPANS_AT_ONCE = 32
+PAGES_AT_ONCE = 256
 FINE = (
     "cu_seqlens ascending from 0 within the rows of q and the plan's, seqlen_q <= seqlen_k within the plan's keys, and "
     "spans with 0 <= start < end, whole within the keys, that share no query token"
@@ -38,7 +39,8 @@ class RowBuffers:
     tiles: `(slots, 4)`, per query tile first, full_first, full_end and end, as `tiling.TileRuns`. Unused slots are 0.
     cu_seqlens_q: `(max_sequences + 1,)`, the batch's own, its last value repeated.
     seqused_k: `(max_sequences,)`, keys of each sequence, 0 for unused ones.
-    fine: `(slots,)` bool, whether the values that a program saw are valid.
+    page_table: `(max_sequences, max_pages)`, the batch's own; what it does not have is left over.
+    fine: `(1,)` bool, False once a program saw values that are not valid.
     tile_tokens, tile_n: query tokens and keys of a tile.
     """
 
@@ -46,6 +48,7 @@ class RowBuffers:
     tiles: torch.Tensor
     cu_seqlens_q: torch.Tensor
     seqused_k: torch.Tensor
+    page_table: torch.Tensor
     fine: torch.Tensor
     max_tokens: int
     max_sequences: int
@@ -59,13 +62,14 @@ class RowBuffers:
         max_sequences: int,
         tile_tokens: int,
         tile_n: int,
+        max_pages: int,
         device: torch.device | str,
         padding: int = 256,
     ) -> RowBuffers:
         """Empty buffers. padding: rows of `bounds` that kernels may read past the last one, up to a tile."""
 
-        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
 
         slots = max_tokens // tile_tokens + max_sequences + 1
         return cls(
@@ -73,7 +77,8 @@ class RowBuffers:
             tiles=zeros(slots, 4),
             cu_seqlens_q=zeros(max_sequences + 1),
             seqused_k=zeros(max_sequences),
-            fine=zeros(slots, dtype=torch.bool),
+            page_table=zeros(max_sequences, max_pages),
+            fine=torch.ones(1, dtype=torch.bool, device=device),
             max_tokens=max_tokens,
             max_sequences=max_sequences,
             tile_tokens=tile_tokens,
@@ -88,6 +93,7 @@ def update_rows(
     seqused_k: torch.Tensor,
     ranges: torch.Tensor | None = None,
     *,
+    page_table: torch.Tensor | None = None,
     max_rows: int | None = None,
     max_keys: int | None = None,
 ) -> None:
@@ -103,6 +109,7 @@ def update_rows(
         ranges: `(batch, max_ranges, 2)` int32 on the device in any strides, half-open `[start, end)` in absolute key
             positions, in any order, unused rows `(0, 0)`. A span that starts at or after `seqlen_k` is not here yet
             and is passed over; any other ends at or before it.
+        page_table: `(batch, pages)` int32 on the device, at most as wide as the buffer; copied to it.
         max_rows: query rows of the batch, at most, where that is below the plan's `max_tokens`.
         max_keys: keys of a sequence, at most.
     """
@@ -118,29 +125,37 @@ def update_rows(
         spans = ranges.shape[1] if ranges.ndim == 3 else 0
         _check("ranges", ranges, (batch, spans, 2), buffers)
         strides = ranges.stride()
+    table = cu_seqlens_q if page_table is None else page_table.contiguous()
+    width = 0 if page_table is None else page_table.shape[1]
+    if page_table is not None:
+        _check("page_table", page_table, (batch, min(width, buffers.page_table.shape[1])), buffers)
     with torch.cuda.device_of(buffers.fine):
-        update_rows_kernel[(buffers.fine.shape[0],)](
+        update_rows_kernel[(buffers.tiles.shape[0],)](
             buffers.bounds,
             buffers.tiles,
             buffers.cu_seqlens_q,
             buffers.seqused_k,
+            buffers.page_table,
             buffers.fine,
             cu_seqlens_q.contiguous(),
             seqused_k.contiguous(),
+            table,
             cu_seqlens_q if ranges is None else ranges,
             *strides,
             spans,
             batch,
+            width,
+            buffers.page_table.shape[1],
             buffers.max_tokens if max_rows is None else min(max_rows, buffers.max_tokens),
             buffers.max_sequences,
             END_OF_KEYS if max_keys is None else min(max_keys, END_OF_KEYS),
             min(form.window or 1, END_OF_KEYS),
             **constants(form, buffers),
         )
-        fine = buffers.fine.all()
-        if fine.is_cuda:
-            torch._assert_async(fine, f"expected {FINE}")
-        elif not fine:
+        if buffers.fine.is_cuda:
+            torch._assert_async(buffers.fine, f"expected {FINE}")
+        elif not buffers.fine:
+            buffers.fine.fill_(True)
             raise InputError("cu_seqlens_q, seqused_k, ranges", FINE, "other values")
 
 
@@ -156,6 +171,7 @@ def constants(form: SpanForm, buffers: RowBuffers) -> dict[str, object]:
         "ROWS": triton.next_power_of_2(buffers.tile_tokens),
         "SPANS_AT_ONCE": SPANS_AT_ONCE,
         "LEVELS": buffers.max_sequences.bit_length(),
+        "PAGES_AT_ONCE": PAGES_AT_ONCE,
     }
 
 
@@ -177,6 +193,8 @@ BATCH_VALUES = (
     "stride_edge",
     "spans",
     "batch",
+    "pages",
+    "max_pages",
     "max_rows",
     "max_sequences",
     "max_keys",
@@ -190,15 +208,19 @@ def update_rows_kernel(
     tiles,
     own_cu_seqlens_q,
     own_seqused_k,
+    own_page_table,
     fine,
     cu_seqlens_q,
     seqused_k,
+    page_table,
     ranges,
     stride_sequence,
     stride_span,
     stride_edge,
     spans,
     batch,
+    pages,
+    max_pages,
     max_rows,
     max_sequences,
     max_keys,
@@ -212,8 +234,10 @@ def update_rows_kernel(
     ROWS: tl.constexpr,
     SPANS_AT_ONCE: tl.constexpr,
     LEVELS: tl.constexpr,
+    PAGES_AT_ONCE: tl.constexpr,
 ):
-    """Program `slot` writes the query tile of that slot, and copies and checks the lengths of sequence `slot`.
+    """Program `slot` writes the query tile of that slot, copies and checks the lengths of sequence `slot`, and copies
+    its pages.
 
     Values are clamped wherever an address or a bound comes from them, so that bad ones do no harm.
     """
@@ -224,6 +248,11 @@ def update_rows_kernel(
     good &= end - begin <= seqlen_k
     tl.store(own_cu_seqlens_q + slot, tl.minimum(tl.maximum(begin, 0), max_rows), mask=slot <= max_sequences)
     tl.store(own_seqused_k + slot, seqlen_k, mask=slot < max_sequences)
+
+    for first in range(0, tl.where(slot < batch, pages, 0), PAGES_AT_ONCE):
+        column = first + tl.arange(0, PAGES_AT_ONCE)
+        entry = tl.load(page_table + slot.to(tl.int64) * pages + column, mask=column < pages, other=0)
+        tl.store(own_page_table + slot.to(tl.int64) * max_pages + column, entry, mask=column < pages)
 
     # The slots where sequences begin ascend: the tile's sequence is the last one that begins at or before `slot`.
     sequence = 0
@@ -260,7 +289,7 @@ def update_rows_kernel(
         holding += tl.sum(holds.to(tl.int32), axis=0)
     good &= tl.max(wrong.to(tl.int32), axis=0) == 0
     good &= tl.max(tl.where(inside, holding, 0), axis=0) <= 1
-    tl.store(fine + slot, good)
+    tl.store(fine, False, mask=good == 0)
 
     left = tl.maximum(position - (window - 1), 0)
     lo, hi = _edges(OUTSIDE_BEGIN, OUTSIDE_END, position, left, start, stop, seqlen_k)
