@@ -254,13 +254,14 @@ class Shape:
     block_size: int = 16
     max_blocks: int = 14
     max_tokens: int = 700
+    max_requests: int = 8
     dtype: torch.dtype = torch.float64
     device: str = "cpu"
 
     def plans(self, layers: dict[str, fp.Mask], build: str | None = None, **changed: int) -> GroupPlans:
         sizes = {
             "max_tokens": self.max_tokens,
-            "max_requests": 8,
+            "max_requests": self.max_requests,
             "max_blocks": self.max_blocks,
             "block_size": self.block_size,
             "num_heads": self.heads[0],
@@ -463,7 +464,7 @@ def test_causal_layers_at_head_dim_512_run_on_a_build_that_has_it(monkeypatch: p
 
 # On a GPU.
 
-GPU = Shape((8, 4), 256, 16, 256, 6000, torch.bfloat16, "cuda")
+GPU = Shape((8, 4), 256, 16, 256, 12000, 16, torch.bfloat16, "cuda")
 GEMMA3 = {"local": Model(1024, 1024), "global": Model(None, 1024)}
 GEMMA4 = {"local": Model(1024, 1024, clamp=True)}
 KINDS = {
@@ -567,7 +568,8 @@ def test_on_a_gpu_it_is_exact_and_vllms_call(build: str, kind: str, gpu_report) 
             exact = step.exact(model)
             direct = relative_error(vllm_call(step, model, build), exact)
             error = relative_error(run_layer(plans, name, step), exact)
-            gpu_report(build=build, kind=kind, layer=name, seed=seed, error=error, vllm_error=direct)
+            own = f"vLLM layers on {build}"
+            gpu_report(backend=own, kind=f"{kind}, {name}", mask=str(model.mask()), seed=seed, error=error, band=direct)
             assert direct < 3e-3, f"{name}: the peer itself is off, {direct}"
             assert error <= BAND * direct + 1e-6, f"{name}, seed {seed}: {error}, vLLM's call {direct}"
 
