@@ -26,6 +26,7 @@ check: $(ENVIRONMENT)
 
 bench: $(ENVIRONMENT)
 	$(PYTHON) benchmarks/forward.py
+	$(PYTHON) benchmarks/serving.py
 
 pictures: $(ENVIRONMENT)
 	$(PYTHON) docs/pictures.py

@@ -121,14 +121,16 @@ def provenance() -> dict[str, object]:
 
 
 def _commit() -> str:
-    """The commit, marked where the tree had changes. A copy without git gets it from the environment, as COMMIT."""
+    """The commit, marked where the tree had changes. A copy of a tree gets it from the environment, as COMMIT."""
+    if os.environ.get("COMMIT"):
+        return os.environ["COMMIT"]
     root = pathlib.Path(__file__).parent.parent
     described = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=root, capture_output=True, text=True, check=False
     )
     if described.returncode == 0:
         return described.stdout.strip()
-    return os.environ.get("COMMIT", "unknown")
+    return "unknown"
 
 
 def _time(run: Callable[[], torch.Tensor], calls: int) -> float:

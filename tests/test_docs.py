@@ -31,9 +31,10 @@ def test_links_and_pictures_exist(page: pathlib.Path) -> None:
     assert not missing
 
 
-def test_the_readme_quotes_the_kept_results() -> None:
-    results = json.loads((ROOT / "benchmarks" / "results" / "h200-forward.json").read_text())
+@pytest.mark.parametrize(("page", "name"), [("README.md", "h200-forward"), ("docs/serving.md", "h200-serving")])
+def test_pages_quote_the_kept_results(page: str, name: str) -> None:
+    results = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
     sys.path.insert(0, str(ROOT / "benchmarks"))
     from table import table
 
-    assert table(results) in (ROOT / "README.md").read_text()
+    assert table(results) in (ROOT / page).read_text()
