@@ -54,6 +54,13 @@ def paged_refusal(call: CallSpec) -> str | None:
     return None
 
 
+def outputs(q: torch.Tensor, v: torch.Tensor, out: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(out, lse)` for packed tensors, to be written by a kernel."""
+    if out is None:
+        out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
+    return out, torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+
+
 def kernel_line(build: Build, device: torch.device, what: str) -> tuple[str, str]:
     """The `kernel` line of `print(plan)`."""
     arch = builds.device_arch(device)
@@ -87,9 +94,7 @@ class OneCall(Prepared):
     def run(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, out: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if out is None:
-            out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
-        lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+        out, lse = outputs(q, v, out)
         tensors = (q, k, v, out, lse) if self.varlen else tuple(tensor.unsqueeze(0) for tensor in (q, k, v, out, lse))
         masked_forward(
             *tensors,

@@ -22,7 +22,7 @@ from ..span_form import span_form
 from ..tiling import TileCounts, TileRuns, count_tiles, query_tiles, tile_runs, tile_slots
 from .base import Backend, Options, Prepared, Work
 from .causal import keys_of
-from .fa4_common import build_refusal, choose_tile, kernel_line, paged_refusal
+from .fa4_common import build_refusal, choose_tile, kernel_line, outputs, paged_refusal
 
 
 @dataclass
@@ -41,9 +41,7 @@ class NativeCall(Prepared):
     def run(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, out: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if out is None:
-            out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
-        lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+        out, lse = outputs(q, v, out)
         native_forward(
             q,
             k,

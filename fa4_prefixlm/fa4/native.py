@@ -4,8 +4,8 @@ A tile's visible keys are one range of key tiles, masked at its ends and not in 
 a causal or local mask. So the kernel is a subclass of FA4's that keeps its loads, its pipelines and its softmax, and
 replaces what says where the range begins and ends (`BlockInfo`) and what masks a tile (`AttentionMask`).
 
-It leans on FA4's internals. `Build.native` says whether a build's internals are those it was run on; on any other
-build the lane is not offered.
+It leans on FA4's internals. `Build.native_refusal` says whether a build's internals are those it was run on; on any
+other build the lane is not offered.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def kernel_class(module: str) -> type:
     class PrefixLMForwardSm90(upstream):
         """lower: some row's interval begins past key 0, so the left end of a tile's range is masked too."""
 
-        # FA4 sets it where it finds something in the place of its block lists; `RowIntervals` are none.
+        # FA4 sets it where it finds something in the place of its block lists; `row_intervals` are none.
         use_block_sparsity = property(lambda self: False, lambda self, value: None)
 
         def __init__(self, *arguments: Any, lower: bool, **options: Any) -> None:
