@@ -231,21 +231,25 @@ class _InPlace(_State):
             spans,
             page_table=_int32(batch.page_table, self._device),
             max_rows=batch.rows,
-            max_keys=self._limits.keys,
+            max_keys=self._room(batch),
         )
+
+    def _room(self, batch: Batch) -> int:
+        """Keys that this batch's page table has room for; past it there are pages of an earlier batch."""
+        return batch.page_table.shape[1] * self._limits.page_size
 
     def _read(self, batch: Batch) -> tuple[torch.Tensor | None, bool]:
         """(the spans on the device, whether the host knows that no query token is in one)."""
         causal_outside = self._form.is_causal_outside
         if batch.lengths_on_host and not ranges.on_device(batch.ranges):
-            sizes = batch.host_lengths(self._limits.keys)
+            sizes = batch.host_lengths(self._room(batch))
             own = next(iter(ranges.parse(self._mask, batch.ranges, sizes).values()), None)
             if own is None or own.host is None or own.values.shape[1] == 0:
                 return None, causal_outside
             known = sizes.on_host()
             return to_device(own.values, self._device), causal_outside and text_only(own.host, *known)
         if batch.lengths_on_host:
-            batch.host_lengths(self._limits.keys)  # which checks them
+            batch.host_lengths(self._room(batch))  # which checks them
         spans = ranges.to_tensor(self._mask, batch.ranges, batch.size, self._device)
         return spans, causal_outside and spans is None
 

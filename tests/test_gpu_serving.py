@@ -198,8 +198,8 @@ q = torch.randn(100, 2, 64, device="cuda", dtype=torch.bfloat16)
 cache = torch.zeros(20, 16, 2, 64, device="cuda", dtype=torch.bfloat16)
 plan = fp.serving_plan(like=(q, cache, cache), max_tokens=100, max_sequences=2, max_pages=16)
 ints = lambda values: torch.tensor(values, dtype=torch.int32, device="cuda")
-cu, used, spans = eval(sys.argv[1])
-table = torch.arange(16, dtype=torch.int32, device="cuda")[None].repeat(len(used), 1)
+cu, used, spans, *width = eval(sys.argv[1])
+table = torch.arange(*width or (16,), dtype=torch.int32, device="cuda")[None].repeat(len(used), 1)
 plan.update(ints(spans), cu_seqlens_q=ints(cu), seqused_k=ints(used), page_table=table)
 fp.attention(q, cache, cache, plan)
 torch.cuda.synchronize()
@@ -217,6 +217,8 @@ print("fine")
         ("([0, 60, 101], [60, 90], [[(4, 20)], [(60, 90)]])", False),
         ("([0, 60, 100], [60, 257], [[(4, 20)], [(60, 90)]])", False),
         ("([0, 60, 100], [60, 90], [[(4, 20), (10, 30)], [(60, 90), (0, 0)]])", False),
+        ("([0, 60, 100], [60, 90], [[(4, 20)], [(60, 90)]], 6)", True),
+        ("([0, 60, 100], [60, 90], [[(4, 20)], [(60, 90)]], 5)", False),  # 5 pages hold 80 keys
     ],
 )
 def test_device_values_are_asserted_on_the_device(values: str, fine: bool) -> None:
