@@ -206,7 +206,7 @@ def _on_device(values: CuSeqlens, device: torch.device) -> torch.Tensor:
 
 def _assert_on_device(lengths: Lengths) -> None:
     """Check values that the host does not know by an assertion on the device, which does not synchronise."""
-    cu_q, cu_k = lengths.cu_seqlens_q, lengths.cu_seqlens_k
+    cu_q, cu_k = lengths.cu_seqlens_q.long(), lengths.cu_seqlens_k.long()
     rows, keys = cu_q.diff(), cu_k.diff()
     fine = (rows >= 0) & (rows <= keys) & (rows <= lengths.max_seqlen_q) & (keys <= lengths.max_seqlen_k)
     last_k = torch.full_like(cu_k.narrow(0, -1, 1), lengths.total_k) if lengths.in_pages else cu_k.narrow(0, -1, 1)

@@ -188,7 +188,8 @@ def _check_host(argument: str, host: HostSpans, lengths: Lengths, max_range: int
             if start >= end:
                 raise InputError(name, "start below end", (start, end))
             keys = lengths.max_seqlen_k if lengths.seqlens_k is None else lengths.seqlens_k[sequence]
-            if end > keys and not (lengths.in_pages and start >= keys):
+            unknown = lengths.in_pages and lengths.seqlens_k is None  # then the device checks it
+            if end > keys and not unknown and not (lengths.in_pages and start >= keys):
                 hint = "; a chunk holds a span whole or not at all, see safe_chunk_end" if start < keys else ""
                 raise InputError(name, f"an end within the sequence's {keys} keys", f"{(start, end)}{hint}")
             if max_range is not None and end - start > max_range:
@@ -205,10 +206,10 @@ def _assert_on_device(ranges: torch.Tensor, lengths: Lengths, longest: int) -> N
     start, end = ranges.unbind(2)
     keys = lengths.cu_seqlens_k.diff().unsqueeze(1)
     used = (start != 0) | (end != 0)
-    within = end <= keys
+    here = (end <= keys) & (end - start <= longest)
     if lengths.in_pages:
-        within = within | (start >= keys)
-    fine = (start >= 0) & (start < end) & within & (end - start <= longest)
+        here = here | (start >= keys)  # not here yet
+    fine = (start >= 0) & (start < end) & here
     torch._assert_async(
         (fine | used.logical_not()).all(), "ranges: a span is reversed, ends past its keys or is longer than max_range"
     )

@@ -17,7 +17,7 @@ from .fa4.build import Build
 from .fa4.launch import PADDING, Keys
 from .intervals import Demand
 from .lengths import CuSeqlens, Lengths, to_device
-from .mask import Mask
+from .mask import END_OF_KEYS, Mask
 from .masks import PrefixLM
 from .plain import outside, text_only
 from .ranges import NamedRanges
@@ -110,7 +110,7 @@ class ServingPlan:
             seqused_k: `(batch,)` int32, the keys in the pages, those of this batch's tokens included.
             page_table: `(batch, pages)` int32, at most `max_pages` wide; copied.
             total_q: rows of `q`, if `cu_seqlens_q` is on the device and `q` has fewer than `max_tokens`. Rows past
-                `cu_seqlens_q[-1]` are left alone.
+                `cu_seqlens_q[-1]` are left alone. Where the plan is not `in_place`, there must be none.
         """
         given = _checked(ranges, cu_seqlens_q, seqused_k, page_table, total_q, self)
         self._state.take(given)
@@ -126,6 +126,8 @@ class ServingPlan:
             spec, self.call, ("heads_q", "heads_kv", "head_dim", "head_dim_v", "page_size", "dtype", "device")
         )
         rows, exactly = spec.shape_q[0], not self.in_place
+        if exactly:
+            self._state.prepared()  # which says so if there is no batch yet
         if not self._rows <= rows <= (self._rows if exactly else self.limits.tokens):
             expected = f"{self._rows} rows" if exactly else f"{self._rows} to {self.limits.tokens} rows"
             raise InputError("q", f"{expected}, as the plan's batch has", rows)
@@ -137,7 +139,7 @@ class ServingPlan:
             ("mask", str(self.mask)),
             ("backend", str(self.choice)),
             *[("not", f"{name}: {reason}") for name, reason in self.choice.passed_over],
-            *self.prepared.describe(),
+            *self._state.describe(),
         ]
         return "\n".join(f"{label:8} {text}" for label, text in lines)
 
@@ -151,7 +153,7 @@ def serving_plan(
     mask: Mask = PrefixLM(),  # noqa: B008 (an immutable value)
     build: str | None = None,
 ) -> ServingPlan:
-    """Allocate a plan for an engine. Call `attention` with it once before a CUDA graph is captured, to compile.
+    """Allocate a plan for an engine. Call `attention` with it once before the first `update`, to compile its kernel.
 
     Args:
         like: the `(q, k_cache, v_cache)` that the plan is for: packed queries of any length, and caches
@@ -177,6 +179,9 @@ class _State(abc.ABC):
 
     @abc.abstractmethod
     def prepared(self) -> Prepared: ...
+
+    @abc.abstractmethod
+    def describe(self) -> list[tuple[str, str]]: ...
 
 
 def _state(mask: Mask, spec: CallSpec, limits: Limits, build: Build | None) -> _State:
@@ -253,6 +258,9 @@ class _InPlace(_State):
         spans = ranges.to_tensor(self._mask, batch.ranges, batch.size, self._device)
         return spans, causal_outside and spans is None
 
+    def describe(self) -> list[tuple[str, str]]:
+        return (self._native or self._causal).describe()
+
     def prepared(self) -> Prepared:
         # A graph outlives this batch: it has to capture the kernel that is right for every batch.
         if self._native is None or (self._text_only and not torch.cuda.is_current_stream_capturing()):
@@ -280,8 +288,13 @@ class _Rebuilt(_State):
     def take(self, batch: Batch) -> None:
         if batch.rows is None:
             raise InputError("total_q", "the number of query tokens, which this backend has to know", None)
+        known = _last(batch.cu_seqlens_q)
+        if known is not None and known != batch.rows:
+            raise InputError("total_q", f"{known}, cu_seqlens_q[-1]: this backend takes no rows past it", batch.rows)
+        # The cache may have any number of pages: `like` was there for the shape of one.
+        spec = dataclasses.replace(self._spec, shape_q=(batch.rows,), shape_k=(END_OF_KEYS, *self._spec.shape_k[1:]))
         self._plan = plan.plan_for(
-            dataclasses.replace(self._spec, shape_q=(batch.rows,)),
+            spec,
             batch.ranges,
             cu_seqlens_q=batch.cu_seqlens_q,
             seqused_k=batch.seqused_k,
@@ -290,6 +303,9 @@ class _Rebuilt(_State):
             build=self._build,
         )
         self.choice = self._plan.choice
+
+    def describe(self) -> list[tuple[str, str]]:
+        return [] if self._plan is None else self._plan.prepared.describe()
 
     def prepared(self) -> Prepared:
         if self._plan is None:

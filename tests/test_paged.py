@@ -12,6 +12,7 @@ import torch
 from cases import UGLY, Batch, Pages, prepare, random_batch, random_mask
 
 import fa4_prefixlm as fp
+from fa4_prefixlm import lengths, ranges
 from fa4_prefixlm.accuracy import exact_attention
 from fa4_prefixlm.backends import gathered
 from fa4_prefixlm.backends.base import Work
@@ -123,6 +124,35 @@ def test_bad_shapes() -> None:
         fp.attention(q[None], pages.k, pages.v, **where(batch, pages))
 
 
+def test_gradients_reach_the_pages() -> None:
+    batch = Batch(((20, 30),), (((12, 25),),))
+    q, k, v, pages = paged(batch)
+    inputs = [tensor.nan_to_num(0.0).requires_grad_() for tensor in (q, pages.k, pages.v)]
+    fp.attention(*inputs, batch.spans, **where(batch, pages)).sum().backward()
+    flat = [tensor.requires_grad_() for tensor in (q.detach().clone(), k, v)]
+    fp.attention(*flat, batch.spans, cu_seqlens_q=batch.cu_q, cu_seqlens_k=batch.cu_k).sum().backward()
+    torch.testing.assert_close(inputs[0].grad, flat[0].grad)
+    for paged_grad, grad in ((inputs[1].grad, k.grad), (inputs[2].grad, v.grad)):
+        own = paged_grad[pages.table[0, :2].long()].flatten(0, 1)[:30]
+        torch.testing.assert_close(own, grad)
+        torch.testing.assert_close(paged_grad.sum(), grad.sum())
+
+
+def test_spans_ahead_of_keys_that_only_the_device_knows() -> None:
+    """As on a GPU: lengths and spans unknown to the host, and a span to come that is longer than all keys so far."""
+    sizes = lengths.paged(
+        [0, 100], [100], total_q=100, capacity=128, max_seqlen_q=None, max_seqlen_k=None, device=torch.device("cpu")
+    )
+    ahead, cut = (torch.tensor([[span]], dtype=torch.int32) for span in ((100, 356), (90, 128)))
+    ranges._assert_on_device(ahead, sizes, sizes.max_seqlen_k)
+    with pytest.raises(RuntimeError, match="past its keys"):
+        ranges._assert_on_device(cut, sizes, sizes.max_seqlen_k)
+    unknown = dataclasses.replace(sizes, seqlens_q=None, seqlens_k=None, max_seqlen_k=128)
+    assert ranges.parse(fp.PrefixLM(), [[(100, 356)]], unknown)["image"].host == (((100, 356),),)
+    many = dataclasses.replace(unknown, total_k=2**40)
+    lengths._assert_on_device(many)
+
+
 def test_a_page_table_on_the_host_is_copied() -> None:
     batch = Batch(((60, 60),), ((),))
     q, _, _, pages = paged(batch)
@@ -169,12 +199,23 @@ class TestServing:
         with pytest.raises(fp.InputError, match=message):
             self.plan(q, pages).update(**{**where(batch, pages), **change})
 
+    def test_the_cache_may_have_more_pages_than_like(self) -> None:
+        batch = Batch(((60, 60),), (((3, 50),),))
+        q, _, _, pages = paged(batch)
+        serving = fp.serving_plan(like=(q, pages.k[:1], pages.v[:1]), max_tokens=99, max_sequences=2, max_pages=200)
+        assert "not " in str(serving)  # before a batch, too
+        serving.update(batch.spans, **where(batch, pages))
+        once = fp.attention(q, pages.k, pages.v, batch.spans, **where(batch, pages))
+        assert torch.equal(fp.attention(q, pages.k, pages.v, serving), once)
+
     def test_bad_calls(self) -> None:
         batch = Batch(((60, 60),), ((),))
         q, _, _, pages = paged(batch)
         serving = self.plan(q, pages)
         with pytest.raises(fp.InputError, match="a batch, by plan.update"):
-            fp.attention(q[:0], pages.k, pages.v, serving)
+            fp.attention(q, pages.k, pages.v, serving)
+        with pytest.raises(fp.InputError, match="takes no rows past it"):
+            serving.update(**where(batch, pages), total_q=61)
         serving.update(**where(batch, pages))
         for bad in (q[:59], q.float(), q[:, :2]):
             with pytest.raises(fp.InputError):

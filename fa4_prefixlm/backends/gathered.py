@@ -30,11 +30,13 @@ class Gathered(Prepared):
     def run(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, out: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        from ..kernels.page_gather import gather_pages  # which imports Triton
+        from ..kernels.page_gather import gather_pages, gather_pages_torch  # which import Triton
 
         keys, values = self._room(k), self._room(v)
+        needs_grad = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
+        gather = gather_pages_torch if needs_grad else gather_pages  # autograd does not see what Triton copies
         if not isinstance(q, FakeTensor):  # cross-compiling
-            gather_pages(k, v, self.pages.table, self.first_key, self.lengths.cu_seqlens_k, keys, values)
+            gather(k, v, self.pages.table, self.first_key, self.lengths.cu_seqlens_k, keys, values)
         return self.inner.run(q, keys, values, options, out)
 
     def describe(self) -> list[tuple[str, str]]:

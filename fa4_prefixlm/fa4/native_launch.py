@@ -57,7 +57,7 @@ def native_forward(
     """Write attention within `bounds` `(rows, 2)` to `out` and `lse`. `tiles` `(slots, 4)` is cut with `kernel`."""
     parts = _parts(build)
     q, k, v = parts.contiguous(q.detach()), parts.contiguous(k.detach()), parts.contiguous(v.detach())
-    sink = None if learnable_sink is None else learnable_sink.detach()
+    sink = None if learnable_sink is None else parts.contiguous(learnable_sink.detach(), align_bytes=4)
     page_size = None if keys.page_table is None else k.shape[1]
     key = (
         kernel,
@@ -90,7 +90,7 @@ def native_forward(
                 expected = "one call of attention() before the capture, to compile the kernel"
                 raise UnsupportedError("q, k, v", expected, f"a first call, {kernel}")
             run = parts.compiled[key] = _load_or_compile(parts, key, kernel, softcap, tensors, bounds, tiles)
-        if not parts.is_fake():
+        if not parts.is_fake() and q.shape[0] > 0:
             run(*parts.arguments(tensors, (bounds, tiles, *parts.no_lists)))
 
 
