@@ -142,10 +142,19 @@ def attention(
         for name, value in parts.items():
             if value is not None:
                 raise InputError(name, op.SUPERFLUOUS, value)
+        spec = described(q, k, v, ready)
     else:
         ready = plan(ranges, like=(q, k, v), **{name: value for name, value in parts.items() if value is not None})
-    result, lse = attend(q, k, v, ready, softmax_scale, softcap, learnable_sink, out)
+        spec = ready.call
+    result, lse = attend(q, k, v, ready, spec, softmax_scale, softcap, learnable_sink, out)
     return (result, lse) if return_lse else result
+
+
+def described(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ready: Plan | ServingPlan) -> calls.CallSpec:
+    """What the tensors are, checked against the plan."""
+    spec = calls.describe(q, k, v, paged=ready.call.page_size is not None)
+    ready.check(spec)
+    return spec
 
 
 def attend(
@@ -153,14 +162,13 @@ def attend(
     k: torch.Tensor,
     v: torch.Tensor,
     ready: Plan | ServingPlan,
+    spec: calls.CallSpec,
     softmax_scale: float | None,
     softcap: float,
     learnable_sink: torch.Tensor | None,
     out: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Check the call against its plan and run it: `(out, lse)`."""
-    spec = calls.describe(q, k, v, paged=ready.call.page_size is not None)
-    ready.check(spec)
+    """Check the options and run the plan: `(out, lse)`. spec: the tensors, that the plan is for."""
     calls.check_sink(learnable_sink, spec)
     calls.check_out(out, spec)
     _check_gradients(spec, learnable_sink, ready)

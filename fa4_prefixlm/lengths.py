@@ -220,18 +220,9 @@ def _assert_on_device(lengths: Lengths) -> None:
 
 def _host_values(name: str, values: CuSeqlens, total: int, device: torch.device) -> list[int] | None:
     """Check one cu_seqlens; its values if they are on the host (or debug mode reads them), else None."""
-    if isinstance(values, torch.Tensor):
-        if values.dtype != torch.int32:
-            raise InputError(name, "dtype torch.int32", values.dtype)
-        if values.ndim != 1 or values.shape[0] < 1:
-            raise InputError(name, "shape (batch + 1,)", tuple(values.shape))
-        if values.device.type != "cpu" and values.device != device:
-            raise InputError(name, f"a tensor on the CPU or on q's device {device}", values.device)
-        if values.device.type != "cpu" and not debugging.enabled():
-            return None
-        host = values.tolist()
-    else:
-        host = _integers(name, values)
+    host = _if_known(name, values, device, least=1)
+    if host is None:
+        return None
     if host[0] != 0:
         raise InputError(f"{name}[0]", "0", host[0])
     for index in range(1, len(host)):
@@ -245,22 +236,28 @@ def _host_values(name: str, values: CuSeqlens, total: int, device: torch.device)
 def _host_seqused(values: CuSeqlens, capacity: int, device: torch.device) -> tuple[int, ...] | None:
     """Check `seqused_k`; its values if they are on the host (or debug mode reads them), else None."""
     name = "seqused_k"
-    if isinstance(values, torch.Tensor):
-        if values.dtype != torch.int32:
-            raise InputError(name, "dtype torch.int32", values.dtype)
-        if values.ndim != 1:
-            raise InputError(name, "shape (batch,)", tuple(values.shape))
-        if values.device.type != "cpu" and values.device != device:
-            raise InputError(name, f"a tensor on the CPU or on q's device {device}", values.device)
-        if values.device.type != "cpu" and not debugging.enabled():
-            return None
-        host = values.tolist()
-    else:
-        host = _integers(name, values) if len(values) else []
+    host = _if_known(name, values, device, least=0)
+    if host is None:
+        return None
     for index, keys in enumerate(host):
         if not 0 <= keys <= capacity:
             raise InputError(f"{name}[{index}]", f"0 to {capacity} keys, which the page_table has room for", keys)
     return tuple(host)
+
+
+def _if_known(name: str, values: CuSeqlens, device: torch.device, *, least: int) -> list[int] | None:
+    """Check a 1-D int32 argument of `batch + least` entries; its values if the host knows them (or debug mode reads
+    them), else None.
+    """
+    if not isinstance(values, torch.Tensor):
+        return _integers(name, values) if len(values) or least else []
+    if values.dtype != torch.int32:
+        raise InputError(name, "dtype torch.int32", values.dtype)
+    if values.ndim != 1 or values.shape[0] < least:
+        raise InputError(name, "shape (batch + 1,)" if least else "shape (batch,)", tuple(values.shape))
+    if values.device.type != "cpu" and values.device != device:
+        raise InputError(name, f"a tensor on the CPU or on q's device {device}", values.device)
+    return values.tolist() if values.device.type == "cpu" or debugging.enabled() else None
 
 
 def _integers(name: str, values: object) -> list[int]:

@@ -108,9 +108,10 @@ def _attention(
     learnable_sink: torch.Tensor | None,
     out: torch.Tensor | None = None,
 ) -> Pair:
-    from .attention import attend  # which imports this module
+    from .attention import attend, described  # which imports this module
 
-    return attend(q, k, v, _plan(handle), softmax_scale, softcap, learnable_sink, out)
+    plan = _plan(handle)
+    return attend(q, k, v, plan, described(q, k, v, plan), softmax_scale, softcap, learnable_sink, out)
 
 
 def _attention_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: object) -> Pair:
