@@ -7,7 +7,7 @@ that also run on fake CUDA tensors where torch has no CUDA, so that kernels cros
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,8 +17,9 @@ from .algebra import emptied, same_span
 from .errors import InputError
 from .lengths import Lengths
 from .mask import EMPTY_HI, EMPTY_LO, END_OF_KEYS, Intervals, Mask, Reach
-from .plain import Plain, plain
+from .plain import Plain, outside, plain
 from .ranges import Spans, SpanSets
+from .span_form import span_form
 
 # Intervals per row that the mask_mods are made for. A mask that may need more runs on the reference.
 MOST_INTERVALS = 4
@@ -95,6 +96,7 @@ class Demand:
 
     intervals: per row, at most. tagged: with a block of tags beside them. chained: every row sees one interval around
     its own position, so that neighbouring rows see intervals that touch. custom: the mask brings its own kernel code.
+    within: every row sees at least what this plain mask shows it, and past that one interval around it.
     plain: the mask is plainly causal or windowed for all rows of the batch.
     """
 
@@ -103,20 +105,29 @@ class Demand:
     chained: bool
     reach: Reach
     custom: bool = False
+    within: Plain | None = None
     plain: Plain | None = None
 
 
 def demand(mask: Mask, spans: SpanSets, lengths: Lengths) -> Demand:
-    base, tags = _as_run(mask, spans)
+    longest = {name: own.longest for name, own in spans.items()}
+    asked = demand_of_any(mask, longest, _most(spans))
+    return dataclasses.replace(asked, plain=plain(mask, spans, lengths))
+
+
+def demand_of_any(mask: Mask, longest: Mapping[str, int], most: Mapping[str, int]) -> Demand:
+    """What the mask asks for with any spans: at most `most[name]` in a sequence, of at most `longest[name]` tokens."""
+    base, tags = _as_run(mask, most)
     chained = base.centered and base.total and tags is None
-    reach = base.reach({name: own.longest for name, own in spans.items()}) if chained else Reach(None, None)
+    form = span_form(mask)
     return Demand(
-        intervals=base.count(_most(spans)),
+        intervals=base.count(most),
         tagged=tags is not None,
         chained=chained,
-        reach=reach,
+        reach=base.reach(longest) if chained else Reach(None, None),
         custom=mask.custom_kernel is not None,
-        plain=plain(mask, spans, lengths),
+        within=outside(form) if form is not None and form.is_causal_outside else None,
+        plain=outside(form) if form is not None and form.is_causal_outside and form.inside == form.outside else None,
     )
 
 
@@ -156,7 +167,7 @@ def row_bounds(mask: Mask, spans: SpanSets, lengths: Lengths, where: Tokens, mos
     most: intervals that a row is known to see at most. Those past it must be empty, and are dropped.
     """
     rows = TokenRows(where, spans)
-    base, tags = _as_run(mask, spans)
+    base, tags = _as_run(mask, _most(spans))
     lo, hi = base.intervals(rows)
     if lo.shape != hi.shape or lo.ndim != 2 or lo.shape[0] != len(where.position):
         shapes = f"{tuple(lo.shape)} and {tuple(hi.shape)}"
@@ -253,12 +264,13 @@ def _most(spans: SpanSets) -> dict[str, int]:
     return {name: own.values.shape[1] for name, own in spans.items()}
 
 
-def _as_run(mask: Mask, spans: SpanSets) -> tuple[Mask, str | None]:
-    """The cheapest form of the mask for these spans: (what runs by intervals, the span set that runs by tags).
+def _as_run(mask: Mask, most: Mapping[str, int]) -> tuple[Mask, str | None]:
+    """The cheapest form of the mask: (what runs by intervals, the span set that runs by tags).
 
+    most: spans of a sequence, by name.
     A block of at most one span is that span. A block of more spans than intervals fit runs by tags.
     """
-    name, most = mask.block_name(), _most(spans)
+    name = mask.block_name()
     if name is None:
         return mask, None
     if most[name] <= 1:

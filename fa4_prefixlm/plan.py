@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import NamedTuple
 
 import torch
 
-from . import backends, call, intervals, lengths, op, paging
+from . import advice, backends, call, intervals, lengths, op, paging
 from .backends import Choice, Prepared, Work
 from .backends.reference import dense_mask
 from .call import QKV, CallSpec
@@ -123,7 +122,7 @@ def plan(
         max_range: upper bound of a span's length in tokens, or one per name; it spares memory when `ranges` is on the
             device.
         mask: what the spans mean: `PrefixLM`, one of `fa4_prefixlm.masks`, or your own.
-        backend: "auto", "causal", "native", "varlen", "packed" or "reference".
+        backend: "auto", "causal", "native", "varlen", "packed", "two_pass" or "reference".
         build: the FA4 to run on, the package it is imported as. Default: "flash_attn.cute", or vLLM's
             "vllm.vllm_flash_attn.cute" where that is the only one.
 
@@ -173,9 +172,7 @@ def plan_for(
     _refuse_empty(mask, spans, sizes)
     demand = intervals.measured(mask, spans, sizes, intervals.demand(mask, spans, sizes))
     choice = backends.choose(backend, spec, demand, sizes, build)
-    if choice.passed_over and choice.name == "reference" and spec.device.type == "cuda":
-        why = choice.passed_over[-1][1]
-        warnings.warn(f"fa4_prefixlm takes the dense reference, slow on long sequences: {why}", stacklevel=3)
+    advice.tell(choice, spec, demand, sizes, build)
     where = intervals.tokens(sizes)
     bounds = intervals.row_bounds(mask, spans, sizes, where, demand.intervals if not demand.custom else None)
     pages = None

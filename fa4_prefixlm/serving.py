@@ -11,11 +11,12 @@ from . import backends, call, debugging, lengths, op, paging, plan, ranges
 from .backends import Choice, Prepared
 from .backends.causal import CausalCall
 from .backends.native import NativeCall, native_kernel
+from .backends.two_pass import TwoPasses
 from .call import QKV, CallSpec
 from .errors import InputError, UnsupportedError
 from .fa4.build import Build
 from .fa4.launch import PADDING, Keys
-from .intervals import Demand
+from .intervals import Demand, demand_of_any
 from .lengths import CuSeqlens, Lengths, to_device
 from .mask import END_OF_KEYS, Mask
 from .masks import PrefixLM
@@ -185,31 +186,27 @@ class _State(abc.ABC):
 
 
 def _state(mask: Mask, spec: CallSpec, limits: Limits, build: Build | None) -> _State:
-    demand = Demand(
-        intervals=mask.count(dict.fromkeys(mask.names, 2)),
-        tagged=False,
-        chained=mask.centered and mask.total,
-        reach=mask.reach(dict.fromkeys(mask.names, limits.keys)),
-        custom=mask.custom_kernel is not None,
-    )
+    demand = demand_of_any(mask, dict.fromkeys(mask.names, limits.keys), dict.fromkeys(mask.names, 2))
     form = span_form(mask)
-    if form is not None and form.is_causal_outside and form.inside == form.outside:
-        demand = dataclasses.replace(demand, plain=outside(form))  # for every batch
-    for name in ("causal", "native"):
-        if form is not None and build is not None and backends.BACKENDS[name].refusal(spec, demand, build) is None:
-            return _InPlace(name, mask, form, spec, demand, limits, build)
+    passed_over: dict[str, str] = {}
+    if form is not None and build is not None:
+        for name in ("causal", "native", "two_pass"):
+            refusal = backends.BACKENDS[name].refusal(spec, demand, build)
+            if refusal is None:
+                return _InPlace(Choice.after(passed_over, name), mask, form, spec, demand, limits, build)
+            passed_over[name] = refusal
     return _Rebuilt(mask, spec, demand, limits, build)
 
 
 class _InPlace(_State):
-    """Kernels over buffers that stay where they are: native, or FA4's causal one for a mask that is always plain."""
+    """Kernels over buffers that stay where they are: native, two-pass, or FA4's causal one for an always plain mask."""
 
     def __init__(
-        self, name: str, mask: Mask, form: SpanForm, spec: CallSpec, demand: Demand, limits: Limits, build: Build
+        self, choice: Choice, mask: Mask, form: SpanForm, spec: CallSpec, demand: Demand, limits: Limits, build: Build
     ) -> None:
         from .kernels.row_update import RowBuffers
 
-        self.choice = Choice(name, "the first choice")
+        self.choice, name = choice, choice.name
         self._mask, self._form, self._limits, self._device = mask, form, limits, spec.device
         kernel = native_kernel(mask, spec, demand, limits.tokens) if name == "native" else None
         tile = (kernel.tokens, kernel.tile.n) if kernel is not None else (128, 128)
@@ -218,10 +215,12 @@ class _InPlace(_State):
         )
         cu_seqlens_q = self._rows.cu_seqlens_q
         keys = Keys(limits.keys, seqused_k=self._rows.seqused_k, page_table=self._rows.page_table)
-        self._native = None
-        if kernel is not None:
-            self._native = NativeCall(build, kernel, self._rows.bounds, self._rows.tiles, cu_seqlens_q, keys)
         self._causal = CausalCall(build, cu_seqlens_q, limits.tokens, keys, outside(form).window)
+        self._for_any_batch: Prepared = self._causal
+        if kernel is not None:
+            self._for_any_batch = NativeCall(build, kernel, self._rows.bounds, self._rows.tiles, cu_seqlens_q, keys)
+        elif name == "two_pass":
+            self._for_any_batch = TwoPasses(self._causal, self._rows.bounds)
         self._text_only = False
 
     def take(self, batch: Batch) -> None:
@@ -259,13 +258,12 @@ class _InPlace(_State):
         return spans, causal_outside and spans is None
 
     def describe(self) -> list[tuple[str, str]]:
-        return (self._native or self._causal).describe()
+        return self._for_any_batch.describe()
 
     def prepared(self) -> Prepared:
         # A graph outlives this batch: it has to capture the kernel that is right for every batch.
-        if self._native is None or (self._text_only and not torch.cuda.is_current_stream_capturing()):
-            return self._causal
-        return self._native
+        alone = self._text_only and not torch.cuda.is_current_stream_capturing()
+        return self._causal if alone else self._for_any_batch
 
 
 class _Rebuilt(_State):

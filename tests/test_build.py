@@ -13,7 +13,7 @@ from fa4_prefixlm import backends, lengths
 from fa4_prefixlm.backends import fa4_common
 from fa4_prefixlm.call import CallSpec
 from fa4_prefixlm.fa4 import build as builds
-from fa4_prefixlm.fa4.tiles import forward_tile, unsupported_head_dim
+from fa4_prefixlm.fa4.tiles import HeadDims, forward_tile
 from fa4_prefixlm.intervals import Demand
 from fa4_prefixlm.mask import Reach
 from fa4_prefixlm.plain import Plain
@@ -30,22 +30,32 @@ GPU_CALL = CallSpec(
     device=torch.device("cuda", 0),
     needs_grad=False,
 )
-DEMAND = Demand(intervals=1, tagged=False, chained=True, reach=Reach(1023, 256))
-GOOD = builds.Build(
-    module="flash_attn.cute",
-    name="flash-attn-4 9.9",
-    missing=frozenset(),
-    varlen_mask=True,
-    varlen_lists=True,
-    sm90_list_stride="tile",
-    native_refusal=None,
-    sm90_head_dim_512=False,
-)
+DEMAND = Demand(intervals=1, tagged=False, chained=True, reach=Reach(1023, 256), within=Plain(1024))
+GOOD = dataclasses.replace(builds.BEST, name="flash-attn-4 9.9")
 NO_NATIVE = dataclasses.replace(GOOD, native_refusal="its internals are not known")
 
 INTERFACE = """
+import torch
+from functools import lru_cache
+
+
 def _flash_attn_fwd({arguments}):
     pass
+
+
+def _flash_attn_bwd(q, mask_mod):
+    raise NotImplementedError("Varlen backward with block sparsity is not yet supported")
+
+
+@lru_cache
+def _validate_head_dims(head_dim: int, head_dim_v: int, compute_capability: int, alignment: int) -> None:
+    assert head_dim <= {sm90} if compute_capability == 9 else head_dim <= 128 or (head_dim, head_dim_v) == (192, 128)
+
+
+def _resolve_causal_local_window(causal, window_size_left, window_size_right, mask_mod=None):
+    if mask_mod is not None and not {kept}:
+        return False, False, window_size_left, window_size_right
+    return causal, False, window_size_left, window_size_right
 """
 SPARSITY = """
 class BlockSparseTensorsTorch(NamedTuple):
@@ -56,9 +66,19 @@ class BlockSparseTensorsTorch(NamedTuple):
 """
 
 
-def write_build(folder: pathlib.Path, *, arguments: str | None = None, extra: str = "", sm90: str = "") -> builds.Build:
-    listed = ", ".join(sorted(builds.LAUNCH_ARGUMENTS)) if arguments is None else arguments
-    (folder / "interface.py").write_text(INTERFACE.format(arguments=listed) + extra)
+EVERYTHING = ", ".join(sorted(GOOD.arguments))
+
+
+def write_build(
+    folder: pathlib.Path,
+    *,
+    arguments: str = EVERYTHING,
+    extra: str = "",
+    sm90: str = "",
+    kept: bool = False,
+    widest: int = 256,
+) -> builds.Build:
+    (folder / "interface.py").write_text(INTERFACE.format(arguments=arguments, kept=kept, sm90=widest) + extra)
     (folder / "block_sparsity.py").write_text(SPARSITY)
     (folder / "flash_fwd_sm90.py").write_text(sm90)
     return builds.describe(folder, GOOD.module, GOOD.name)
@@ -67,7 +87,12 @@ def write_build(folder: pathlib.Path, *, arguments: str | None = None, extra: st
 def test_a_build_is_read_from_its_source(tmp_path: pathlib.Path) -> None:
     sm90 = "SeqlenInfoCls = partial(SeqlenInfoQK.create, seqlen_q_static=1, tile_m=self.tile_m, tile_n=self.tile_n)"
     lacking = "flash-attn-4 9.9 lacks parts of the SM90 kernel that the native lane builds on"
-    assert write_build(tmp_path, sm90=sm90) == dataclasses.replace(GOOD, native_refusal=lacking)
+    assert write_build(tmp_path, sm90=sm90) == dataclasses.replace(
+        GOOD,
+        native_refusal=lacking,
+        backward_arguments=frozenset({"q", "mask_mod"}),
+        head_dims=HeadDims(sm100_pairs=frozenset({(192, 128)})),
+    )
 
 
 @pytest.mark.parametrize(
@@ -86,14 +111,55 @@ def test_the_list_stride(tmp_path: pathlib.Path, sm90: str, stride: str) -> None
 def test_an_old_build_refuses_a_varlen_mask(tmp_path: pathlib.Path) -> None:
     refusal = 'raise NotImplementedError("mask_mod with aux_tensors is not yet supported for varlen sequences")'
     assert not write_build(tmp_path, extra=refusal).varlen_mask
-    assert write_build(tmp_path, arguments="q, k").missing == builds.LAUNCH_ARGUMENTS - {"q", "k"}
+    old = write_build(tmp_path, arguments="q, k")
+    assert old.lacks(frozenset({"q", "k"})) is None
+    assert old.lacks(frozenset({"q", "v", "out"})) == "the forward of flash-attn-4 9.9 has no argument out, v"
+
+
+def test_what_causal_does_beside_a_mask_mod_is_found_by_running_the_builds_own_rule(tmp_path: pathlib.Path) -> None:
+    assert write_build(tmp_path).causal_with_mask == "ignored"
+    kept = write_build(tmp_path, kept=True)
+    assert kept.causal_with_mask == "kept"
+    assert [defect.name for defect in kept.defects] == ["causal-over-mask-mod", "paged-block-lists"]
+    assert write_build(tmp_path, extra="\ndef _resolve_causal_local_window(): pass").causal_with_mask == "ignored"
+    (tmp_path / "interface.py").write_text("def _flash_attn_fwd(q): pass")
+    unknown = builds.describe(tmp_path, GOOD.module, GOOD.name)
+    assert (unknown.causal_with_mask, unknown.head_dims, unknown.backward_arguments) == (
+        "unknown",
+        HeadDims(),
+        frozenset(),
+    )
+
+
+def test_head_dims_are_found_by_running_the_builds_own_rule(tmp_path: pathlib.Path) -> None:
+    wide = write_build(tmp_path, widest=512)
+    assert wide.head_dims.refusal(90, 512, 512) is None
+    assert wide.masked_head_dims_refusal(90, 512, 512) == "SM90 takes head dims up to 256"
+    assert wide.head_dims.refusal(90, 320, 320) == "SM90 takes head dims up to 256, (512, 512)"
+    narrow = write_build(tmp_path, widest=128)
+    assert narrow.masked_head_dims_refusal(90, 256, 256) == "SM90 takes head dims up to 128"
+    (tmp_path / "sm100_hd256_2cta_fmha_forward.py").touch()
+    assert not write_build(tmp_path).head_dims.sm100_masked_256
+
+
+def test_old_limits_are_found_by_what_the_build_says(tmp_path: pathlib.Path) -> None:
+    says = """
+    assert learnable_sink.dtype == torch.bfloat16, "learnable_sink must be bfloat16"
+    assert page_table is None, "paged KV not supported on SM 9.0"
+"""
+    old = write_build(tmp_path, extra=f"\ndef rest(learnable_sink, page_table):{says}")
+    assert old.sink_dtypes == (torch.bfloat16,)
+    assert not old.sm90_pages
+    assert "sink-bfloat16-only" in [defect.name for defect in old.defects]
 
 
 def test_the_installed_build_is_one_we_know() -> None:
     pytest.importorskip("flash_attn")
     build = builds.installed()
     assert build is not None
-    assert build.missing == frozenset()
+    assert build.lacks(builds.MASKED_ARGUMENTS | builds.PAGED_ARGUMENTS) is None
+    assert build.causal_with_mask == "ignored"
+    assert build.head_dims.refusal(90, 256, 256) is None
     assert build.varlen_mask
     assert build.varlen_lists
     if build.name == "flash-attn-4 4.0.0b36":
@@ -133,11 +199,8 @@ def test_auto_takes_the_first_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"varlen_lists": False}, "packed", "has no varlen block sparsity"),
         ({"sm90_list_stride": "unknown"}, "packed", "could not be told from its source"),
         ({"sm90_list_stride": "128"}, "varlen", None),
-        (
-            {"missing": frozenset({"tile_mn"})},
-            "reference",
-            "is unknown: its forward has no argument tile_mn",
-        ),
+        ({"arguments": builds.CAUSAL_ARGUMENTS}, "two_pass", "has no argument aux_tensors, block_sparse_tensors"),
+        ({"arguments": frozenset({"q"})}, "reference", "has no argument aux_tensors"),
     ],
 )
 def test_what_a_build_cannot_do_is_passed_over(
@@ -162,7 +225,7 @@ def test_what_fa4_cannot_run_goes_to_the_reference(monkeypatch: pytest.MonkeyPat
     call = dataclasses.replace(GPU_CALL, **change)
     choice = choose(monkeypatch, GOOD, call)
     assert choice.name == "reference"
-    assert [name for name, _ in choice.passed_over] == ["causal", "native", "varlen", "packed"]
+    assert [name for name, _ in choice.passed_over] == ["causal", "native", "varlen", "packed", "two_pass"]
     assert all(why in reason for name, reason in choice.passed_over if name != "causal")
     with pytest.raises(fp.UnsupportedError, match=why):
         choose(monkeypatch, GOOD, call, name="packed")
@@ -203,7 +266,7 @@ def test_the_defect_is_harmless_only_with_tile_128_or_the_cure() -> None:
     ],
 )
 def test_head_dims(arch: int, dims: tuple[int, int], fine: bool) -> None:
-    assert (unsupported_head_dim(arch, *dims) is None) == fine
+    assert (HeadDims().refusal(arch, *dims) is None) == fine
 
 
 def test_sm100_blocks_cover_both_stages() -> None:
@@ -220,16 +283,17 @@ def test_pack_gqa_is_said_not_left_to_fa4() -> None:
     ("change", "name", "why"),
     [
         ({"chained": False}, "native", None),
-        ({"intervals": 4, "chained": False}, "varlen", None),
-        ({"intervals": 5, "chained": False}, "reference", "a row may see 5 intervals of keys, the kernels take 4"),
-        ({"tagged": True, "chained": False}, "varlen", None),
-        ({"custom": True, "chained": False, "intervals": 9}, "varlen", None),
+        ({"intervals": 4}, "varlen", None),
+        ({"intervals": 5}, "reference", "a row may see 5 intervals of keys, the kernels take 4"),
+        ({"tagged": True}, "varlen", None),
+        ({"custom": True, "intervals": 9}, "varlen", None),
     ],
 )
 def test_what_a_mask_asks_for(monkeypatch: pytest.MonkeyPatch, change: dict, name: str, why: str | None) -> None:
-    choice = choose(monkeypatch, GOOD, demand=dataclasses.replace(DEMAND, **change))
+    demand = dataclasses.replace(DEMAND, **{"chained": False, "within": None, **change})
+    choice = choose(monkeypatch, GOOD, demand=demand)
     assert choice.name == name
-    assert why is None or choice.passed_over[-1][1] == why
+    assert why is None or dict(choice.passed_over)["packed"] == why
     if "tagged" in change or "custom" in change:
         with pytest.raises(fp.UnsupportedError, match="sequence"):
-            choose(monkeypatch, GOOD, name="packed", demand=dataclasses.replace(DEMAND, **change))
+            choose(monkeypatch, GOOD, name="packed", demand=demand)

@@ -433,33 +433,35 @@ def on_hopper_with(build: builds.Build | None, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(builds, "installed", lambda module=None: build)
 
 
-def test_spans_at_head_dim_512_are_refused_where_the_plan_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spans_at_head_dim_512_are_refused_where_the_build_has_no_such_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     upstream = builds.installed(UPSTREAM)
     if upstream is None:
         pytest.skip("flash-attn-4 is not installed")
     shape = Shape(head_dim=512, dtype=torch.bfloat16, device="cuda")
-    for head_dim_512 in (False, True):
-        on_hopper_with(dataclasses.replace(upstream, sm90_head_dim_512=head_dim_512), monkeypatch)
-        with FakeTensorMode():
-            with pytest.raises(fp.UnsupportedError, match=r"layers\['first'\].*FlashAttention-4 runs here.*256"):
-                shape.plans({"first": layer_mask(64, clamp=True)})
-            shape.plans({"first": layer_mask(64, clamp=True)}, head_dim=256)
+    on_hopper_with(upstream, monkeypatch)
+    with FakeTensorMode():
+        with pytest.raises(fp.UnsupportedError, match=r"layers\['first'\].*FlashAttention-4 runs here.*256"):
+            shape.plans({"first": layer_mask(64, clamp=True)})
+        shape.plans({"first": layer_mask(64, clamp=True)}, head_dim=256)
 
 
-def test_causal_layers_at_head_dim_512_run_on_a_build_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_head_dim_512_runs_on_a_build_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     upstream = builds.installed(UPSTREAM)
     if upstream is None:
         pytest.skip("flash-attn-4 is not installed")
     shape = Shape(head_dim=512, dtype=torch.bfloat16, device="cuda")
-    on_hopper_with(dataclasses.replace(upstream, sm90_head_dim_512=True), monkeypatch)
+    wide = dataclasses.replace(upstream.head_dims, sm90_pairs=frozenset({(512, 512)}))
+    on_hopper_with(dataclasses.replace(upstream, head_dims=wide), monkeypatch)
     with FakeTensorMode():
         plans = shape.plans({"global": layer_mask(None, clamp=True, prefix_lm=False)})
-    own = plans.plans[causal]
+        spans = shape.plans({"global": layer_mask(None, clamp=True)})
+    own, (with_spans,) = plans.plans[causal], spans.plans.values()
     assert (own.choice.name, own.in_place) == ("causal", True)
+    assert (with_spans.choice.name, with_spans.in_place) == ("two_pass", True)
 
 
 # On a GPU.
@@ -591,18 +593,21 @@ def test_on_a_gpu_both_builds_agree() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("heads", [(8, 4), (8, 1)], ids=str)
 @pytest.mark.parametrize("block_size", [16, 64])
+@pytest.mark.parametrize(("prefix_lm", "backend"), [(False, "causal"), (True, "two_pass")])
 @pytest.mark.parametrize("build", builds.MODULES)
-def test_on_a_gpu_causal_layers_of_head_dim_512(build: str, block_size: int, heads: tuple[int, int]) -> None:
-    if not need(build).sm90_head_dim_512:
+def test_on_a_gpu_layers_of_head_dim_512(
+    build: str, prefix_lm: bool, backend: str, block_size: int, heads: tuple[int, int]
+) -> None:
+    if need(build).head_dims.refusal(90, 512, 512) is not None:
         pytest.skip(f"{build} has no head dim 512")
-    model, rng = Model(None, 1024, clamp=True, prefix_lm=False), random.Random(block_size)
+    model, rng = Model(None, 1024, clamp=True, prefix_lm=prefix_lm), random.Random(block_size)
     shape = dataclasses.replace(GPU, head_dim=512, heads=heads, block_size=block_size)
     plans = shape.plans({"global": model.mask()}, build)
     for _ in range(3):
         step = gpu_step(rng, shape, None)
         plans.update(**step.metadata, mm_ranges=step.mm_ranges(model))
         error = relative_error(run_layer(plans, "global", step), step.exact(model))
-        assert plans.plans[causal].choice.name == "causal"
+        assert [own.choice.name for own in plans.plans.values()] == [backend]
         assert error < 3e-3
 
 

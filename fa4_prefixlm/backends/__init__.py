@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .. import blocks
@@ -18,13 +19,14 @@ from .gathered import Gathered, contiguous
 from .native import Native
 from .packed import Packed
 from .reference import Reference
+from .two_pass import TwoPass
 from .varlen import Varlen
 
 __all__ = ["BACKENDS", "Backend", "Choice", "Options", "Prepared", "Work", "choose"]
 
 # In order of preference.
 BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (Causal(), Native(), Varlen(), Packed(), Reference())
+    backend.name: backend for backend in (Causal(), Native(), Varlen(), Packed(), TwoPass(), Reference())
 }
 
 # Above this, `auto` compares the varlen block lists with the packed ones, and takes packed where it needs less.
@@ -42,6 +44,12 @@ class Choice:
     reason: str
     passed_over: tuple[tuple[str, str], ...] = ()
     gathered: bool = False
+
+    @classmethod
+    def after(cls, passed_over: Mapping[str, str], name: str, *, gathered: bool = False) -> Choice:
+        """The first that runs the call, after those that do not."""
+        why = f"{', '.join(passed_over)} passed over" if passed_over else "the first choice"
+        return cls(name, why, tuple(passed_over.items()), gathered)
 
     @property
     def backend(self) -> Backend:
@@ -88,8 +96,7 @@ def choose(name: str, call: CallSpec, demand: Demand, lengths: Lengths, build: B
         if reason is None and backend.name == Varlen.name:
             reason = _too_large(as_called, demand, lengths, build)
         if reason is None:
-            why = f"{', '.join(passed_over)} passed over" if passed_over else "the first choice"
-            return Choice(backend.name, why, tuple(passed_over.items()), gathered)
+            return Choice.after(passed_over, backend.name, gathered=gathered)
         passed_over.setdefault(backend.name, reason)
     raise AssertionError("the reference runs every call")
 

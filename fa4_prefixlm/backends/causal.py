@@ -7,12 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from ..call import CallSpec
-from ..fa4 import build as builds
 from ..fa4.build import Build
 from ..fa4.launch import Keys, causal_forward
 from ..intervals import Demand
 from .base import Backend, Options, Prepared, Work
-from .fa4_common import build_refusal, kernel_line, paged_refusal
+from .fa4_common import causal_refusal, kernel_line
 
 
 @dataclass
@@ -56,10 +55,7 @@ class Causal(Backend):
     def refusal(self, call: CallSpec, demand: Demand, build: Build | None) -> str | None:
         if demand.plain is None:
             return "the mask is not plainly causal for the whole batch, as far as the host knows"
-        refusal = build_refusal(call, build) or paged_refusal(call)
-        if refusal is None and build is not None:
-            return build.head_dim_refusal(builds.device_arch(call.device), call.head_dim, call.head_dim_v)
-        return refusal
+        return causal_refusal(call, build)
 
     def prepare(self, work: Work) -> CausalCall:
         assert work.demand.plain is not None

@@ -9,9 +9,9 @@ import torch
 from ..blocks import BlockLists
 from ..call import CallSpec
 from ..fa4 import build as builds
-from ..fa4.build import Build
+from ..fa4.build import CAUSAL_ARGUMENTS, MASKED_ARGUMENTS, PAGED_ARGUMENTS, Build
 from ..fa4.launch import MaskCode, masked_forward
-from ..fa4.tiles import Tile, forward_tile, unsupported_head_dim
+from ..fa4.tiles import Tile, forward_tile
 from ..intervals import MOST_INTERVALS, Demand, in_words
 from ..lengths import Lengths
 from ..tiling import KeyTiles, TileCounts, count_tiles
@@ -23,14 +23,15 @@ DTYPES = (torch.bfloat16, torch.float16)
 PACK_GQA = False
 
 
-def build_refusal(call: CallSpec, build: Build | None) -> str | None:
-    """What stops every FA4 backend, whatever the mask."""
+def build_refusal(call: CallSpec, build: Build | None, arguments: frozenset[str]) -> str | None:
+    """What stops an FA4 backend that calls the build's forward with these arguments, whatever the mask."""
     if call.device.type != "cuda":
         return f"FA4 needs a GPU, the tensors are on {call.device}"
     if build is None:
         return "flash-attn-4 is not installed"
-    if build.missing:
-        return f"{build} is unknown: its forward has no argument {', '.join(sorted(build.missing))}"
+    lacking = build.lacks(arguments)
+    if lacking is not None:
+        return lacking
     if call.dtype not in DTYPES:
         return f"FA4 takes bfloat16 and float16, not {call.dtype}"
     if call.needs_grad:
@@ -42,16 +43,29 @@ def masked_refusal(call: CallSpec, demand: Demand, build: Build | None) -> str |
     """What stops the backends with a mask_mod. First the mask, so that one learns of it without a GPU as well."""
     if demand.intervals > MOST_INTERVALS and not demand.custom:
         return f"a row may see {demand.intervals} intervals of keys, the kernels take {MOST_INTERVALS}"
-    return build_refusal(call, build) or unsupported_head_dim(
-        builds.device_arch(call.device), call.head_dim, call.head_dim_v
-    )
+    refusal = build_refusal(call, build, MASKED_ARGUMENTS)
+    if refusal is not None or build is None:
+        return refusal
+    return build.masked_head_dims_refusal(builds.device_arch(call.device), call.head_dim, call.head_dim_v)
 
 
-def paged_refusal(call: CallSpec) -> str | None:
+def causal_refusal(call: CallSpec, build: Build | None) -> str | None:
+    """What stops the build's own causal call."""
+    refusal = build_refusal(call, build, CAUSAL_ARGUMENTS) or paged_refusal(call, build)
+    if refusal is not None or build is None:
+        return refusal
+    return build.head_dims.refusal(builds.device_arch(call.device), call.head_dim, call.head_dim_v)
+
+
+def paged_refusal(call: CallSpec, build: Build | None) -> str | None:
     """What stops FA4's own reading of pages."""
-    if call.page_size is not None and (call.head_dim % 16 or call.head_dim_v % 16):
+    if call.page_size is None or build is None:
+        return None
+    if call.head_dim % 16 or call.head_dim_v % 16:
         return "FA4 reads pages for head dims that are multiples of 16"
-    return None
+    if builds.device_arch(call.device) // 10 == 9 and not build.sm90_pages:
+        return f"{build} reads no pages on SM90"
+    return build.lacks(PAGED_ARGUMENTS)
 
 
 def outputs(q: torch.Tensor, v: torch.Tensor, out: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,10 +11,10 @@ import torch
 
 from ..call import CallSpec
 from ..fa4 import build as builds
-from ..fa4.build import Build
+from ..fa4.build import MASKED_ARGUMENTS, Build
 from ..fa4.launch import PADDING, Keys
 from ..fa4.native_launch import Kernel, native_forward
-from ..fa4.tiles import Tile, unsupported_head_dim
+from ..fa4.tiles import Tile
 from ..intervals import Demand
 from ..lengths import Lengths
 from ..mask import Mask
@@ -82,13 +82,13 @@ class Native(Backend):
     def refusal(self, call: CallSpec, demand: Demand, build: Build | None) -> str | None:
         if demand.custom or demand.tagged or demand.intervals > 1:
             return "it takes masks of one interval a row"
-        refusal = build_refusal(call, build) or paged_refusal(call)
+        refusal = build_refusal(call, build, MASKED_ARGUMENTS) or paged_refusal(call, build)
         if refusal is not None or build is None:
             return refusal
         arch = builds.device_arch(call.device)
         if arch // 10 != 9:
             return f"it is made for SM90, not sm_{arch}"
-        return build.native_refusal or unsupported_head_dim(arch, call.head_dim, call.head_dim_v)
+        return build.native_refusal or build.masked_head_dims_refusal(arch, call.head_dim, call.head_dim_v)
 
     def prepare(self, work: Work) -> NativeCall:
         kernel = native_kernel(work.mask, work.call, work.demand, work.lengths.max_seqlen_q)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import functools
 import importlib
 import importlib.metadata
@@ -10,46 +9,33 @@ import importlib.util
 import os
 import pathlib
 import re
+import subprocess
 from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 
-from .fingerprint import native_refusal
-from .tiles import unsupported_head_dim
+from . import source
+from .defects import Defect, defects
+from .fingerprint import KNOWN, native_refusal
+from .tiles import HeadDims
 
 # Where an FA4 may be, in order of preference, with the distribution that brings it.
 MODULES = {"flash_attn.cute": "flash-attn-4", "vllm.vllm_flash_attn.cute": "vllm"}
 
-# Arguments of the build's launch function that this library uses.
-LAUNCH_ARGUMENTS = frozenset(
+# Arguments of the build's launch function that this library uses: for a causal call, for keys in pages, for a mask_mod.
+CAUSAL_ARGUMENTS = frozenset(
     [
-        "q",
-        "k",
-        "v",
-        "cu_seqlens_q",
-        "cu_seqlens_k",
-        "max_seqlen_q",
-        "max_seqlen_k",
-        "softmax_scale",
-        "causal",
-        "softcap",
-        "window_size_left",
-        "window_size_right",
-        "learnable_sink",
-        "tile_mn",
-        "mma_pv_is_rs",
-        "pack_gqa",
-        "mask_mod",
-        "block_sparse_tensors",
-        "return_lse",
-        "out",
-        "lse",
-        "aux_tensors",
+        *("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "softmax_scale", "causal"),
+        *("softcap", "window_size_left", "window_size_right", "learnable_sink", "return_lse", "out"),
     ]
 )
+PAGED_ARGUMENTS = CAUSAL_ARGUMENTS | {"page_table", "seqused_k"}
+MASKED_ARGUMENTS = CAUSAL_ARGUMENTS | {
+    *("mask_mod", "aux_tensors", "block_sparse_tensors", "tile_mn", "mma_pv_is_rs", "pack_gqa", "lse")
+}
 VARLEN_LIST_FIELDS = frozenset({"cu_total_m_blocks", "cu_block_idx_offsets", "block_size"})
-VARLEN_MASK_REFUSAL = "mask_mod with aux_tensors is not yet supported for varlen"
+SINK_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -57,50 +43,133 @@ class Build:
     """One FA4.
 
     module: the package it is imported as. name: what to call it, "flash-attn-4 4.0.0b36".
-    missing: launch arguments this library needs and the build does not have.
+    arguments: those of its forward launch function. backward_arguments: of its backward; empty if it has none.
     varlen_mask: varlen calls take a `mask_mod` with `aux_tensors` (upstream: since 4.0.0b13).
     varlen_lists: block-sparse tensors have a varlen layout.
     sm90_list_stride: the row stride with which the SM90 kernel reads varlen block lists, as its source has it:
         "tile" is right, "128" is a defect for any other key tile (seen in 4.0.0b36), "unknown" is not trusted.
     native_refusal: why the native lane is not offered on it; None if its internals are known.
-    sm90_head_dim_512: its causal SM90 kernel takes head dim 512 (seen in vLLM's fork; upstream ends at 256).
+    head_dims: what its kernels take.
+    sm90_pages: its SM90 kernel reads keys in pages.
+    causal_with_mask: what `causal=True` and windows do beside a mask_mod: "ignored", "kept" (then the mask_mod is not
+        applied as it stands, seen in vLLM's fork) or "unknown". This library passes neither.
+    sink_dtypes: dtypes of attention sinks that it takes. Others are applied to its output.
+    refuses_varlen_backward_lists: its varlen backward says that it takes no block lists.
     """
 
     module: str
     name: str
-    missing: frozenset[str]
+    arguments: frozenset[str]
+    backward_arguments: frozenset[str]
     varlen_mask: bool
     varlen_lists: bool
     sm90_list_stride: str
     native_refusal: str | None
-    sm90_head_dim_512: bool
+    head_dims: HeadDims
+    sm90_pages: bool = True
+    causal_with_mask: str = "ignored"
+    sink_dtypes: tuple[torch.dtype, ...] = SINK_DTYPES
+    refuses_varlen_backward_lists: bool = True
 
     def __str__(self) -> str:
         return self.name
 
-    def head_dim_refusal(self, arch: int, head_dim: int, head_dim_v: int) -> str | None:
-        """Why its causal kernel does not take these head dims; None if it does."""
-        if arch // 10 == 9 and self.sm90_head_dim_512 and head_dim == head_dim_v == 512:
-            return None
-        return unsupported_head_dim(arch, head_dim, head_dim_v)
+    def lacks(self, arguments: frozenset[str]) -> str | None:
+        """Why a call with these arguments can't be made; None if it can."""
+        missing = ", ".join(sorted(arguments - self.arguments))
+        return f"the forward of {self} has no argument {missing}" if missing else None
+
+    def masked_head_dims_refusal(self, arch: int, head_dim: int, head_dim_v: int) -> str | None:
+        """Why its kernels do not take these head dims with a mask_mod; None if they do."""
+        if arch // 10 == 10 and head_dim == head_dim_v == 256 and not self.head_dims.sm100_masked_256:
+            return f"{self} runs head dim 256 on SM100 by a kernel of its own, without mask_mod"
+        # Beyond 256 there is no tile that was ever run with a mask.
+        return HeadDims().refusal(arch, head_dim, head_dim_v) or self.head_dims.refusal(arch, head_dim, head_dim_v)
+
+    @property
+    def defects(self) -> tuple[Defect, ...]:
+        """The known defects that its source has, and what this library does about each."""
+        return defects(
+            varlen_lists=self.varlen_lists,
+            sm90_list_stride=self.sm90_list_stride,
+            causal_with_mask=self.causal_with_mask,
+            sinks_in_float32=torch.float32 in self.sink_dtypes,
+            block_lists="block_sparse_tensors" in self.arguments,
+        )
 
     def part(self, name: str) -> ModuleType:
         """A module of the build, imported."""
         return importlib.import_module(f"{self.module}.{name}")
 
 
-@functools.cache
+# The build to compare others with: everything that this library can use. The newest release the GPU suite ran on.
+BEST = Build(
+    module="flash_attn.cute",
+    name=next(name for name in KNOWN.values() if name.startswith("flash-attn-4")),
+    arguments=MASKED_ARGUMENTS | PAGED_ARGUMENTS,
+    backward_arguments=frozenset(),
+    varlen_mask=True,
+    varlen_lists=True,
+    sm90_list_stride="tile",
+    native_refusal=None,
+    head_dims=HeadDims(),
+)
+
+
 def installed(module: str | None = None) -> Build | None:
     """The build imported as `module`, or the first of `MODULES` there is; None if there is none."""
     if module is None:
-        return next((build for build in map(installed, MODULES) if build is not None), None)
+        return next(iter(all_installed()), None)
+    return _installed(module)
+
+
+def all_installed() -> list[Build]:
+    """The builds of `MODULES` that there are, in order of preference."""
+    return [build for build in map(_installed, MODULES) if build is not None]
+
+
+@functools.cache
+def _installed(module: str) -> Build | None:
+    folder = find_folder(module)
+    return None if folder is None else describe(folder, module, name_of(folder, module))
+
+
+def find_folder(module: str) -> pathlib.Path | None:
+    """The folder of an FA4's `cute` package, by the name it is imported as. Imports nothing."""
     package, _, below = module.partition(".")
     spec = importlib.util.find_spec(package)
     for location in (spec.submodule_search_locations or ()) if spec is not None else ():
-        folder = pathlib.Path(location, *below.split("."))
+        folder = pathlib.Path(location, *below.split(".")) if below else pathlib.Path(location)
         if (folder / "interface.py").is_file():
-            return describe(folder, module, f"{MODULES.get(module, module)} {_version(MODULES.get(module, package))}")
+            return folder
     return None
+
+
+def name_of(folder: pathlib.Path, module: str) -> str:
+    """What to call the build in `folder`: the release that it is a file of, or the checkout that it is in."""
+    folder = folder.resolve()
+    below = pathlib.PurePath(*module.split("."))
+    distribution = MODULES.get(module, module.partition(".")[0])
+    root = folder.parents[len(below.parts) - 1] if folder.parts[-len(below.parts) :] == below.parts else folder.parent
+    for found in importlib.metadata.distributions(name=distribution, path=[str(root)]):
+        return f"{distribution} {found.version}"
+    try:
+        found = importlib.metadata.distribution(distribution)
+        if pathlib.Path(str(found.locate_file(below))).resolve() == folder:
+            return f"{distribution} {found.version}"
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    commit = _commit(folder)
+    return f"{root.name} at {commit}" if commit else f"{module} in {root.name}"
+
+
+def _commit(folder: pathlib.Path) -> str | None:
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def describe(folder: pathlib.Path, module: str, name: str) -> Build:
@@ -108,17 +177,50 @@ def describe(folder: pathlib.Path, module: str, name: str) -> Build:
     interface = (folder / "interface.py").read_text()
     sparsity = folder / "block_sparsity.py"
     sm90 = folder / "flash_fwd_sm90.py"
-    fields = _class_fields(sparsity.read_text(), "BlockSparseTensorsTorch") if sparsity.is_file() else set()
+    fields = source.class_fields(sparsity.read_text(), "BlockSparseTensorsTorch") if sparsity.is_file() else frozenset()
     return Build(
         module=module,
         name=name,
-        missing=LAUNCH_ARGUMENTS - _parameters(interface, "_flash_attn_fwd"),
-        varlen_mask=VARLEN_MASK_REFUSAL not in interface,
+        arguments=source.parameters(interface, "_flash_attn_fwd"),
+        backward_arguments=source.parameters(interface, "_flash_attn_bwd"),
+        varlen_mask="mask_mod with aux_tensors is not yet supported for varlen" not in interface,
         varlen_lists=fields >= VARLEN_LIST_FIELDS,
-        sm90_list_stride=_sm90_list_stride(sm90.read_text()) if sm90.is_file() else "unknown",
+        sm90_list_stride=source.sm90_list_stride(sm90.read_text()) if sm90.is_file() else "unknown",
         native_refusal=native_refusal(folder, name),
-        sm90_head_dim_512="head_dim <= 512" in interface,
+        head_dims=_head_dims(interface, dedicated_256=(folder / "sm100_hd256_2cta_fmha_forward.py").is_file()),
+        sm90_pages="paged KV not supported on SM 9" not in interface,
+        causal_with_mask=_causal_with_mask(interface),
+        sink_dtypes=(torch.bfloat16,) if "learnable_sink.dtype == torch.bfloat16" in interface else SINK_DTYPES,
+        refuses_varlen_backward_lists="Varlen backward with block sparsity is not yet supported" in interface,
     )
+
+
+def _causal_with_mask(interface: str) -> str:
+    try:
+        causal, local, *_ = source.run_alone(interface, "_resolve_causal_local_window", True, None, None, object())
+    except (source.UnknownError, ValueError):
+        return "unknown"
+    return "kept" if causal or local else "ignored"
+
+
+def _head_dims(interface: str, *, dedicated_256: bool) -> HeadDims:
+    def takes(capability: int, head_dim: int, head_dim_v: int) -> bool:
+        try:
+            source.run_alone(interface, "_validate_head_dims", head_dim, head_dim_v, capability, 8)
+        except (AssertionError, ValueError, NotImplementedError):
+            return False
+        return True
+
+    try:
+        return HeadDims(
+            sm90=max((dim for dim in (64, 128, 192, 256) if takes(9, dim, dim)), default=0),
+            sm90_pairs=frozenset({(512, 512)} if takes(9, 512, 512) else ()),
+            sm100=max((dim for dim in (64, 128) if takes(10, dim, dim)), default=0),
+            sm100_pairs=frozenset(pair for pair in ((192, 128), (256, 256)) if takes(10, *pair)),
+            sm100_masked_256=not dedicated_256,
+        )
+    except source.UnknownError:
+        return HeadDims(sm100_masked_256=not dedicated_256)
 
 
 def device_arch(device: torch.device) -> int:
@@ -132,46 +234,3 @@ def device_arch(device: torch.device) -> int:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return major * 10 + minor
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
-
-
-def _parameters(source: str, function: str) -> set[str]:
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.FunctionDef) and node.name == function:
-            return {argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)}
-    return set()
-
-
-def _class_fields(source: str, name: str) -> set[str]:
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ClassDef) and node.name == name:
-            return {
-                item.target.id
-                for item in node.body
-                if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
-            }
-    return set()
-
-
-def _sm90_list_stride(source: str) -> str:
-    """How the SM90 kernel makes `SeqlenInfoQK`: with its `tile_n` ("tile") or with the default of 128 ("128")."""
-    found = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Call) and any(_is_seqlen_create(part) for part in (node.func, *node.args)):
-            found.add("tile" if any(keyword.arg == "tile_n" for keyword in node.keywords) else "128")
-    return found.pop() if len(found) == 1 else "unknown"
-
-
-def _is_seqlen_create(node: ast.expr) -> bool:
-    return (
-        isinstance(node, ast.Attribute)
-        and node.attr == "create"
-        and isinstance(node.value, ast.Name)
-        and node.value.id == "SeqlenInfoQK"
-    )

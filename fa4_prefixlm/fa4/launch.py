@@ -98,6 +98,7 @@ def masked_forward(
             cu_block_idx_offsets=lists.cu_entries,
             block_size=lists.block_size,
         )
+    sink, late_sink = _sinks(learnable_sink, build)
     needs_cure = lists is not None and lengths is not None and build.sm90_list_stride == "128"
     with on_device(q), cures.sm90_list_stride(build.module) if needs_cure else contextlib.nullcontext():
         build.part("interface")._flash_attn_fwd(
@@ -110,7 +111,7 @@ def masked_forward(
             max_seqlen_k=lengths.max_seqlen_k if lengths else None,
             softmax_scale=softmax_scale,
             softcap=softcap or None,
-            learnable_sink=learnable_sink,
+            learnable_sink=sink,
             tile_mn=(tile.m, tile.n),
             mma_pv_is_rs=tile.p_in_registers,
             pack_gqa=pack_gqa,
@@ -120,6 +121,9 @@ def masked_forward(
             out=out,
             lse=lse,
         )
+    if late_sink is not None:
+        assert lse is not None, "every launch of this library asks for the LSE"
+        _add_sink(out, lse, late_sink)
 
 
 def causal_forward(
@@ -138,6 +142,8 @@ def causal_forward(
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """FA4's own causal varlen call with its own tiles, `(out, lse)`: the peer of every benchmark and error band."""
+    sink, late_sink = _sinks(learnable_sink, build)
+    pages = {} if keys.page_table is None else {"seqused_k": keys.seqused_k, "page_table": keys.page_table}
     with on_device(q):
         out, lse, *_ = build.part("interface")._flash_attn_fwd(
             q,
@@ -145,20 +151,36 @@ def causal_forward(
             v,
             cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=keys.cu_seqlens_k,
-            seqused_k=keys.seqused_k,
-            page_table=keys.page_table,
             max_seqlen_q=max_seqlen_q,
             max_seqlen_k=keys.max_seqlen_k,
             softmax_scale=softmax_scale,
             softcap=softcap or None,
-            learnable_sink=learnable_sink,
+            learnable_sink=sink,
             causal=window is None,
             window_size_left=None if window is None else window - 1,
             window_size_right=None if window is None else 0,
             return_lse=True,
             out=out,
+            **pages,
         )
+    if late_sink is not None:
+        _add_sink(out, lse, late_sink)
     return out, lse
+
+
+def _sinks(sink: torch.Tensor | None, build: Build) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(the sink for the kernel, the one to add to its output): the latter where the build does not take its dtype."""
+    return (sink, None) if sink is None or sink.dtype in build.sink_dtypes else (None, sink)
+
+
+def _add_sink(out: torch.Tensor, lse: torch.Tensor, sink: torch.Tensor) -> None:
+    """Let `sink` `(heads,)` join the softmax of `out` `(..., seqlen, heads, head_dim)`, in place.
+
+    lse: `(..., heads, seqlen)` without the sink, and with it afterwards.
+    """
+    with_sink = torch.logaddexp(lse, sink.float().unsqueeze(1))
+    out.mul_(torch.exp(lse - with_sink).transpose(-1, -2).unsqueeze(-1))
+    lse.copy_(with_sink)
 
 
 def on_device(q: torch.Tensor) -> contextlib.AbstractContextManager[object]:

@@ -27,21 +27,35 @@ class Tile:
         return f"{self.block_m}x{self.n}"
 
 
-def unsupported_head_dim(arch: int, head_dim: int, head_dim_v: int) -> str | None:
-    """Why FA4 has no forward kernel for these head dims on this architecture; None if it has one."""
-    if head_dim % 8 or head_dim_v % 8:
-        return "head dims must be multiples of 8"
-    if arch // 10 == 9:
-        return None if max(head_dim, head_dim_v) <= 256 else "SM90 takes head dims up to 256"
-    if arch // 10 in (10, 11):
-        if max(head_dim, head_dim_v) <= 128 or (head_dim, head_dim_v) in ((192, 128), (256, 256)):
+@dataclass(frozen=True)
+class HeadDims:
+    """Which head dims a build's forward kernels take, multiples of 8. The defaults are those of 4.0.0b36.
+
+    sm90, sm100: the widest. sm90_pairs, sm100_pairs: wider `(head_dim, head_dim_v)` that are taken besides.
+    sm100_masked_256: SM100 takes a mask_mod at head dim 256.
+    """
+
+    sm90: int = 256
+    sm90_pairs: frozenset[tuple[int, int]] = frozenset()
+    sm100: int = 128
+    sm100_pairs: frozenset[tuple[int, int]] = frozenset({(192, 128), (256, 256)})
+    sm100_masked_256: bool = True
+
+    def refusal(self, arch: int, head_dim: int, head_dim_v: int) -> str | None:
+        """Why there is no forward kernel for these head dims on this architecture; None if there is one."""
+        if head_dim % 8 or head_dim_v % 8:
+            return "head dims must be multiples of 8"
+        if arch // 10 not in (9, 10, 11):
+            return f"no kernel for sm_{arch}: FA4's kernels for these masks run on SM90 and SM100"
+        widest, pairs = (self.sm90, self.sm90_pairs) if arch // 10 == 9 else (self.sm100, self.sm100_pairs)
+        if max(head_dim, head_dim_v) <= widest or (head_dim, head_dim_v) in pairs:
             return None
-        return "SM100 takes head dims up to 128, (192, 128) and (256, 256)"
-    return f"no kernel for sm_{arch}: FA4's masked kernels run on SM90 and SM100"
+        more = "".join(f", {pair}" for pair in sorted(pairs))
+        return f"{'SM90' if arch // 10 == 9 else 'SM100'} takes head dims up to {widest}{more}"
 
 
 def forward_tile(arch: int, head_dim: int, head_dim_v: int, *, windowed: bool, max_seqlen_q: int) -> Tile:
-    """The forward tile for head dims that `unsupported_head_dim` accepts.
+    """The forward tile for head dims that `HeadDims.refusal` accepts.
 
     windowed: rows see few keys, so a narrow key tile wastes less at the edges.
     max_seqlen_q: query rows of the longest sequence as the kernel sees it (SM100 runs one stage on short ones).
