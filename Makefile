@@ -6,6 +6,10 @@ export PYTHONUNBUFFERED = 1
 
 ifeq ($(PYTHON),$(VENV)/bin/python)
 ENVIRONMENT := $(VENV)/.ready
+# An FA4 that refuses a varlen mask_mod, in an environment of its own: tests/test_old_build.py compiles with it.
+OLD_VENV := .venv-old-fa4
+OLD_BUILD := $(OLD_VENV)/.ready
+export OLD_FA4_PYTHON := $(CURDIR)/$(OLD_VENV)/bin/python
 endif
 
 .PHONY: demo test test-gpu check bench pictures
@@ -13,7 +17,7 @@ endif
 demo: $(ENVIRONMENT)
 	$(PYTHON) examples/photo.py --out demo.png
 
-test: $(ENVIRONMENT)
+test: $(ENVIRONMENT) $(OLD_BUILD)
 	$(PYTHON) -m pytest -n 2 --dist loadfile
 
 test-gpu: $(ENVIRONMENT)
@@ -36,4 +40,10 @@ $(VENV)/.ready: pyproject.toml
 	python3 -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q torch==2.13.0
 	$(VENV)/bin/python -m pip install -q -e ".[dev]"
+	touch $@
+
+$(OLD_VENV)/.ready: pyproject.toml
+	python3 -m venv $(OLD_VENV)
+	$(OLD_VENV)/bin/python -m pip install -q torch==2.13.0
+	$(OLD_VENV)/bin/python -m pip install -q -e ".[old-fa4]"
 	touch $@

@@ -1,4 +1,4 @@
-"""Forward speed of every one-call backend: `python benchmarks/forward.py` on a Hopper GPU.
+"""Forward speed of every backend: `python benchmarks/forward.py` on a Hopper GPU.
 
 16 query and 8 key heads, bfloat16, image spans of 256 tokens every 1280. Beside each backend: FA4's own causal kernel
 (with the same window), and the same mask_mod without block sparsity, which is how vLLM 0.33 calls FA4.
@@ -69,7 +69,7 @@ def paths(work: Workload) -> list[Path]:
     def plan_for(backend: str, ranges: list[list[tuple[int, int]]]) -> fp.Plan:
         return fp.plan(ranges, like=(q, k, v), cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, mask=mask, backend=backend)
 
-    plans = {backend: plan_for(backend, spans) for backend in ("native", "varlen", "packed")}
+    plans = {backend: plan_for(backend, spans) for backend in ("native", "varlen", "packed", "two_pass")}
     lengths = plans["varlen"].lengths
     causal_flops = plan_for("varlen", [[]] * work.batch).flops()
     flops = plans["varlen"].flops()

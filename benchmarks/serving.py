@@ -1,9 +1,9 @@
 """Speed with keys in pages, and what a step costs an engine: `python benchmarks/serving.py` on a Hopper GPU.
 
 Like forward.py, but the baseline is FA4's own paged causal call on the same pages (page size 16, and the key tile).
-Beside it: native; the keys gathered first, then varlen (what runs where native is not offered); the mask_mod without
-block sparsity on the same pages, which is how vLLM 0.33 calls FA4; two passes (a paged causal call, and a second one
-over the rest of the spans, merged by torch operations). Then one `update` and one replayed layer.
+Beside it: native; two_pass, and the keys gathered first, then varlen (both run where native is not offered); the
+mask_mod without block sparsity on the same pages, which is how vLLM 0.33 calls FA4. Then one `update` and one replayed
+layer.
 
 `--build vllm.vllm_flash_attn.cute` runs all of it on vLLM's fork.
 """
@@ -25,7 +25,7 @@ from harness import Path, Result, measure, save, show
 
 import fa4_prefixlm as fp
 from fa4_prefixlm.accuracy import exact_attention
-from fa4_prefixlm.fa4.build import Build, installed
+from fa4_prefixlm.fa4.build import installed
 from fa4_prefixlm.fa4.launch import Keys, causal_forward, mask_code, on_device
 
 WORKLOADS = [
@@ -45,61 +45,6 @@ def in_pages(keys: torch.Tensor, page_size: int, table: torch.Tensor) -> torch.T
     cache = torch.empty_like(pages.flatten(0, 1))
     cache[table.flatten().long()] = pages.flatten(0, 1)
     return cache
-
-
-@dataclasses.dataclass(frozen=True)
-class SpanRest:
-    """The second pass of the other way without native: the keys after each row within its span (no window clips them).
-
-    A span `[s, e)` reversed, with tokens `e-2 .. s` as queries and `e-1 .. s+1` as keys, is a plain causal call.
-    """
-
-    rows: torch.Tensor
-    key_rows: torch.Tensor
-    cu_seqlens: torch.Tensor
-    longest: int
-
-    @classmethod
-    def of(
-        cls, spans: list[list[tuple[int, int]]], queries: int, tokens: int, table: torch.Tensor, page_size: int
-    ) -> SpanRest:
-        rows, key_rows, lengths = [], [], [0]
-        for sequence, own in enumerate(spans):
-            for start, end in own:
-                if end <= tokens - queries:
-                    continue
-                down = torch.arange(end - 2, start - 1, -1, device="cuda")
-                rows.append(down - (tokens - queries) + sequence * queries)
-                key_rows.append(table[sequence].long()[(down + 1) // page_size] * page_size + (down + 1) % page_size)
-                lengths.append(end - start - 1)
-        cu = torch.tensor(lengths, device="cuda").cumsum(0, dtype=torch.int32)
-        return cls(torch.cat(rows), torch.cat(key_rows), cu, max(lengths))
-
-    def merged(
-        self,
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        build: Build,
-        scale: float,
-    ) -> torch.Tensor:
-        """`out` with the rest of the spans merged in by LSE, in float32."""
-        k, v = (cache.flatten(0, 1).index_select(0, self.key_rows) for cache in (k_cache, v_cache))
-        more, more_lse = causal_forward(
-            q.index_select(0, self.rows),
-            k,
-            v,
-            build=build,
-            cu_seqlens_q=self.cu_seqlens,
-            max_seqlen_q=self.longest,
-            keys=Keys(self.longest, cu_seqlens_k=self.cu_seqlens),
-            softmax_scale=scale,
-        )
-        share = torch.sigmoid(lse.index_select(1, self.rows) - more_lse).t().unsqueeze(2)
-        first = out.index_select(0, self.rows).float()
-        return out.index_copy(0, self.rows, (more + (first - more) * share).to(out.dtype))
 
 
 def paths(work: Workload, page_size: int, build: str | None) -> list[Path]:
@@ -128,7 +73,11 @@ def paths(work: Workload, page_size: int, build: str | None) -> list[Path]:
             build=build,
         )
 
-    plans = {"native": plan_for("native", spans), "gathered, varlen": plan_for("varlen", spans)}
+    plans = {
+        "native": plan_for("native", spans),
+        "two_pass": plan_for("two_pass", spans),
+        "gathered, varlen": plan_for("varlen", spans),
+    }
     plan = plans["native"]
     pages, fa4 = plan.pages, plan.build
     assert pages is not None
@@ -174,13 +123,6 @@ def paths(work: Workload, page_size: int, build: str | None) -> list[Path]:
     for name, own in plans.items():
         named.append(Path(name, lambda own=own: fp.attention(q, k_cache, v_cache, own), masked_exact, plan.flops()))
     named.append(Path("mask_mod, every tile", every_tile, masked_exact, plan.flops()))
-    rest = SpanRest.of(spans, queries, work.tokens, table, page_size)
-
-    def two_passes() -> torch.Tensor:
-        out, lse = causal_forward(q, k_cache, v_cache, **where, keys=keys, softmax_scale=scale, window=work.window)
-        return rest.merged(q, k_cache, v_cache, out, lse, where["build"], scale)
-
-    named.append(Path("two passes", two_passes, masked_exact, plan.flops()))
     return named
 
 

@@ -23,9 +23,11 @@ from fa4_prefixlm.masks import causal, prefix, window
 pytestmark = pytest.mark.gpu
 
 MASK_MODS = ("varlen", "packed")
-BACKENDS = ("native", *MASK_MODS)
+ONE_CALL = ("native", *MASK_MODS)
+BACKENDS = (*ONE_CALL, "two_pass")
 EVERY = (*BACKENDS, "reference")
 BAND = 1.25
+TWO_PASS_BAND = 1.5  # what is between the passes is rounded
 DIMS = ((64, 64), (96, 96), (128, 128), (192, 192), (192, 128), (256, 256), (64, 128), (128, 64))
 
 
@@ -53,6 +55,11 @@ KINDS += [
     Kind((256, 256), torch.bfloat16, (8, 4), softcap=50.0),
     Kind((128, 128), torch.bfloat16, (8, 1), sink=True),
 ]
+
+
+def times_causal(backend: str) -> float:
+    """The error that a backend may have, in those of FA4's causal kernel on the same data."""
+    return TWO_PASS_BAND if backend == "two_pass" else BAND
 
 
 def tensors_of(kind: Kind, batch: Batch, seed: int):
@@ -163,7 +170,7 @@ def test_random_batches_are_within_the_causal_band(kind: Kind, gpu_report) -> No
                 lse_band=lse_band,
             )
             context = f"seed {seed}, {backend}, {mask}, {batch}"
-            assert error <= BAND * band + 1e-6, f"{context}: error {error}, causal {band}"
+            assert error <= times_causal(backend) * band + 1e-6, f"{context}: error {error}, causal {band}"
             assert lse_error <= max(2 * lse_band, 1e-4), f"{context}: LSE error {lse_error}, causal {lse_band}"
 
 
@@ -187,11 +194,11 @@ def test_ugly_batches(name: str, dims: tuple[int, int], gpu_report) -> None:
                 lse_band=lse_band,
             )
             # A batch of a few rows has no error band to speak of: bf16 rounds to 2**-9.
-            assert error <= max(BAND * band, 2.5e-3), f"{backend}, {mask}: {error}, causal {band}"
+            assert error <= max(times_causal(backend) * band, 2.5e-3), f"{backend}, {mask}: {error}, causal {band}"
             assert lse_error <= max(2 * lse_band, 1e-4), f"{backend}, {mask}: {lse_error}, causal {lse_band}"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ONE_CALL)
 @pytest.mark.parametrize("dims", [(64, 64), (128, 128), (256, 256)], ids=str)
 def test_rows_that_see_nothing_are_zero_with_lse_minus_infinity(backend: str, dims: tuple[int, int]) -> None:
     batch = Batch(((900, 900), (150, 150), (300, 300)), (((100, 500),), (), ((200, 300),)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import random
 import subprocess
 import sys
@@ -13,10 +15,13 @@ from test_gpu_paged import mixed_batch
 
 import fa4_prefixlm as fp
 from fa4_prefixlm.accuracy import exact_attention, relative_error
+from fa4_prefixlm.fa4 import build as builds
 from fa4_prefixlm.masks import causal, prefix, window
 from fa4_prefixlm.plain import text_only
 
 pytestmark = pytest.mark.gpu
+
+plan_module = importlib.import_module("fa4_prefixlm.plan")  # `fp.plan` is the function
 
 MASKS = [fp.PrefixLM(), fp.PrefixLM(100), fp.PrefixLM(100, clamp=False)]
 TOKENS, SEQUENCES, PAGES_PER_SEQUENCE, PAGE = 12000, 16, 128, 16
@@ -74,6 +79,37 @@ def test_an_updated_plan_is_a_new_plan_bit_for_bit(mask: fp.PrefixLM, dim: int) 
         if not text_only(batch.spans, *batch.as_seqlens):  # such a batch runs FA4's own kernel
             assert torch.equal(out, same)
             assert torch.equal(lse, same_lse)
+
+
+@pytest.fixture
+def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a build whose internals are not known."""
+    found = dataclasses.replace(builds.installed(), native_refusal="not for this test")
+    monkeypatch.setattr(plan_module, "find_build", lambda module: found)
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_two_passes_are_updated_and_captured_in_place(mask: fp.PrefixLM, without_native: None) -> None:
+    serving = serving_plan(mask)
+    assert (serving.choice.name, serving.in_place) == ("two_pass", True)
+    q, k, v = (
+        torch.randn(*shape, device="cuda").to(torch.bfloat16) for shape in ((TOKENS, 4, 128), *[(2000, 16, 2, 128)] * 2)
+    )
+    fp.attention(q, k, v, serving)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = fp.attention(q, k, v, serving)
+    for seed in range(6):
+        batch = a_batch(seed, "text" if seed == 3 else "mixed")
+        own_q, own_k, own_v = batch.tensors((4, 2), (128, 128), torch.bfloat16, "cuda", seed)
+        pages = Pages.of(batch, own_k, own_v, PAGE, seed)
+        q[: len(own_q)], k[: len(pages.k)], v[: len(pages.v)] = own_q, pages.k, pages.v
+        serving.update(**on_device(batch, pages))
+        exact, _ = exact_attention(own_q, own_k, own_v, mask=mask, spans=batch.spans, seqlens=batch.as_seqlens)
+        called = fp.attention(own_q, k, v, serving)
+        graph.replay()
+        assert relative_error(called, exact) < 2.8e-3
+        assert torch.equal(out[: len(own_q)], called)
 
 
 @pytest.mark.parametrize("mask", MASKS, ids=str)

@@ -89,14 +89,14 @@ def masked_forward(
     """
     sparse = None
     if lists is not None:
+        varlen = {"cu_total_m_blocks": lists.cu_tiles, "cu_block_idx_offsets": lists.cu_entries}
         sparse = build.part("block_sparsity").BlockSparseTensorsTorch(
             mask_block_cnt=lists.partial_count,
             mask_block_idx=lists.partial_idx,
             full_block_cnt=lists.full_count,
             full_block_idx=lists.full_idx,
-            cu_total_m_blocks=lists.cu_tiles,
-            cu_block_idx_offsets=lists.cu_entries,
             block_size=lists.block_size,
+            **(varlen if lists.cu_tiles is not None else {}),
         )
     sink, late_sink = _sinks(learnable_sink, build)
     needs_cure = lists is not None and lengths is not None and build.sm90_list_stride == "128"
@@ -178,9 +178,9 @@ def _add_sink(out: torch.Tensor, lse: torch.Tensor, sink: torch.Tensor) -> None:
 
     lse: `(..., heads, seqlen)` without the sink, and with it afterwards.
     """
-    with_sink = torch.logaddexp(lse, sink.float().unsqueeze(1))
-    out.mul_(torch.exp(lse - with_sink).transpose(-1, -2).unsqueeze(-1))
-    lse.copy_(with_sink)
+    sink = sink.float().unsqueeze(1)
+    out.mul_(torch.sigmoid(lse - sink).transpose(-1, -2).unsqueeze(-1))
+    torch.logaddexp(lse, sink, out=lse)
 
 
 def on_device(q: torch.Tensor) -> contextlib.AbstractContextManager[object]:
