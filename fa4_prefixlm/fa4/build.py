@@ -17,7 +17,7 @@ import torch
 
 from . import source
 from .defects import Defect, defects
-from .fingerprint import KNOWN, native_refusal
+from .fingerprint import KNOWN, fingerprint, native_refusal
 from .tiles import HeadDims
 
 # Where an FA4 may be, in order of preference, with the distribution that brings it.
@@ -146,7 +146,7 @@ def find_folder(module: str) -> pathlib.Path | None:
 
 
 def name_of(folder: pathlib.Path, module: str) -> str:
-    """What to call the build in `folder`: the release that it is a file of, or the checkout that it is in."""
+    """What to call the build in `folder`: the release it is part of, the release whose kernels it has, or its checkout."""
     folder = folder.resolve()
     below = pathlib.PurePath(*module.split("."))
     distribution = MODULES.get(module, module.partition(".")[0])
@@ -159,6 +159,9 @@ def name_of(folder: pathlib.Path, module: str) -> str:
             return f"{distribution} {found.version}"
     except importlib.metadata.PackageNotFoundError:
         pass
+    known = KNOWN.get(fingerprint(folder) or "")
+    if known is not None and known.startswith(distribution):
+        return f"{known} (by its source)"
     commit = _commit(folder)
     return f"{root.name} at {commit}" if commit else f"{module} in {root.name}"
 

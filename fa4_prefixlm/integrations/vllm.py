@@ -136,7 +136,8 @@ class GroupPlans:
             build: the FA4 to run on, see `find_build`.
 
         Raises:
-            UnsupportedError: a layer's mask reads spans, and no FA4 kernel runs it on this GPU: head dim 512 on upstream FA4, say.
+            UnsupportedError: a layer's mask reads spans, and no FA4 kernel runs it here: head dim 512 on upstream
+                FA4, say.
         """
         if not layers:
             raise InputError("layers", "at least one layer", "none")
