@@ -102,7 +102,7 @@ def _compile(target: Target, variants: list[Variant], environment: Mapping[str, 
 def _read(report: Mapping[str, object]) -> tuple[str, str, str]:
     error = report["error"]
     if error is None:
-        return COMPILED, "", str(report["kernel"])
+        return COMPILED, "not run", str(report["kernel"])
     refusal = re.search(r"^UnsupportedError: .*?that can run this call \((.*)\), got", str(error))
     return (REFUSED, refusal[1], "") if refusal else (FAILED, in_short(str(error)), "")
 

@@ -62,5 +62,6 @@ class ProbeOutcome:
 def in_short(error: BaseException | str) -> str:
     """An error as one line without the folders of this machine: what a report that others read may hold."""
     text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text)  # compilers colour their messages
     line = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
-    return re.sub(r"(?<![\w.])(?:/[\w.+@~-]+)+/(?=[\w.+-])", "", line)[:300]
+    return re.sub(r"(?<![\w.])(?:/[\w.+@~-]+)+/(?=[\w.+-])", "", "".join(filter(str.isprintable, line)))[:300]

@@ -47,7 +47,8 @@ class Report:
         parts += [_table(build, first=index == 0) for index, build in enumerate(self.builds)]
         for title, lines in (
             ("wrong or failed", _bad(self.builds)),
-            ("refused", _refused(self.builds)),
+            ("refused", _counted(self.builds, REFUSED)),
+            ("compiled", _counted(self.builds, COMPILED)),
             (f"slower than {SLOW} of FA4 causal", _slow(self.builds)),
         ):
             if lines:
@@ -105,12 +106,12 @@ _COLUMNS = ("case", "backend", "verdict", "error", "worst row", "LSE", "of causa
 
 
 def _table(build: BuildReport, *, first: bool) -> str:
-    """Everything but what was refused, which is summed up below."""
-    rows = [_row(own) for own in build.results if own.verdict.status != REFUSED]
+    """Everything that ran or failed to; the rest is summed up below."""
+    rows = [_row(own) for own in build.results if own.verdict.status not in (REFUSED, COMPILED)]
     used = [column for column in range(len(_COLUMNS)) if column < 3 or any(row[column] for row in rows)]
     table = [_COLUMNS, *rows]
     widths = {column: max(len(row[column]) for row in table) for column in used}
-    lines = ["  ".join(f"{row[column]:{widths[column]}}" for column in used).rstrip() for row in table]
+    lines = ["  ".join(f"{row[column]:{widths[column]}}" for column in used).rstrip() for row in table if rows]
     probes = [f"bare build, {outcome.name}: {_said(verdict)}" for outcome, verdict in build.probes]
     title = f"{build.build} ({build.build.module})" + (", the first build" if first else "")
     return "\n".join([title, *(f"  {line}" for line in [*lines, *probes])])
@@ -152,12 +153,13 @@ def _bad(builds: Sequence[BuildReport]) -> list[str]:
     return lines
 
 
-def _refused(builds: Sequence[BuildReport]) -> list[str]:
+def _counted(builds: Sequence[BuildReport], status: str) -> list[str]:
+    """A line for each reason, with the number of cases."""
     counts = Counter(
         f"{build.build}, {own.outcome.backend}: {own.verdict.reason}"
         for build in builds
         for own in build.results
-        if own.verdict.status == REFUSED
+        if own.verdict.status == status
     )
     return [f"{line} ({count} {'case' if count == 1 else 'cases'})" for line, count in counts.items()]
 
@@ -227,7 +229,7 @@ def _suite(build: BuildReport) -> ElementTree.Element:
     counts: Counter[str] = Counter()
     for group, name, verdict, seconds in tests:
         test = ElementTree.SubElement(suite, "testcase", classname=group, name=name, time=f"{seconds:.3f}")
-        kind = {WRONG: "failure", FAILED: "error", OK: "", COMPILED: ""}.get(verdict.status, "skipped")
+        kind = {WRONG: "failure", FAILED: "error", OK: ""}.get(verdict.status, "skipped")
         counts[kind] += 1
         if kind:
             ElementTree.SubElement(test, kind, message=_said(verdict))

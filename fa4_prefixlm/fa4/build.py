@@ -146,7 +146,7 @@ def find_folder(module: str) -> pathlib.Path | None:
 
 
 def name_of(folder: pathlib.Path, module: str) -> str:
-    """What to call the build in `folder`: the release it is part of, the release whose kernels it has, or its checkout."""
+    """What to call the build in `folder`: the release it is part of, or has the kernels of, or its checkout."""
     folder = folder.resolve()
     below = pathlib.PurePath(*module.split("."))
     distribution = MODULES.get(module, module.partition(".")[0])
