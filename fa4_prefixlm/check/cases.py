@@ -294,6 +294,7 @@ EVERY: tuple[Case, ...] = (
     *_set("full", "hd256 pages 16 window 50", ("tile edges", "chunks"), page_size=16, window=50, **_dims(256)),
     *_set("full", "hd256 pages 80", ("tile edges", "chunks"), page_size=80, **_dims(256)),
     *_set("full", "hd256 pages 64 window 50", ("tile edges", "chunks"), page_size=64, window=50, **_dims(256)),
+    *_set("full", "hd512 pages 16", ("tile edges", "chunks"), page_size=16, **_dims(512)),
     *_set("full", "hd256 two intervals", ("prompts",), mask="two intervals", **_dims(256)),
     *_set("full", "hd128 three intervals", ("prompts",), mask="three intervals"),
     *_set("full", "hd128 block of tags", ("many images",), mask="block of tags"),

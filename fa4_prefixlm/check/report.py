@@ -57,7 +57,7 @@ class Report:
         if not self.exactness_checked:
             parts.append(
                 "No GPU here: the kernels were compiled and not run. Whether they are exact was NOT checked.\n"
-                "Only the reference backend ran, on the CPU."
+                "(The reference backend runs on the CPU, and is all that was judged by its numbers.)"
             )
         return "\n\n".join(parts)
 
