@@ -38,3 +38,11 @@ def test_pages_quote_the_kept_results(page: str, name: str) -> None:
     from table import table
 
     assert table(results) in (ROOT / page).read_text()
+
+
+def test_the_page_of_builds_quotes_the_kept_results() -> None:
+    results = json.loads((ROOT / "benchmarks" / "results" / "h200-builds.json").read_text())
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from builds import tables
+
+    assert tables(results) in (ROOT / "docs" / "builds.md").read_text()

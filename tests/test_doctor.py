@@ -62,9 +62,7 @@ def test_what_is_no_fa4_is_refused(text: str) -> None:
         given(text)
 
 
-def test_a_folder_without_an_interface_is_refused(
-    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_without_an_interface_is_refused(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--build", str(tmp_path)]) == 2
     assert "with an interface.py" in capsys.readouterr().err
 

@@ -29,8 +29,8 @@ BACKENDS: dict[str, Backend] = {
     backend.name: backend for backend in (Causal(), Native(), Varlen(), Packed(), TwoPass(), Reference())
 }
 
-# The same with keys in pages: (name, whether the keys are gathered). Gathering was up to 9 % faster than two passes with
-# pages of 16, and up to 14 % slower with larger ones (benchmarks/results/h200-serving.json).
+# The same with keys in pages: (name, whether the keys are gathered). Gathering was up to 9 % faster than two passes
+# with pages of 16, and up to 14 % slower with larger ones (benchmarks/results/h200-serving.json).
 IN_PAGES = (
     *(("causal", False), ("native", False), ("causal", True), ("native", True), ("varlen", True)),
     *(("two_pass", False), ("packed", True), ("two_pass", True), ("reference", True)),
