@@ -23,6 +23,7 @@ from collections.abc import Callable
 import torch
 
 from fa4_prefixlm.accuracy import relative_error
+from fa4_prefixlm.check.speed import milliseconds
 
 ROUNDS = 9
 ROUND_MS = 40.0
@@ -69,13 +70,13 @@ def measure(workload: str, paths: list[Path]) -> list[Result]:
     exact.clear()
     correct = [path for path in paths if errors[path.name] <= BAND * errors[baseline.name]]
     times: dict[str, list[float]] = {path.name: [] for path in correct}
-    calls = {path.name: max(1, round(ROUND_MS / _time(path.run, 3))) for path in correct}
+    calls = {path.name: max(1, round(ROUND_MS / milliseconds(path.run, 3))) for path in correct}
     order = random.Random(0)
     for _ in range(ROUNDS):
         for path in order.sample(correct, len(correct)):
             for _ in range(max(1, calls[path.name] // 2)):
                 path.run()
-            times[path.name].append(_time(path.run, calls[path.name]))
+            times[path.name].append(milliseconds(path.run, calls[path.name]))
     median = {name: statistics.median(values) for name, values in times.items()}
     speed = {path.name: path.flops / median[path.name] / 1e9 for path in correct}
     results = []
@@ -131,18 +132,6 @@ def _commit() -> str:
     if described.returncode == 0:
         return described.stdout.strip()
     return "unknown"
-
-
-def _time(run: Callable[[], torch.Tensor], calls: int) -> float:
-    """Milliseconds a call."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    run()
-    begin.record()
-    for _ in range(calls):
-        run()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / calls
 
 
 def _rounded(values: dict[str, object]) -> dict[str, object]:

@@ -7,7 +7,7 @@ import dataclasses
 
 import torch
 
-from . import backends, call, debugging, lengths, op, paging, plan, ranges
+from . import advice, backends, call, debugging, lengths, op, paging, plan, ranges
 from .backends import Choice, Prepared
 from .backends.causal import CausalCall
 from .backends.native import NativeCall, native_kernel
@@ -37,6 +37,19 @@ class Limits:
     @property
     def keys(self) -> int:
         return self.pages * self.page_size
+
+    def largest_batch(self) -> Lengths:
+        """One sequence of all the tokens, on the host."""
+        keys = max(self.keys, self.tokens)
+        return lengths.paged(
+            [0, self.tokens],
+            [keys],
+            total_q=self.tokens,
+            capacity=keys,
+            max_seqlen_q=None,
+            max_seqlen_k=None,
+            device=torch.device("cpu"),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,13 +202,16 @@ def _state(mask: Mask, spec: CallSpec, limits: Limits, build: Build | None) -> _
     demand = demand_of_any(mask, dict.fromkeys(mask.names, limits.keys), dict.fromkeys(mask.names, 2))
     form = span_form(mask)
     passed_over: dict[str, str] = {}
+    largest = limits.largest_batch()
     if form is not None and build is not None:
         for name in ("causal", "native", "two_pass"):
             refusal = backends.BACKENDS[name].refusal(spec, demand, build)
             if refusal is None:
-                return _InPlace(Choice.after(passed_over, name), mask, form, spec, demand, limits, build)
+                choice = Choice.after(passed_over, name)
+                advice.tell(choice, spec, demand, largest, build)
+                return _InPlace(choice, mask, form, spec, demand, limits, build)
             passed_over[name] = refusal
-    return _Rebuilt(mask, spec, demand, limits, build)
+    return _Rebuilt(mask, spec, backends.choose("auto", spec, demand, largest, build), build)
 
 
 class _InPlace(_State):
@@ -269,18 +285,8 @@ class _InPlace(_State):
 class _Rebuilt(_State):
     """A new plan for every batch, on the backends that are not native."""
 
-    def __init__(self, mask: Mask, spec: CallSpec, demand: Demand, limits: Limits, build: Build | None) -> None:
-        self._mask, self._spec, self._build = mask, spec, build
-        largest = lengths.paged(
-            [0, limits.tokens],
-            [max(limits.keys, limits.tokens)],
-            total_q=limits.tokens,
-            capacity=max(limits.keys, limits.tokens),
-            max_seqlen_q=None,
-            max_seqlen_k=None,
-            device=torch.device("cpu"),
-        )
-        self.choice = backends.choose("auto", spec, demand, largest, build)
+    def __init__(self, mask: Mask, spec: CallSpec, choice: Choice, build: Build | None) -> None:
+        self._mask, self._spec, self._build, self.choice = mask, spec, build, choice
         self._plan: plan.Plan | None = None
 
     def take(self, batch: Batch) -> None:

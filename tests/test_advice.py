@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import sys
 import types
 import warnings
@@ -11,6 +12,7 @@ import pytest
 import torch
 from test_build import DEMAND, GOOD, GPU_CALL, NO_NATIVE
 
+import fa4_prefixlm as fp
 from fa4_prefixlm import advice, backends, lengths
 from fa4_prefixlm.backends import Options
 from fa4_prefixlm.backends.reference import dense_attention
@@ -77,6 +79,18 @@ def test_pages_gather_for_varlen_and_else_take_two_passes() -> None:
     assert (old.name, old.gathered) == ("two_pass", False)
 
 
+def test_a_serving_plan_tells_of_its_step_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    monkeypatch.setattr(importlib.import_module("fa4_prefixlm.plan"), "find_build", lambda module: OLD)
+    with FakeTensorMode():
+        q, k = (torch.empty(*shape, 128, dtype=torch.bfloat16, device="cuda") for shape in ((1, 4), (9, 16, 2)))
+        with pytest.warns(UserWarning, match="takes two_pass, not native"):
+            plan = fp.serving_plan(like=(q, k, k), max_tokens=100, max_sequences=2, max_pages=8)
+    assert (plan.choice.name, plan.in_place) == ("two_pass", True)
+    assert dict(plan.choice.passed_over)["native"] == "its internals are not known"
+
+
 def test_two_passes_are_for_masks_that_are_a_causal_pass_and_a_rest() -> None:
     two_pass = backends.BACKENDS["two_pass"]
     for mask in (PrefixLM(), PrefixLM(9), PrefixLM(9, clamp=False)):
@@ -84,8 +98,9 @@ def test_two_passes_are_for_masks_that_are_a_causal_pass_and_a_rest() -> None:
         assert demand.within is not None
         assert demand.within.window == mask.window
         assert two_pass.refusal(GPU_CALL, demand, GOOD) is None
-    several = dataclasses.replace(DEMAND, within=None)
-    assert two_pass.refusal(GPU_CALL, several, GOOD) == "the mask is no causal pass and the rest of one span set"
+    for change in ({"within": None}, {"intervals": 2}):
+        several = dataclasses.replace(DEMAND, **change)
+        assert two_pass.refusal(GPU_CALL, several, GOOD) == "the mask is no causal pass and the rest of one span set"
 
 
 def backends_demand(mask):

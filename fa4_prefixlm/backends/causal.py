@@ -59,13 +59,18 @@ class Causal(Backend):
 
     def prepare(self, work: Work) -> CausalCall:
         assert work.demand.plain is not None
-        return CausalCall(
-            build=work.fa4(),
-            cu_seqlens_q=work.lengths.cu_seqlens_q,
-            max_seqlen_q=work.lengths.max_seqlen_q,
-            keys=keys_of(work),
-            window=work.demand.plain.window,
-        )
+        return causal_call(work, work.demand.plain.window)
+
+
+def causal_call(work: Work, window: int | None) -> CausalCall:
+    """The build's own causal or windowed call over the whole batch."""
+    return CausalCall(
+        build=work.fa4(),
+        cu_seqlens_q=work.lengths.cu_seqlens_q,
+        max_seqlen_q=work.lengths.max_seqlen_q,
+        keys=keys_of(work),
+        window=window,
+    )
 
 
 def keys_of(work: Work) -> Keys:

@@ -16,7 +16,7 @@ from ..call import CallSpec
 from ..fa4.build import Build
 from ..intervals import Demand
 from .base import Backend, Options, Prepared, Work
-from .causal import CausalCall, keys_of
+from .causal import CausalCall, causal_call
 from .fa4_common import causal_refusal
 
 
@@ -68,17 +68,11 @@ class TwoPass(Backend):
     reads_pages = True
 
     def refusal(self, call: CallSpec, demand: Demand, build: Build | None) -> str | None:
-        if demand.within is None:
+        if demand.within is None or demand.intervals > 1:
             return "the mask is no causal pass and the rest of one span set"
         return causal_refusal(call, build)
 
     def prepare(self, work: Work) -> TwoPasses:
         assert work.demand.within is not None
-        causal = CausalCall(
-            build=work.fa4(),
-            cu_seqlens_q=work.lengths.cu_seqlens_q,
-            max_seqlen_q=work.lengths.max_seqlen_q,
-            keys=keys_of(work),
-            window=work.demand.within.window,
-        )
+        causal = causal_call(work, work.demand.within.window)
         return TwoPasses(causal, torch.cat([work.bounds.lo, work.bounds.hi], dim=1))

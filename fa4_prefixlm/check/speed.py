@@ -28,14 +28,14 @@ def time_case(case: Case, backends: Sequence[str], build: str | None, device: to
         return lambda: attend(case, plans[name], device)
 
     calls = {name: call(name) for name in plans}
-    counts = {name: max(1, round(ROUND_MS / _milliseconds(run, 3))) for name, run in calls.items()}
+    counts = {name: max(1, round(ROUND_MS / milliseconds(run, 3))) for name, run in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in plans}
     order = random.Random(0)
     for _ in range(ROUNDS):
         for name in order.sample(list(plans), len(plans)):
             for _ in range(max(1, counts[name] // 2)):
                 calls[name]()
-            times[name].append(_milliseconds(calls[name], counts[name]))
+            times[name].append(milliseconds(calls[name], counts[name]))
     middle = {name: statistics.median(own) for name, own in times.items()}
     tflops = {name: plans[name].flops() / middle[name] / 1e9 for name in plans}
     return [
@@ -51,7 +51,7 @@ def time_case(case: Case, backends: Sequence[str], build: str | None, device: to
     ]
 
 
-def _milliseconds(run: Callable[[], object], calls: int) -> float:
+def milliseconds(run: Callable[[], object], calls: int) -> float:
     """Of one call."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     run()
