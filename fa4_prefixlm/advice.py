@@ -11,6 +11,9 @@ from .fa4.build import BEST, Build
 from .intervals import Demand
 from .lengths import Lengths
 
+# No build has anything faster, so that nothing has to be looked up for them.
+FASTEST = ("causal", "native")
+
 _told: set[str] = set()
 
 
@@ -33,7 +36,7 @@ def tell(choice: Choice, call: CallSpec, demand: Demand, lengths: Lengths, build
     if choice.name == "reference":
         why = choice.passed_over[-1][1]
         warnings.warn(f"fa4_prefixlm takes the dense reference, slow on long sequences: {why}", stacklevel=4)
-    if build is None:
+    if build is None or choice.name in FASTEST:
         return
     better = step_down(choice, call, demand, lengths, build)
     if better is not None and better not in _told:

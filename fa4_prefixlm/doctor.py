@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import os
 import platform
@@ -27,11 +26,10 @@ from .errors import InputError, UnsupportedError
 from .fa4 import build as builds
 from .fa4.build import MASKED_ARGUMENTS, PAGED_ARGUMENTS, Build, device_arch
 from .fa4.given import GivenBuild, given
+from .fa4.stack import versions
 from .intervals import demand_of_any
 from .mask import Mask
 from .masks import PrefixLM, causal, one_block, prefix, window
-
-PACKAGES = ("torch", "triton", "flash-attn-4", "vllm", "nvidia-cutlass-dsl", "quack-kernels", "apache-tvm-ffi")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,10 +83,10 @@ KINDS = (
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """machine: what there is, by name. builds: the FA4s found, the default first. archs: the GPUs that were asked for.
+    """machine: what there is, by name. builds: the FA4s found, the default first.
 
     takes: by architecture and kind of call, the choice on each build, in the order of `builds`.
-    traces: by build, what compiled ("backend head_dim: kernel or error"), empty unless it was asked for.
+    traces: by build, what compiled ("backend: kernel or error"), empty unless it was asked for.
     """
 
     machine: Mapping[str, str]
@@ -157,7 +155,8 @@ FACTS: dict[str, Callable[[Build], str]] = {
 
 def examine(given_builds: Sequence[GivenBuild] = (), archs: Sequence[str] = (), *, trace: bool = False) -> Report:
     """Look at the builds given, or at all that are installed. archs: "sm_90"; without any, that of this machine."""
-    found = [own.describe() for own in given_builds] or builds.all_installed()
+    sources = given_builds or [given(build.module) for build in builds.all_installed()]
+    found = [own.describe() for own in sources]
     here = device_arch(torch.device("cuda"))
     archs = archs or ([f"sm_{here}"] if here else ["sm_90", "sm_100"])
     takes = {}
@@ -166,7 +165,6 @@ def examine(given_builds: Sequence[GivenBuild] = (), archs: Sequence[str] = (), 
             takes[arch] = {kind.name: [kind.choose(build) for build in found] for kind in KINDS}
     traces: dict[str, list[str]] = {}
     if trace:
-        sources = given_builds or [given(build.module) for build in found]
         for build, own in zip(found, sources, strict=True):
             traces[build.name] = [line for arch in archs for line in _traced(build, own, arch)]
     return Report(_machine(), found, takes, traces)
@@ -196,10 +194,7 @@ def _machine() -> dict[str, str]:
     machine = {"python": platform.python_version(), "CUDA of torch": torch.version.cuda or "none"}
     devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())] if cuda else []
     machine["GPUs"] = ", ".join(f"{own.name} (sm_{own.major}{own.minor})" for own in devices) or "none"
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            machine[package] = importlib.metadata.version(package)
-    return machine
+    return {**machine, **versions()}
 
 
 def _as_json(build: Build) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from ..backends.fa4_common import OneCall
 from ..errors import InputError, UnsupportedError
 from ..fa4.build import MASKED_ARGUMENTS, PAGED_ARGUMENTS, Build, device_arch, installed
 from ..fa4.defects import CAUSAL_KEPT, PAGED_LISTS, SM90_LIST_STRIDE
-from ..fa4.launch import mask_code, on_device
+from ..fa4.launch import block_sparse_tensors, mask_code, on_device
 from ..masks import PrefixLM
 from ..plan import Plan, plan_for
 from .outcomes import ProbeOutcome, in_short
@@ -112,15 +112,7 @@ def lists_over_pages(build: Build, device: torch.device) -> float:
             pack_gqa=False,
             mask_mod=prepared.code.mask_mod(build),
             aux_tensors=prepared.code.aux_tensors,
-            block_sparse_tensors=build.part("block_sparsity").BlockSparseTensorsTorch(
-                mask_block_cnt=lists.partial_count,
-                mask_block_idx=lists.partial_idx,
-                full_block_cnt=lists.full_count,
-                full_block_idx=lists.full_idx,
-                cu_total_m_blocks=lists.cu_tiles,
-                cu_block_idx_offsets=lists.cu_entries,
-                block_size=lists.block_size,
-            ),
+            block_sparse_tensors=block_sparse_tensors(lists, build),
             return_lse=True,
         )
     return _error(out, q, k, v)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 import platform
 import xml.etree.ElementTree as ElementTree
@@ -13,12 +12,12 @@ from typing import Any
 
 import torch
 
+from ..fa4.stack import versions
 from .judge import DEFECT, OK, WRONG, Verdict
 from .outcomes import CAUSAL, COMPILED, FAILED, REFUSED
 from .session import BuildReport, Result
 from .work import REFERENCE
 
-PACKAGES = ("torch", "triton", "flash-attn-4", "vllm", "nvidia-cutlass-dsl", "quack-kernels")
 SLOW = 0.5
 
 
@@ -69,7 +68,7 @@ class Report:
                 "exactness_checked": self.exactness_checked,
                 "ok": not self.is_bad,
                 "machine": describe_machine(),
-                "versions": _versions(),
+                "versions": versions(),
                 "builds": [_build_as_json(build) for build in self.builds],
             }
         )
@@ -88,16 +87,6 @@ def describe_machine() -> dict[str, str]:
         return {"gpu": "no GPU", "python": platform.python_version()}
     properties = torch.cuda.get_device_properties(0)
     return {"gpu": f"{properties.name} (sm_{properties.major}{properties.minor})", "python": platform.python_version()}
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in ("fa4_prefixlm", *PACKAGES):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 # --- the table ---

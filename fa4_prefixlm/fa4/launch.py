@@ -65,6 +65,19 @@ def mask_code(layout: str, bounds: Bounds) -> MaskCode:
     return MaskCode(layout, bounds.count, tensors)
 
 
+def block_sparse_tensors(lists: BlockLists, build: Build) -> Any:
+    """Block lists as the build takes them."""
+    varlen = {"cu_total_m_blocks": lists.cu_tiles, "cu_block_idx_offsets": lists.cu_entries}
+    return build.part("block_sparsity").BlockSparseTensorsTorch(
+        mask_block_cnt=lists.partial_count,
+        mask_block_idx=lists.partial_idx,
+        full_block_cnt=lists.full_count,
+        full_block_idx=lists.full_idx,
+        block_size=lists.block_size,
+        **(varlen if lists.cu_tiles is not None else {}),
+    )
+
+
 def masked_forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -87,17 +100,7 @@ def masked_forward(
     lengths: those of a varlen call; None for `(batch, seqlen, heads, head_dim)` tensors.
     lists: None visits every key tile.
     """
-    sparse = None
-    if lists is not None:
-        varlen = {"cu_total_m_blocks": lists.cu_tiles, "cu_block_idx_offsets": lists.cu_entries}
-        sparse = build.part("block_sparsity").BlockSparseTensorsTorch(
-            mask_block_cnt=lists.partial_count,
-            mask_block_idx=lists.partial_idx,
-            full_block_cnt=lists.full_count,
-            full_block_idx=lists.full_idx,
-            block_size=lists.block_size,
-            **(varlen if lists.cu_tiles is not None else {}),
-        )
+    sparse = None if lists is None else block_sparse_tensors(lists, build)
     sink, late_sink = _sinks(learnable_sink, build)
     needs_cure = lists is not None and lengths is not None and build.sm90_list_stride == "128"
     with on_device(q), cures.sm90_list_stride(build.module) if needs_cure else contextlib.nullcontext():

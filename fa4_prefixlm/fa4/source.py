@@ -8,6 +8,8 @@ from __future__ import annotations
 import __future__
 
 import ast
+import copy
+import functools
 from typing import Any
 
 
@@ -23,7 +25,7 @@ def parameters(source: str, function: str) -> frozenset[str]:
 
 def class_fields(source: str, name: str) -> frozenset[str]:
     """Annotated fields of a class; empty if there is no such class."""
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(_parsed(source)):
         if isinstance(node, ast.ClassDef) and node.name == name:
             return frozenset(
                 item.target.id
@@ -41,11 +43,12 @@ def run_alone(source: str, function: str, *arguments: object) -> Any:
     node = _function(source, function)
     if node is None:
         raise UnknownError(f"no function {function}")
-    node.decorator_list = []  # caches
+    plain = copy.copy(node)
+    plain.decorator_list = []  # caches
     names: dict[str, Any] = {}
     flags = __future__.annotations.compiler_flag  # annotations stay text
     try:
-        exec(compile(ast.Module([node], []), f"<{function}>", "exec", flags=flags, dont_inherit=True), names)
+        exec(compile(ast.Module([plain], []), f"<{function}>", "exec", flags=flags, dont_inherit=True), names)
         return names[function](*arguments)
     except (NameError, TypeError) as error:
         raise UnknownError(f"{function}: {error}") from error
@@ -54,14 +57,20 @@ def run_alone(source: str, function: str, *arguments: object) -> Any:
 def sm90_list_stride(source: str) -> str:
     """How the SM90 kernel makes `SeqlenInfoQK`: with its `tile_n` ("tile") or with the default of 128 ("128")."""
     found = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(_parsed(source)):
         if isinstance(node, ast.Call) and any(_is_seqlen_create(part) for part in (node.func, *node.args)):
             found.add("tile" if any(keyword.arg == "tile_n" for keyword in node.keywords) else "128")
     return found.pop() if len(found) == 1 else "unknown"
 
 
+@functools.lru_cache(maxsize=4)
+def _parsed(source: str) -> ast.Module:
+    """An interface has thousands of lines, and is asked a dozen questions."""
+    return ast.parse(source)
+
+
 def _function(source: str, name: str) -> ast.FunctionDef | None:
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(_parsed(source)):
         if isinstance(node, ast.FunctionDef) and node.name == name:
             return node
     return None
