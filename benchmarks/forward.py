@@ -15,10 +15,11 @@ import torch
 from harness import Path, Result, measure, save, show
 
 import fa4_prefixlm as fp
-from fa4_prefixlm.accuracy import exact_attention
-from fa4_prefixlm.backends.fa4_common import OneCall
-from fa4_prefixlm.fa4.launch import Keys, causal_forward
-from fa4_prefixlm.fa4.tiles import forward_tile
+from fa4_prefixlm.backends.mask_mod_call import MaskModCall
+from fa4_prefixlm.batch.keys import Keys
+from fa4_prefixlm.fa4.kernels.launch import causal_forward
+from fa4_prefixlm.fa4.kernels.tiles import forward_tile
+from fa4_prefixlm.testing.accuracy import exact_attention
 
 HEADS = (16, 8)
 SPAN, EVERY = 256, 1280
@@ -103,7 +104,7 @@ def paths(work: Workload) -> list[Path]:
 
     every_tile = plan_for("varlen", spans)
     prepared = every_tile.prepared
-    assert isinstance(prepared, OneCall)
+    assert isinstance(prepared, MaskModCall)
     tile = forward_tile(90, work.head_dim, work.head_dim, windowed=False, max_seqlen_q=queries)  # FA4's own choice
     every_tile.prepared = dataclasses.replace(prepared, lists=None, tile=tile, pack_gqa=True)
 

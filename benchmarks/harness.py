@@ -22,8 +22,8 @@ from collections.abc import Callable
 
 import torch
 
-from fa4_prefixlm.accuracy import relative_error
-from fa4_prefixlm.check.speed import milliseconds
+from fa4_prefixlm.testing.accuracy import relative_error
+from fa4_prefixlm.tools.check.speed import milliseconds
 
 ROUNDS = 9
 ROUND_MS = 40.0

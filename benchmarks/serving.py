@@ -24,9 +24,10 @@ from forward import HEADS, Workload
 from harness import Path, Result, measure, save, show
 
 import fa4_prefixlm as fp
-from fa4_prefixlm.accuracy import exact_attention
-from fa4_prefixlm.fa4.build import installed
-from fa4_prefixlm.fa4.launch import Keys, causal_forward, mask_code, on_device
+from fa4_prefixlm.batch.keys import Keys
+from fa4_prefixlm.fa4.build.locate import installed
+from fa4_prefixlm.fa4.kernels.launch import causal_forward, mask_code, on_device
+from fa4_prefixlm.testing.accuracy import exact_attention
 
 WORKLOADS = [
     (Workload(2, 8192, 128), (16, 128)),

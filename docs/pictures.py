@@ -11,8 +11,9 @@ import textwrap
 from typing import TYPE_CHECKING
 
 from fa4_prefixlm import PrefixLM
-from fa4_prefixlm.masks.catalogue import CATALOGUE
-from fa4_prefixlm.picture import mask_image, side_by_side
+from fa4_prefixlm.geometry.drawn_tiles import drawn_tiles
+from fa4_prefixlm.masks.models.catalogue import CATALOGUE
+from fa4_prefixlm.masks.picture import mask_image, side_by_side
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -24,15 +25,17 @@ SPANS = [(6, 24), (32, 46)]
 def pictures() -> dict[str, Image]:
     """File name -> picture."""
     clamped, joined = PrefixLM(window=10), PrefixLM(window=10, clamp=False)
-    tiles = mask_image(PrefixLM(window=256), seqlen_k=768, spans=[(40, 296), (400, 656)], tile=(128, 64))
+    windowed, spans = PrefixLM(window=256), [(40, 296), (400, 656)]
+    cut = drawn_tiles(windowed, seqlen_k=768, ranges=spans, tile=(128, 64))
+    tiles = mask_image(windowed, seqlen_k=768, ranges=spans, tiles=cut)
     return {
         "causal.png": titled("No spans: causal", mask_image(PrefixLM(), seqlen_k=54)),
-        "prefix_lm.png": titled("PrefixLM()", mask_image(PrefixLM(), seqlen_k=54, spans=SPANS)),
-        "window_clamp.png": titled("PrefixLM(window=10)", mask_image(clamped, seqlen_k=54, spans=SPANS)),
-        "window_joined.png": titled("PrefixLM(window=10, clamp=False)", mask_image(joined, seqlen_k=54, spans=SPANS)),
+        "prefix_lm.png": titled("PrefixLM()", mask_image(PrefixLM(), seqlen_k=54, ranges=SPANS)),
+        "window_clamp.png": titled("PrefixLM(window=10)", mask_image(clamped, seqlen_k=54, ranges=SPANS)),
+        "window_joined.png": titled("PrefixLM(window=10, clamp=False)", mask_image(joined, seqlen_k=54, ranges=SPANS)),
         "chunked.png": titled(
             "PrefixLM(), the last 18 of 54 tokens are queries",
-            mask_image(PrefixLM(), seqlen_k=54, seqlen_q=18, spans=SPANS),
+            mask_image(PrefixLM(), seqlen_k=54, seqlen_q=18, ranges=SPANS),
         ),
         "tiles.png": titled("PrefixLM(window=256), tiles of 128 queries and 64 keys", tiles),
     } | catalogue()
@@ -43,7 +46,7 @@ def catalogue() -> dict[str, Image]:
     return {
         f"catalogue/{name}.png": titled(
             textwrap.fill(repr(example.mask), 42),
-            mask_image(example.mask, seqlen_k=example.seqlen, spans=example.spans, cell=7),
+            mask_image(example.mask, seqlen_k=example.seqlen, ranges=example.spans, cell=7),
         )
         for name, example in CATALOGUE.items()
     }

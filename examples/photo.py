@@ -15,11 +15,13 @@ import torch
 from PIL import Image, ImageDraw
 
 import fa4_prefixlm as fp
-from fa4_prefixlm import accuracy, tiling
-from fa4_prefixlm.backends.reference import dense_mask
-from fa4_prefixlm.fa4 import build, tiles
-from fa4_prefixlm.fa4.crosscompile import Variant, compile_in_subprocess
-from fa4_prefixlm.picture import mask_image, side_by_side
+from fa4_prefixlm.fa4.build import describe as build
+from fa4_prefixlm.fa4.kernels import tiles
+from fa4_prefixlm.geometry import tiles as tiling
+from fa4_prefixlm.masks.dense import dense_mask
+from fa4_prefixlm.masks.picture import mask_image, side_by_side
+from fa4_prefixlm.testing import accuracy
+from fa4_prefixlm.tools.crosscompile import Variant, compile_in_subprocess
 
 PHOTO = pathlib.Path(__file__).with_name("photo.jpg")
 PATCH, WIDTH, HEADS, KV_HEADS, HEAD_DIM = 14, 512, 8, 4, 128
@@ -198,7 +200,7 @@ def draw(batch: Batch, photo: Image.Image, q: torch.Tensor, k: torch.Tensor) -> 
         "Causal: the patch in the box sees those\nbefore it (orange: its attention)",
         f"PrefixLM: it sees the whole image; {later:.0%} of\nits attention is on what causal hides",
     ]
-    return side_by_side([mask_image(fp.PrefixLM(), seqlen_k=length, spans=spans, cell=1), *pictures], titles)
+    return side_by_side([mask_image(fp.PrefixLM(), seqlen_k=length, ranges=spans, cell=1), *pictures], titles)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,14 +1,14 @@
 """Exact PrefixLM attention at FlashAttention-4 speed: text runs causally, the tokens of an image see each other."""
 
-from .attention import attention
-from .backends import Choice
-from .chunks import safe_chunk_end
-from .debugging import debug
-from .errors import InputError, UnsupportedError
-from .mask import Mask
-from .masks import PrefixLM
-from .plan import Plan, plan
-from .serving import ServingPlan, serving_plan
+from fa4_prefixlm.backends.select import Choice
+from fa4_prefixlm.batch.chunked_prefill import safe_chunk_end
+from fa4_prefixlm.device_checks import debug
+from fa4_prefixlm.errors import InputError, UnsupportedError
+from fa4_prefixlm.masks.base import Mask
+from fa4_prefixlm.masks.prefix_lm import PrefixLM
+from fa4_prefixlm.runtime.plans import Plan, plan
+from fa4_prefixlm.runtime.public_call import attention
+from fa4_prefixlm.runtime.serving_plans import ServingPlan, serving_plan
 
 __version__ = "0.1.0"
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from .cli import main
+from fa4_prefixlm.tools.cli import main
 
 sys.exit(main())

@@ -6,19 +6,29 @@ mine = (causal | same_span("image")) & window(1024)
 theirs = gemma3.local_layers(window=1024, like="transformers")
 """
 
-from fa4_prefixlm.algebra import causal, key_in, one_block, prefix, query_in, same_span, window
-from fa4_prefixlm.custom import from_cute
-from fa4_prefixlm.flex import from_flex
-
-from . import bagel, gemma3, gemma4, molmo2, moondream3, paligemma, rswa, t5
-from .catalogue import CATALOGUE
-from .packing import in_documents
-from .prefix_lm import PrefixLM
-from .spans import drop_longer, runs_of
+from fa4_prefixlm.masks.atoms import causal, key_in, one_block, prefix, query_in, same_span, window
+from fa4_prefixlm.masks.base import Mask
+from fa4_prefixlm.masks.cute import from_cute
+from fa4_prefixlm.masks.flex import from_flex
+from fa4_prefixlm.masks.interval_lists import EMPTY_HI, EMPTY_LO, END_OF_KEYS, Intervals
+from fa4_prefixlm.masks.models import bagel, gemma3, gemma4, molmo2, moondream3, paligemma, rswa, t5
+from fa4_prefixlm.masks.models.catalogue import CATALOGUE
+from fa4_prefixlm.masks.packing import in_documents
+from fa4_prefixlm.masks.prefix_lm import PrefixLM
+from fa4_prefixlm.masks.protocols import Pairs, Reach, Rows
+from fa4_prefixlm.masks.spans import drop_longer, runs_of
 
 __all__ = [
     "CATALOGUE",
+    "EMPTY_HI",
+    "EMPTY_LO",
+    "END_OF_KEYS",
+    "Intervals",
+    "Mask",
+    "Pairs",
     "PrefixLM",
+    "Reach",
+    "Rows",
     "bagel",
     "causal",
     "drop_longer",

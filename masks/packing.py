@@ -14,9 +14,9 @@ Source: this library. For causal text it is what transformers 5.23.0 builds from
 
 from __future__ import annotations
 
-from fa4_prefixlm.algebra import same_span
 from fa4_prefixlm.errors import InputError
-from fa4_prefixlm.mask import Mask
+from fa4_prefixlm.masks.atoms import same_span
+from fa4_prefixlm.masks.base import Mask
 
 
 def in_documents(mask: Mask, name: str = "document") -> Mask:

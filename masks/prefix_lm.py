@@ -7,9 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from fa4_prefixlm.algebra import causal, same_span, window
 from fa4_prefixlm.errors import InputError
-from fa4_prefixlm.mask import Intervals, Mask, Pairs, Reach, Rows
+from fa4_prefixlm.masks.atoms import causal, same_span, window
+from fa4_prefixlm.masks.base import Mask
+from fa4_prefixlm.masks.closed_form import RowEdges, edges_of
+from fa4_prefixlm.masks.interval_lists import Intervals
+from fa4_prefixlm.masks.protocols import Pairs, Reach, Rows
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class PrefixLM(Mask):
 
     window: int | None = None
     clamp: bool = True
-    centered = total = True
+    around_position = no_empty_rows = True
 
     def __post_init__(self) -> None:
         if self.window is not None:
@@ -53,6 +56,9 @@ class PrefixLM(Mask):
 
     def intervals(self, rows: Rows) -> Intervals:
         return self.expression.intervals(rows)
+
+    def edges(self) -> RowEdges | None:
+        return edges_of(self.expression)
 
     def visible(self, pairs: Pairs) -> torch.Tensor:
         return self.expression.visible(pairs)

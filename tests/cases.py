@@ -8,8 +8,11 @@ import random
 
 import torch
 
-from fa4_prefixlm import Mask, PrefixLM, intervals, lengths, ranges
-from fa4_prefixlm.mask import Pairs, Rows
+from fa4_prefixlm import Mask, PrefixLM
+from fa4_prefixlm.batch import lengths, ranges
+from fa4_prefixlm.geometry import intervals
+from fa4_prefixlm.geometry.traits import Traits, traits
+from fa4_prefixlm.masks.protocols import Pairs, Rows
 
 EDGES = (1, 2, 63, 64, 65, 79, 80, 81, 127, 128, 129, 191, 192, 193, 255, 256, 257, 383, 384, 385)
 
@@ -156,7 +159,7 @@ class Pages:
 class Blind(PrefixLM):
     """PrefixLM, but the first 200 positions of a sequence and every third row after them see nothing."""
 
-    total = False
+    no_empty_rows = False
 
     def intervals(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         lo, hi = super().intervals(rows)
@@ -170,7 +173,7 @@ class Blind(PrefixLM):
 class ChainedBlind(Blind):
     """The same, with its tiles found from the extremes of each query tile's rows."""
 
-    total = True
+    no_empty_rows = True
 
 
 def masks_for(batch: Batch) -> list[Mask]:
@@ -192,7 +195,7 @@ class Stages:
 
     sizes: lengths.Lengths
     spans: ranges.SpanSets
-    demand: intervals.Demand
+    traits: Traits
     where: intervals.Tokens
     bounds: intervals.Bounds
 
@@ -201,9 +204,7 @@ def prepare(batch: Batch, mask: Mask, spans: ranges.NamedRanges | None = None) -
     sizes = sizes_of(batch)
     sets = ranges.parse(mask, batch.spans if spans is None else spans, sizes)
     where = intervals.tokens(sizes)
-    return Stages(
-        sizes, sets, intervals.demand(mask, sets, sizes), where, intervals.row_bounds(mask, sets, sizes, where)
-    )
+    return Stages(sizes, sets, traits(mask, sets, sizes), where, intervals.row_bounds(mask, sets, sizes, where))
 
 
 def dense(bounds: intervals.Bounds, keys: int, rows: slice = slice(None)) -> torch.Tensor:

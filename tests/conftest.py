@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fa4_prefixlm.fa4 import build as builds
+from fa4_prefixlm.fa4.build import locate
 
 
 def _why_no_gpu() -> str | None:
@@ -16,7 +16,7 @@ def _why_no_gpu() -> str | None:
         return "no CUDA GPU here"
     if torch.cuda.get_device_capability()[0] != 9:
         return f"needs a Hopper GPU, this is sm_{torch.cuda.get_device_capability()[0]}x"
-    if builds.installed() is None:
+    if locate.installed() is None:
         return "flash-attn-4 is not installed"
     return None
 

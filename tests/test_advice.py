@@ -13,12 +13,14 @@ import torch
 from test_build import DEMAND, GOOD, GPU_CALL, NO_NATIVE
 
 import fa4_prefixlm as fp
-from fa4_prefixlm import advice, backends, lengths
-from fa4_prefixlm.backends import Options
+from fa4_prefixlm.backends import select as backends
 from fa4_prefixlm.backends.reference import dense_attention
-from fa4_prefixlm.fa4 import launch
-from fa4_prefixlm.fa4.build import BEST, CAUSAL_ARGUMENTS, PAGED_ARGUMENTS
+from fa4_prefixlm.batch import lengths
+from fa4_prefixlm.batch.options import Options
+from fa4_prefixlm.fa4.build.describe import BEST, CAUSAL_ARGUMENTS, PAGED_ARGUMENTS
+from fa4_prefixlm.fa4.kernels import launch
 from fa4_prefixlm.masks import PrefixLM
+from fa4_prefixlm.runtime import fallback_warnings as advice
 
 SIZES = lengths.batched(1, 1000, 1000, torch.device("cpu"))
 OLD = dataclasses.replace(NO_NATIVE, name="flash-attn-4 4.0.0b12", varlen_mask=False, varlen_lists=False)
@@ -28,15 +30,15 @@ PAGED_CALL = dataclasses.replace(GPU_CALL, page_size=16, shape_k=(100, 16))
 @pytest.fixture(autouse=True)
 def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASH_ATTENTION_ARCH", "sm_90")
-    monkeypatch.setattr(advice, "_told", set())
+    monkeypatch.setattr(advice, "_warned", set())
 
 
-def told(call, build, demand=DEMAND) -> list[str]:
-    choice = backends.choose("auto", call, demand, SIZES, build)
+def told(call, build, traits=DEMAND) -> list[str]:
+    choice = backends.choose("auto", call, traits, SIZES, build)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
-            advice.tell(choice, call, demand, SIZES, build)
+            advice.warn_of_fallback(choice, call, traits, SIZES, build)
     return [str(warning.message) for warning in caught]
 
 
@@ -50,16 +52,15 @@ def test_a_step_down_is_told_once_with_both_builds() -> None:
     assert "takes two_pass, not native" in said
 
 
-def test_varlen_is_not_called_faster_than_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLASH_ATTENTION_ARCH", "sm_100")
-    (said,) = told(GPU_CALL, OLD)
+def test_varlen_is_not_called_faster_than_packed() -> None:
+    (said,) = told(dataclasses.replace(GPU_CALL, arch=100), OLD)
     assert said.endswith("(4.0.0b13 and later take it). flash-attn-4 4.0.0b36 takes varlen")
 
 
 def test_what_no_build_does_better_is_not_told() -> None:
     assert told(GPU_CALL, GOOD) == []
     assert told(GPU_CALL, BEST) == []
-    several = dataclasses.replace(DEMAND, intervals=2, chained=False, within=None)
+    several = dataclasses.replace(DEMAND, intervals=2, banded=False, causal_part=None)
     assert told(GPU_CALL, NO_NATIVE, several) == []
     assert told(dataclasses.replace(GPU_CALL, device=torch.device("cpu")), OLD) == []
 
@@ -82,7 +83,7 @@ def test_pages_gather_for_varlen_and_else_take_two_passes() -> None:
 def test_a_serving_plan_tells_of_its_step_down(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    monkeypatch.setattr(importlib.import_module("fa4_prefixlm.plan"), "find_build", lambda module: OLD)
+    monkeypatch.setattr(importlib.import_module("fa4_prefixlm.runtime.serving_plans"), "find_build", lambda module: OLD)
     with FakeTensorMode():
         q, k = (torch.empty(*shape, 128, dtype=torch.bfloat16, device="cuda") for shape in ((1, 4), (9, 16, 2)))
         with pytest.warns(UserWarning, match="takes two_pass, not native"):
@@ -94,19 +95,19 @@ def test_a_serving_plan_tells_of_its_step_down(monkeypatch: pytest.MonkeyPatch) 
 def test_two_passes_are_for_masks_that_are_a_causal_pass_and_a_rest() -> None:
     two_pass = backends.BACKENDS["two_pass"]
     for mask in (PrefixLM(), PrefixLM(9), PrefixLM(9, clamp=False)):
-        demand = backends_demand(mask)
-        assert demand.within is not None
-        assert demand.within.window == mask.window
-        assert two_pass.refusal(GPU_CALL, demand, GOOD) is None
+        traits = backends_demand(mask)
+        assert traits.causal_part is not None
+        assert traits.causal_part.window == mask.window
+        assert two_pass.refusal(GPU_CALL, traits, GOOD) is None
     for change in ({"within": None}, {"intervals": 2}):
         several = dataclasses.replace(DEMAND, **change)
         assert two_pass.refusal(GPU_CALL, several, GOOD) == "the mask is no causal pass and the rest of one span set"
 
 
 def backends_demand(mask):
-    from fa4_prefixlm.intervals import demand_of_any
+    from fa4_prefixlm.geometry.traits import traits_of_any
 
-    return demand_of_any(mask, {"image": 256}, {"image": 4})
+    return traits_of_any(mask, {"image": 256}, {"image": 4})
 
 
 @pytest.mark.parametrize("sink_dtype", [torch.float32, torch.bfloat16])

@@ -13,10 +13,13 @@ from test_blocks import check_list, read, tiles_of
 from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 
 import fa4_prefixlm as fp
-from fa4_prefixlm import blocks, intervals, tiling
-from fa4_prefixlm.algebra import KeyIn, normalised
-from fa4_prefixlm.flex import EvaluatedMask
+from fa4_prefixlm.geometry import block_lists as blocks
+from fa4_prefixlm.geometry import intervals
+from fa4_prefixlm.geometry import tiles as tiling
 from fa4_prefixlm.masks import PrefixLM, causal, from_flex, key_in, one_block, prefix, query_in, same_span, window
+from fa4_prefixlm.masks.atoms import KeyIn
+from fa4_prefixlm.masks.flex import EvaluatedMask
+from fa4_prefixlm.masks.interval_lists import normalised
 
 NAMES = ("image", "prompt")
 
@@ -67,20 +70,20 @@ def check_expression(mask: fp.Mask, batch: Batch, spans: dict[str, list], python
     seen = 0
     for index, (rows, keys) in enumerate(batch.seqlens):
         own = {name: given[index] for name, given in spans.items()}
-        wanted = mask.dense(seqlen=keys, spans=own or None, seqlen_q=rows)
+        wanted = mask.dense(seqlen=keys, ranges=own or None, seqlen_q=rows)
         if python:
             offset = keys - rows
             slow = [[said(mask, row + offset, kv, own) for kv in range(keys)] for row in range(rows)]
             assert torch.equal(wanted, torch.tensor(slow, dtype=torch.bool).reshape(rows, keys))
         here = slice(batch.cu_q[index], batch.cu_q[index] + rows)
         found = dense(stage.bounds, keys, here)
-        if stage.bounds.block is not None:
-            tags = stage.bounds.block.key_tag[batch.cu_k[index] : batch.cu_k[index] + keys]
-            found |= stage.bounds.block.row_tag[here, None] == tags
+        if stage.bounds.tags is not None:
+            tags = stage.bounds.tags.key_tag[batch.cu_k[index] : batch.cu_k[index] + keys]
+            found |= stage.bounds.tags.row_tag[here, None] == tags
         assert torch.equal(found, wanted)
         seen += int(wanted.sum())
     assert int(stage.bounds.visible_pairs(stage.where)) == seen
-    assert stage.bounds.count <= max(1, stage.demand.intervals)
+    assert stage.bounds.count <= max(1, stage.traits.intervals)
     lo, hi = stage.bounds.lo.long(), stage.bounds.hi.long()
     assert ((lo[:, 1:] > hi[:, :-1]) | (lo[:, 1:] == intervals.EMPTY_LO)).all(), "disjoint, ascending, not touching"
     check_tiles(mask, batch, spans, stage)
@@ -91,20 +94,18 @@ def check_tiles(
 ) -> None:
     """The varlen lists hold exactly the tiles that are not empty, and call full only what is full."""
     tiles = tiling.query_tiles(stage.sizes, block_m)
-    found = tiling.classify(
-        stage.bounds, tiles, stage.sizes, stage.where, block_m, block_n, chained=stage.demand.chained
-    )
-    lists = blocks.varlen_lists(found, tiles, stage.sizes, stage.demand, block_m, block_n)
+    found = tiling.classify(stage.bounds, tiles, stage.sizes, stage.where, block_m, block_n, banded=stage.traits.banded)
+    lists = blocks.varlen_lists(found, tiles, stage.sizes, stage.traits, block_m, block_n)
     tile = 0
     for index, (rows, keys) in enumerate(batch.seqlens):
         own = {name: given[index] for name, given in spans.items()}
-        visible = mask.dense(seqlen=keys, spans=own or None, seqlen_q=rows)
+        visible = mask.dense(seqlen=keys, ranges=own or None, seqlen_q=rows)
         for row in range(tiling.ceil_div(rows, block_m)):
             at = int(lists.cu_entries[index]) + row * tiling.ceil_div(keys, block_n)
             partial = read(lists.partial_count[0, tile], lists.partial_idx[0], at)
             full = read(lists.full_count[0, tile], lists.full_idx[0], at)
             some, every = tiles_of(visible, slice(row * block_m, (row + 1) * block_m), block_n)
-            if stage.demand.tagged:
+            if stage.traits.tagged:
                 assert set(full) <= every
                 every = set(full)
             check_list(partial, full, some, every, exact=True)
@@ -133,11 +134,11 @@ def test_flex_attention_sees_the_same(mask: fp.Mask, seed: int, chunk: bool) -> 
     rng = random.Random(seed)
     keys, rows = 24, 9 if chunk else 24
     spans = {name: [random_spans(rng, keys) for _ in range(2)] for name in sorted(mask.names)}
-    mask_mod = mask.flex(seqlen=keys, seqlen_q=rows, spans=spans or None)
+    mask_mod = mask.flex(seqlen=keys, seqlen_q=rows, ranges=spans or None)
     built = create_mask(mask_mod, 2, 1, rows, keys, device="cpu")[:, 0]
     for index in range(2):
         own = {name: given[index] for name, given in spans.items()}
-        assert torch.equal(built[index], mask.dense(seqlen=keys, spans=own or None, seqlen_q=rows))
+        assert torch.equal(built[index], mask.dense(seqlen=keys, ranges=own or None, seqlen_q=rows))
 
 
 @settings(max_examples=25, deadline=None)
@@ -147,13 +148,11 @@ def test_create_block_mask_finds_the_same_tiles(mask: fp.Mask, seed: int, chunk:
     rng = random.Random(seed)
     keys, rows, block_m, block_n = 100, 45 if chunk else 100, 16, 8
     spans = {name: [random_spans(rng, keys)] for name in sorted(mask.names)}
-    mask_mod = mask.flex(seqlen=keys, seqlen_q=rows, spans=spans or None)
+    mask_mod = mask.flex(seqlen=keys, seqlen_q=rows, ranges=spans or None)
     theirs = create_block_mask(mask_mod, 1, 1, rows, keys, device="cpu", BLOCK_SIZE=(block_m, block_n))
     stage = prepare(Batch(((rows, keys),), ((),)), mask, spans)
     tiles = tiling.query_tiles(stage.sizes, block_m)
-    ours = tiling.classify(
-        stage.bounds, tiles, stage.sizes, stage.where, block_m, block_n, chained=stage.demand.chained
-    )
+    ours = tiling.classify(stage.bounds, tiles, stage.sizes, stage.where, block_m, block_n, banded=stage.traits.banded)
     columns = tiling.ceil_div(keys, block_n)
     for row in range(tiling.ceil_div(rows, block_m)):
         partial = set(ours.partial_matrix(columns)[row, : int(ours.partial[row])].tolist())
@@ -164,7 +163,7 @@ def test_create_block_mask_finds_the_same_tiles(mask: fp.Mask, seed: int, chunk:
         if (row + 1) * block_m > rows:
             continue  # FlexAttention calls no tile full that crosses the last query
         assert full <= their_full
-        assert full == their_full or stage.demand.tagged
+        assert full == their_full or stage.traits.tagged
 
 
 @settings(max_examples=12, deadline=None)
@@ -173,7 +172,7 @@ def test_flex_attention_computes_the_same(mask: fp.Mask, seed: int) -> None:
     rng = random.Random(seed)
     spans = {name: [random_spans(rng, 40) for _ in range(2)] for name in sorted(mask.names)}
     q, k, v = (torch.randn(2, 40, heads, 16, generator=torch.Generator().manual_seed(seed)) for heads in (2, 1, 1))
-    mask_mod = mask.flex(seqlen=40, spans=spans or None)
+    mask_mod = mask.flex(seqlen=40, ranges=spans or None)
     visible = create_mask(mask_mod, 2, 1, 40, 40, device="cpu")[:, 0]
     if not visible.any():
         return
@@ -190,8 +189,8 @@ def test_from_flex_finds_the_same_intervals(mask: fp.Mask, seed: int) -> None:
     rng = random.Random(seed)
     batch = Batch(((20, 20), (7, 20)), ((), ()))
     spans = {name: [random_spans(rng, 20) for _ in range(2)] for name in sorted(mask.names)}
-    back = EvaluatedMask(mask.flex(seqlen=20, spans=spans or None), 20)
-    wanted = [mask.dense(seqlen=20, spans={n: s[i] for n, s in spans.items()} or None) for i in range(2)]
+    back = EvaluatedMask(mask.flex(seqlen=20, ranges=spans or None), 20)
+    wanted = [mask.dense(seqlen=20, ranges={n: s[i] for n, s in spans.items()} or None) for i in range(2)]
     if not (wanted[0].any() or wanted[1][-7:].any()):
         with pytest.raises(fp.InputError, match="an empty mask"):
             prepare(batch, back, {})
@@ -206,7 +205,7 @@ def test_attention_of_expressions_on_the_reference() -> None:
     spans = {"image": [[(4, 20), (25, 30)], [(0, 40)]], "prompt": [[(0, 4)], []]}
     mask = (causal | same_span("image")) & (window(6) | prefix("prompt"))
     out = fp.attention(q, k, v, spans, mask=mask)
-    visible = torch.stack([mask.dense(seqlen=40, spans={n: s[i] for n, s in spans.items()}) for i in range(2)])
+    visible = torch.stack([mask.dense(seqlen=40, ranges={n: s[i] for n, s in spans.items()}) for i in range(2)])
     heads_first = (tensor.transpose(1, 2) for tensor in (q, k, v))
     wanted = torch.nn.functional.scaled_dot_product_attention(*heads_first, attn_mask=visible[:, None], enable_gqa=True)
     torch.testing.assert_close(out, wanted.transpose(1, 2), rtol=1e-4, atol=1e-5)
@@ -243,25 +242,25 @@ def test_masks_are_values() -> None:
 )
 def test_what_a_mask_costs_is_known_before_running(mask: fp.Mask, count: int, chained: bool) -> None:
     spans = {"image": [[(0, 2), (5, 9), (12, 20)]]} if mask.names else {}
-    demand = prepare(Batch(((30, 30),), ((),)), mask, spans).demand
-    assert (demand.intervals, demand.chained, demand.tagged) == (count, chained, False)
+    traits = prepare(Batch(((30, 30),), ((),)), mask, spans).traits
+    assert (traits.intervals, traits.banded, traits.tagged) == (count, chained, False)
 
 
 def test_many_images_in_one_block_run_by_tags() -> None:
     spans = [[(at, at + 3) for at in range(0, 60, 6)]]
     stage = prepare(Batch(((70, 70),), ((),)), causal | one_block("image"), {"image": spans})
-    assert stage.demand.tagged
-    assert stage.demand.intervals == 1
-    assert stage.bounds.block is not None
+    assert stage.traits.tagged
+    assert stage.traits.intervals == 1
+    assert stage.bounds.tags is not None
     inside = prepare(Batch(((70, 70),), ((),)), window(5) & one_block("image"), {"image": spans})
-    assert not inside.demand.tagged  # not written as "... | one_block": one interval a span
-    assert inside.demand.intervals == 10
+    assert not inside.traits.tagged  # not written as "... | one_block": one interval a span
+    assert inside.traits.intervals == 10
 
 
 def test_a_block_of_one_span_is_the_span() -> None:
     spans = {"image": [[(5, 40)]]}
     stage = prepare(Batch(((70, 70),), ((),)), causal | one_block("image"), spans)
-    assert (stage.demand.intervals, stage.demand.chained, stage.demand.tagged) == (1, True, False)
+    assert (stage.traits.intervals, stage.traits.banded, stage.traits.tagged) == (1, True, False)
     assert torch.equal(stage.bounds.hi, prepare(Batch(((70, 70),), ((),)), PrefixLM(), spans).bounds.hi)
 
 
@@ -324,7 +323,7 @@ def test_from_flex_and_its_errors() -> None:
 
 
 def test_from_flex_evaluates_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fa4_prefixlm import flex
+    from fa4_prefixlm.masks import flex
 
     mask = from_flex(lambda b, h, q_idx, kv_idx: (q_idx >= kv_idx) & (q_idx - kv_idx < 9))
     batch = Batch(((50, 50), (20, 33)), ((), ()))
@@ -370,17 +369,17 @@ def test_a_mask_that_leaves_its_sequence_is_refused() -> None:
 
 def test_show() -> None:
     mask = (causal | same_span("image")) & window(3)
-    shown = mask.show(seqlen=6, spans={"image": [(1, 5)]}, seqlen_q=3)
+    shown = mask.show(seqlen=6, ranges={"image": [(1, 5)]}, seqlen_q=3)
     assert repr(shown).splitlines()[:3] == [".###o.", "..###.", "...###"]
     assert shown._repr_png_()[:4] == b"\x89PNG"
     two = causal & (prefix("prompt") | window(2))
-    assert str(two.show(seqlen=5, spans={"prompt": [(0, 2)]})).splitlines()[4] == "oo.##"
+    assert str(two.show(seqlen=5, ranges={"prompt": [(0, 2)]})).splitlines()[4] == "oo.##"
 
 
 def test_prefix_counts_from_the_latest_span() -> None:
     mask = prefix("prompt") & same_span("document")
     spans = {"prompt": [(0, 2), (5, 7)], "document": [(0, 5), (5, 10)]}
-    lines = str(mask.show(seqlen=10, spans=spans)).splitlines()
+    lines = str(mask.show(seqlen=10, ranges=spans)).splitlines()
     assert lines[4] == "oo........"
     assert lines[9] == ".....oo..."
 
@@ -417,17 +416,17 @@ def test_what_rows_really_see_counts_where_the_formula_says_too_many() -> None:
     assert mask.count({"reference": 8, "document": 8}) == 9
     q = torch.randn(1, 80, 2, 8)
     plan = fp.plan(spans, like=(q, q, q), mask=mask)
-    assert plan.demand.intervals == 2
+    assert plan.traits.intervals == 2
     assert plan.bounds.count == 2
     assert "2 intervals a row" in str(plan)
     named = {name: own[0] for name, own in spans.items()}
-    assert torch.equal(dense(plan.bounds, 80), mask.dense(seqlen=80, spans=named))
+    assert torch.equal(dense(plan.bounds, 80), mask.dense(seqlen=80, ranges=named))
     many = fp.plan([[(at, at + 1) for at in range(0, 80, 8)]], like=(q, q, q), mask=causal & key_in("image"))
-    assert many.demand.intervals == 10
+    assert many.traits.intervals == 10
     refusal = dict(many.choice.passed_over)["varlen"]
     assert refusal == "a row may see 10 intervals of keys, the kernels take 4"
     lazy = fp.plan(None, like=(q, q, q), mask=from_flex(lambda b, h, q_idx, kv_idx: q_idx >= kv_idx, max_intervals=9))
-    assert (lazy.demand.intervals, lazy.bounds.count) == (1, 1)
+    assert (lazy.traits.intervals, lazy.bounds.count) == (1, 1)
 
 
 def test_masks_have_no_truth_value() -> None:

@@ -11,8 +11,13 @@ from cases import UGLY, Batch, Blind, ChainedBlind, dense, masks_for, prepare, r
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fa4_prefixlm import PrefixLM, blocks, intervals, lengths, tiling
-from fa4_prefixlm.mask import Mask, Reach
+from fa4_prefixlm import PrefixLM
+from fa4_prefixlm.batch import lengths
+from fa4_prefixlm.geometry import block_lists as blocks
+from fa4_prefixlm.geometry import intervals
+from fa4_prefixlm.geometry import tiles as tiling
+from fa4_prefixlm.masks.base import Mask
+from fa4_prefixlm.masks.protocols import Reach
 
 TILES = ((128, 128), (192, 128), (128, 80), (128, 64), (256, 128), (16, 8))
 
@@ -59,13 +64,13 @@ def read(count: torch.Tensor, idx: torch.Tensor, at: int) -> list[int]:
     return idx[at : at + int(count)].tolist()
 
 
-def check_varlen(batch: Batch, mask: Mask, block_m: int, block_n: int, on_host: bool = True, chained=None) -> None:
+def check_varlen(batch: Batch, mask: Mask, block_m: int, block_n: int, on_host: bool = True, banded=None) -> None:
     stage = prepare(batch, mask)
-    demand = stage.demand if chained is None else dataclasses.replace(stage.demand, chained=chained)
+    traits = stage.traits if banded is None else dataclasses.replace(stage.traits, banded=banded)
     sizes = stage.sizes if on_host else forget_host(stage.sizes)
     tiles = tiling.query_tiles(sizes, block_m)
-    found = tiling.classify(stage.bounds, tiles, sizes, stage.where, block_m, block_n, chained=demand.chained)
-    lists = blocks.varlen_lists(found, tiles, sizes, demand, block_m, block_n)
+    found = tiling.classify(stage.bounds, tiles, sizes, stage.where, block_m, block_n, banded=traits.banded)
+    lists = blocks.varlen_lists(found, tiles, sizes, traits, block_m, block_n)
     assert lists.partial_idx.shape == lists.full_idx.shape
     assert lists.partial_count.shape == lists.full_count.shape == (1, len(tiles.row_start))
     assert lists.nbytes() <= blocks.varlen_bytes(sizes, block_m, block_n) + 8
@@ -87,20 +92,20 @@ def check_varlen(batch: Batch, mask: Mask, block_m: int, block_n: int, on_host: 
     assert (lists.full_count[0, tile:] == 0).all()
 
 
-def check_packed(batch: Batch, mask: Mask, block_m: int, block_n: int, on_host: bool = True, chained=None) -> None:
+def check_packed(batch: Batch, mask: Mask, block_m: int, block_n: int, on_host: bool = True, banded=None) -> None:
     stage = prepare(batch, mask)
-    demand = stage.demand if chained is None else dataclasses.replace(stage.demand, chained=chained)
+    traits = stage.traits if banded is None else dataclasses.replace(stage.traits, banded=banded)
     sizes = stage.sizes if on_host else forget_host(stage.sizes)
     whole = lengths.as_one_sequence(sizes)
     bounds = stage.bounds.shifted(stage.where.key_offset)
     where = stage.where._replace(sequence=torch.zeros_like(stage.where.sequence))
     tiles = tiling.query_tiles(whole, block_m)
-    found = tiling.classify(bounds, tiles, whole, where, block_m, block_n, chained=demand.chained)
-    lists = blocks.packed_lists(found, sizes, demand, block_m, block_n)
+    found = tiling.classify(bounds, tiles, whole, where, block_m, block_n, banded=traits.banded)
+    lists = blocks.packed_lists(found, sizes, traits, block_m, block_n)
     everything = max(1, tiling.ceil_div(sizes.total_k, block_n))
     assert lists.partial_idx.shape[3] <= everything
     assert lists.full_idx.shape[3] <= everything
-    assert lists.nbytes() <= max(blocks.packed_bytes(sizes, demand, block_m, block_n), 8 * lists.full_idx.numel() + 999)
+    assert lists.nbytes() <= max(blocks.packed_bytes(sizes, traits, block_m, block_n), 8 * lists.full_idx.numel() + 999)
     visible = dense(bounds, sizes.total_k)
     for row in range(tiling.ceil_div(sizes.total_q, block_m)):
         check_list(
@@ -108,7 +113,7 @@ def check_packed(batch: Batch, mask: Mask, block_m: int, block_n: int, on_host: 
             read(lists.full_count[0, 0, row], lists.full_idx[0, 0, row], 0),
             *tiles_of(visible, slice(row * block_m, (row + 1) * block_m), block_n),
             # From the extremes, a tile with rows of two sequences may list what lies between them.
-            exact=not isinstance(mask, ChainedBlind) and (len(batch.seqlens) == 1 or not demand.chained),
+            exact=not isinstance(mask, ChainedBlind) and (len(batch.seqlens) == 1 or not traits.banded),
         )
 
 
@@ -117,9 +122,9 @@ def check_packed(batch: Batch, mask: Mask, block_m: int, block_n: int, on_host: 
 def test_random_batches(seed: int, tile: tuple[int, int], on_host: bool) -> None:
     rng = random.Random(seed)
     batch, mask = random_batch(rng, longest=500), random_mask(rng)
-    for chained in (True, False):
-        check_varlen(batch, mask, *tile, on_host=on_host, chained=chained)
-        check_packed(batch, mask, *tile, on_host=on_host, chained=chained)
+    for banded in (True, False):
+        check_varlen(batch, mask, *tile, on_host=on_host, banded=banded)
+        check_packed(batch, mask, *tile, on_host=on_host, banded=banded)
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
@@ -143,8 +148,8 @@ def list_bytes(tokens: int, mask: Mask, layout: str, batch: int = 1, longest: in
     sizes = lengths.batched(batch, tokens, tokens, torch.device("cpu"))
     if layout == "varlen":
         return blocks.varlen_bytes(sizes, 128, 128)
-    demand = intervals.Demand(1, False, True, mask.reach({"image": longest}))
-    return blocks.packed_bytes(sizes, demand, 128, 128)
+    traits = intervals.Traits(1, False, True, mask.reach({"image": longest}))
+    return blocks.packed_bytes(sizes, traits, 128, 128)
 
 
 @pytest.mark.parametrize("mask", [PrefixLM(1024), PrefixLM(1024, clamp=False), PrefixLM()], ids=str)

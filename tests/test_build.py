@@ -9,14 +9,16 @@ import pytest
 import torch
 
 import fa4_prefixlm as fp
-from fa4_prefixlm import backends, lengths
-from fa4_prefixlm.backends import fa4_common
-from fa4_prefixlm.call import CallSpec
-from fa4_prefixlm.fa4 import build as builds
-from fa4_prefixlm.fa4.tiles import HeadDims, forward_tile
-from fa4_prefixlm.intervals import Demand
-from fa4_prefixlm.mask import Reach
-from fa4_prefixlm.plain import Plain
+from fa4_prefixlm.backends import mask_mod_call as fa4_common
+from fa4_prefixlm.backends import select as backends
+from fa4_prefixlm.batch import lengths
+from fa4_prefixlm.batch.tensors import CallSpec
+from fa4_prefixlm.fa4.build import describe as builds
+from fa4_prefixlm.fa4.build import locate
+from fa4_prefixlm.fa4.build.head_dims import HeadDims
+from fa4_prefixlm.fa4.kernels.tiles import forward_tile
+from fa4_prefixlm.geometry.traits import CausalWindow, Traits
+from fa4_prefixlm.masks.protocols import Reach
 
 GPU_CALL = CallSpec(
     batched=False,
@@ -29,8 +31,9 @@ GPU_CALL = CallSpec(
     dtype=torch.bfloat16,
     device=torch.device("cuda", 0),
     needs_grad=False,
+    arch=90,
 )
-DEMAND = Demand(intervals=1, tagged=False, chained=True, reach=Reach(1023, 256), within=Plain(1024))
+DEMAND = Traits(intervals=1, tagged=False, banded=True, reach=Reach(1023, 256), causal_part=CausalWindow(1024))
 GOOD = dataclasses.replace(builds.BEST, name="flash-attn-4 9.9")
 NO_NATIVE = dataclasses.replace(GOOD, native_refusal="its internals are not known")
 
@@ -155,7 +158,7 @@ def test_old_limits_are_found_by_what_the_build_says(tmp_path: pathlib.Path) -> 
 
 def test_the_installed_build_is_one_we_know() -> None:
     pytest.importorskip("flash_attn")
-    build = builds.installed()
+    build = locate.installed()
     assert build is not None
     assert build.lacks(builds.MASKED_ARGUMENTS | builds.PAGED_ARGUMENTS) is None
     assert build.causal_with_mask == "ignored"
@@ -168,27 +171,25 @@ def test_the_installed_build_is_one_we_know() -> None:
 
 
 def choose(
-    monkeypatch: pytest.MonkeyPatch,
     build: builds.Build | None,
     call: CallSpec = GPU_CALL,
     name: str = "auto",
     tokens: int = 1000,
-    arch: str = "sm_90",
-    demand: Demand | None = None,
+    arch: int = 90,
+    traits: Traits | None = None,
 ) -> backends.Choice:
-    monkeypatch.setenv("FLASH_ATTENTION_ARCH", arch)
     sizes = lengths.batched(1, tokens, tokens, torch.device("cpu"))
-    return backends.choose(name, call, demand or DEMAND, sizes, build)
+    return backends.choose(name, dataclasses.replace(call, arch=arch), traits or DEMAND, sizes, build)
 
 
 def test_auto_takes_the_first_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    choice = choose(monkeypatch, GOOD)
+    choice = choose(GOOD)
     assert (choice.name, [name for name, _ in choice.passed_over]) == ("native", ["causal"])
     summary = "FlashAttention-4's SM90 main loop over each row's interval"
     assert str(choice) == f"native: {summary} (causal passed over)"
-    without = choose(monkeypatch, NO_NATIVE)
+    without = choose(NO_NATIVE)
     assert (without.name, without.passed_over[-1]) == ("varlen", ("native", "its internals are not known"))
-    text = choose(monkeypatch, NO_NATIVE, demand=dataclasses.replace(DEMAND, plain=Plain(None)))
+    text = choose(NO_NATIVE, traits=dataclasses.replace(DEMAND, causal_only=CausalWindow(None)))
     assert (text.name, text.passed_over, text.reason) == ("causal", (), "the first choice")
 
 
@@ -206,7 +207,7 @@ def test_auto_takes_the_first_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_a_build_cannot_do_is_passed_over(
     monkeypatch: pytest.MonkeyPatch, change: dict, name: str, why: str
 ) -> None:
-    choice = choose(monkeypatch, dataclasses.replace(NO_NATIVE, **change))
+    choice = choose(dataclasses.replace(NO_NATIVE, **change))
     assert choice.name == name
     assert why is None or why in dict(choice.passed_over)["varlen"]
 
@@ -223,28 +224,28 @@ def test_what_a_build_cannot_do_is_passed_over(
 )
 def test_what_fa4_cannot_run_goes_to_the_reference(monkeypatch: pytest.MonkeyPatch, change: dict, why: str) -> None:
     call = dataclasses.replace(GPU_CALL, **change)
-    choice = choose(monkeypatch, GOOD, call)
+    choice = choose(GOOD, call)
     assert choice.name == "reference"
     assert [name for name, _ in choice.passed_over] == ["causal", "native", "varlen", "packed", "two_pass"]
     assert all(why in reason for name, reason in choice.passed_over if name != "causal")
     with pytest.raises(fp.UnsupportedError, match=why):
-        choose(monkeypatch, GOOD, call, name="packed")
+        choose(GOOD, call, name="packed")
 
 
 def test_no_fa4_and_no_fitting_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert ("varlen", "flash-attn-4 is not installed") in choose(monkeypatch, None).passed_over
-    assert "no kernel for sm_80" in choose(monkeypatch, GOOD, arch="sm_80").passed_over[-1][1]
+    assert ("varlen", "flash-attn-4 is not installed") in choose(None).passed_over
+    assert "no kernel for sm_80" in choose(GOOD, arch=80).passed_over[-1][1]
 
 
 def test_long_windowed_sequences_take_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    choice = choose(monkeypatch, NO_NATIVE, tokens=2**19)
+    choice = choose(NO_NATIVE, tokens=2**19)
     assert choice.name == "packed"
     assert choice.passed_over[2:] == (("varlen", "its block lists would take 128 MiB, packed ones 0 MiB"),)
-    assert choose(monkeypatch, GOOD, name="varlen", tokens=2**19).reason == "asked for by name"
+    assert choose(GOOD, name="varlen", tokens=2**19).reason == "asked for by name"
 
 
 def test_no_query_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose(monkeypatch, GOOD, tokens=0).reason == "there are no queries"
+    assert choose(GOOD, tokens=0).reason == "there are no queries"
 
 
 def test_the_defect_is_harmless_only_with_tile_128_or_the_cure() -> None:
@@ -290,10 +291,10 @@ def test_pack_gqa_is_said_not_left_to_fa4() -> None:
     ],
 )
 def test_what_a_mask_asks_for(monkeypatch: pytest.MonkeyPatch, change: dict, name: str, why: str | None) -> None:
-    demand = dataclasses.replace(DEMAND, **{"chained": False, "within": None, **change})
-    choice = choose(monkeypatch, GOOD, demand=demand)
+    traits = dataclasses.replace(DEMAND, **{"chained": False, "within": None, **change})
+    choice = choose(GOOD, traits=traits)
     assert choice.name == name
     assert why is None or dict(choice.passed_over)["packed"] == why
     if "tagged" in change or "custom" in change:
         with pytest.raises(fp.UnsupportedError, match="sequence"):
-            choose(monkeypatch, GOOD, name="packed", demand=demand)
+            choose(GOOD, name="packed", traits=traits)

@@ -15,8 +15,9 @@ import torch
 
 import fa4_prefixlm as fp
 from fa4_prefixlm.errors import InputError
-from fa4_prefixlm.masks import bagel, causal, gemma3, gemma4, molmo2, moondream3, one_block, paligemma, rswa, t5
-from fa4_prefixlm.masks.catalogue import CATALOGUE, Example
+from fa4_prefixlm.masks import causal, one_block
+from fa4_prefixlm.masks.models import bagel, gemma3, gemma4, molmo2, moondream3, paligemma, rswa, t5
+from fa4_prefixlm.masks.models.catalogue import CATALOGUE, Example
 from fa4_prefixlm.masks.packing import in_documents
 from fa4_prefixlm.masks.spans import BatchSpans, drop_longer, runs_of
 
@@ -68,7 +69,7 @@ def dense(
 ) -> torch.Tensor:
     """`(3, keys - cached, keys)` bool, without padding keys."""
     rows = [
-        mask.dense(seqlen=keys, seqlen_q=keys - cached, spans=spans[index] if spans is not None else None)
+        mask.dense(seqlen=keys, seqlen_q=keys - cached, ranges=spans[index] if spans is not None else None)
         for index in range(3)
     ]
     result = torch.stack(rows)
@@ -193,8 +194,8 @@ def visible_by_bounds(mask: fp.Mask, spans: object, keys: int, rows: int) -> tor
     bounds = fp.plan(named if mask.names else None, like=(q, k, k), mask=mask).bounds
     kv = torch.arange(keys)
     visible = ((kv >= bounds.lo[:rows, :, None]) & (kv < bounds.hi[:rows, :, None])).any(1)
-    if bounds.block is not None:
-        visible |= bounds.block.row_tag[:rows, None] == bounds.block.key_tag[None, :keys]
+    if bounds.tags is not None:
+        visible |= bounds.tags.row_tag[:rows, None] == bounds.tags.key_tag[None, :keys]
     return visible
 
 
@@ -203,7 +204,7 @@ def test_intervals_are_the_dense_mask(name: str) -> None:
     example = CATALOGUE[name]
     for rows in (example.seqlen, 13, 1):
         got = visible_by_bounds(example.mask, example.spans, example.seqlen, rows)
-        wanted = example.mask.dense(seqlen=example.seqlen, spans=example.spans, seqlen_q=rows)
+        wanted = example.mask.dense(seqlen=example.seqlen, ranges=example.spans, seqlen_q=rows)
         assert torch.equal(got, wanted)
 
 
@@ -215,7 +216,7 @@ def test_intervals_are_the_dense_mask_for_random_spans(name: str) -> None:
         spans = {own: runs_of(torch.tensor([random_types(rng, keys, (0, 1))]), {1})[0] for own in sorted(mask.names)}
         spans[sorted(mask.names)[0]] = spans[sorted(mask.names)[0]] or [(0, 1)]  # a plan refuses an empty mask
         rows = rng.randint(1, keys)
-        wanted = mask.dense(seqlen=keys, spans=spans, seqlen_q=rows)
+        wanted = mask.dense(seqlen=keys, ranges=spans, seqlen_q=rows)
         assert torch.equal(visible_by_bounds(mask, spans, keys, rows), wanted)
 
 
@@ -225,8 +226,8 @@ def test_every_example_shows_its_rule() -> None:
         assert 48 <= example.seqlen <= 64
         if example.mask.names:
             without = None if not isinstance(example.spans, dict) else dict.fromkeys(example.spans, ())
-            with_spans = example.mask.dense(seqlen=example.seqlen, spans=example.spans)
-            assert not torch.equal(with_spans, example.mask.dense(seqlen=example.seqlen, spans=without)), name
+            with_spans = example.mask.dense(seqlen=example.seqlen, ranges=example.spans)
+            assert not torch.equal(with_spans, example.mask.dense(seqlen=example.seqlen, ranges=without)), name
 
 
 def test_one_interval_a_row_where_the_docs_say_so() -> None:
@@ -261,7 +262,7 @@ DIFFERENT = {
 
 @pytest.mark.parametrize("name", DIFFERENT)
 def test_variants_differ(name: str) -> None:
-    one, other = (mask.dense(seqlen=30, spans=IMAGES) for mask in DIFFERENT[name])
+    one, other = (mask.dense(seqlen=30, ranges=IMAGES) for mask in DIFFERENT[name])
     assert not torch.equal(one, other)
 
 
@@ -270,15 +271,15 @@ def test_local_variants_agree_on_short_spans() -> None:
     spans = [[(3, 8), (20, 24)]]
     assert drop_longer(spans, WINDOW) == spans
     one, other = DIFFERENT["gemma3 local"]
-    wanted = one.dense(seqlen=30, spans=spans[0])
-    assert torch.equal(wanted, other.dense(seqlen=30, spans=spans[0]))
+    wanted = one.dense(seqlen=30, ranges=spans[0])
+    assert torch.equal(wanted, other.dense(seqlen=30, ranges=spans[0]))
 
 
 def test_global_variants_of_gemma4_unified_differ() -> None:
     plain = gemma4.unified_global_layers(like="transformers-static-cache")
     joined = gemma4.unified_global_layers(like="transformers-forward")
     assert plain == causal
-    assert not torch.equal(plain.dense(seqlen=30), joined.dense(seqlen=30, spans=IMAGES))
+    assert not torch.equal(plain.dense(seqlen=30), joined.dense(seqlen=30, ranges=IMAGES))
 
 
 def test_vllm_and_transformers_agree_on_gemma4() -> None:
@@ -326,7 +327,7 @@ def test_vllm_by_its_own_rule() -> None:
         (molmo2.all_layers(like="vllm"), image, None, False, None),
     ):
         wanted = vllm_mask(image, layer_window, clamp, model_window)
-        assert torch.equal(mask.dense(seqlen=30, spans=spans), wanted), mask
+        assert torch.equal(mask.dense(seqlen=30, ranges=spans), wanted), mask
     # Gemma 4 takes the ranges of its global layers away.
     assert torch.equal(gemma4.global_layers(like="vllm").dense(seqlen=30), vllm_mask([], None, True, WINDOW))
 
@@ -335,7 +336,7 @@ def test_vllm_drops_long_spans() -> None:
     kept = drop_longer([IMAGES, [], [(0, 5), (5, 11)]], WINDOW)
     assert kept == [[(20, 24)], [], [(0, 5)]]
     mask = gemma3.global_layers()
-    assert not torch.equal(mask.dense(seqlen=30, spans=IMAGES), mask.dense(seqlen=30, spans=kept[0]))
+    assert not torch.equal(mask.dense(seqlen=30, ranges=IMAGES), mask.dense(seqlen=30, ranges=kept[0]))
     with pytest.raises(InputError, match="window: expected a positive number of tokens, got 0"):
         drop_longer([IMAGES], 0)
 
@@ -462,9 +463,9 @@ def test_rules_by_a_loop() -> None:
 
     wanted = torch.tensor([[kv <= p or same(p, kv, joined) for kv in range(20)] for p in range(20)])
     for mask in (moondream3.all_layers(), bagel.all_layers(), t5.prefix_lm()):
-        assert torch.equal(mask.dense(seqlen=20, spans=joined), wanted)
+        assert torch.equal(mask.dense(seqlen=20, ranges=joined), wanted)
     wanted = torch.tensor([[kv <= p and (kv < 7 or p - kv < WINDOW) for kv in range(20)] for p in range(20)])
-    assert torch.equal(rswa.all_layers(WINDOW).dense(seqlen=20, spans=[(0, 7)]), wanted)
+    assert torch.equal(rswa.all_layers(WINDOW).dense(seqlen=20, ranges=[(0, 7)]), wanted)
 
 
 @pytest.mark.parametrize(
@@ -475,10 +476,10 @@ def test_documents(mask: fp.Mask) -> None:
     wanted = torch.zeros(44, 44, dtype=torch.bool)
     for start, end in documents:
         own = [(first - start, last - start) for first, last in images if start <= first < end]
-        wanted[start:end, start:end] = mask.dense(seqlen=end - start, spans=own)
+        wanted[start:end, start:end] = mask.dense(seqlen=end - start, ranges=own)
     packed = in_documents(mask)
     spans = {"image": images, "document": documents}
-    assert torch.equal(packed.dense(seqlen=44, spans=spans), wanted)
+    assert torch.equal(packed.dense(seqlen=44, ranges=spans), wanted)
     assert torch.equal(visible_by_bounds(packed, spans, 44, 44), wanted)
     assert packed.names == {"image", "document"}
 

@@ -22,19 +22,20 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fa4_prefixlm import backends, intervals
-from fa4_prefixlm.accuracy import dense_attention, overlapping_two_pass
-from fa4_prefixlm.backends import Prepared, Work
+from fa4_prefixlm.backends import select as backends
+from fa4_prefixlm.backends.base import MaskedBatch, Prepared
 from fa4_prefixlm.backends.reference import _attend
-from fa4_prefixlm.check import command, crosscheck, judge, pool, session, work, worker
-from fa4_prefixlm.check.cases import CASES, EVERY, Case, cases, inputs
-from fa4_prefixlm.check.outcomes import CAUSAL, Outcome, ProbeOutcome, Speed, in_short
-from fa4_prefixlm.check.probes import PROBES
-from fa4_prefixlm.check.report import Report
-from fa4_prefixlm.check.run import row_errors, run_case
-from fa4_prefixlm.fa4.build import BEST, MASKED_ARGUMENTS
-from fa4_prefixlm.fa4.defects import CAUSAL_KEPT, PAGED_LISTS, SM90_LIST_STRIDE
-from fa4_prefixlm.fa4.given import GivenBuild, given
+from fa4_prefixlm.fa4.build.defects import CAUSAL_KEPT, PAGED_LISTS, SM90_LIST_STRIDE
+from fa4_prefixlm.fa4.build.describe import BEST, MASKED_ARGUMENTS
+from fa4_prefixlm.fa4.build.locate import GivenBuild, given
+from fa4_prefixlm.geometry import intervals
+from fa4_prefixlm.testing.accuracy import dense_attention, overlapping_two_pass
+from fa4_prefixlm.tools.check import command, crosscheck, judge, pool, session, work, worker
+from fa4_prefixlm.tools.check.cases import CASES, EVERY, Case, cases, inputs
+from fa4_prefixlm.tools.check.outcomes import CAUSAL, Outcome, ProbeOutcome, Speed, in_short
+from fa4_prefixlm.tools.check.probes import PROBES
+from fa4_prefixlm.tools.check.report import Report
+from fa4_prefixlm.tools.check.run import row_errors, run_case
 
 CPU = torch.device("cpu")
 QUICK = [case for case in cases() if not case.timed]
@@ -231,7 +232,7 @@ def test_a_single_row_shows() -> None:
 
 @dataclasses.dataclass
 class Played(Prepared):
-    work: Work
+    work: MaskedBatch
     compute: Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
     def run(self, q, k, v, options, out):
@@ -251,14 +252,14 @@ class Player(backends.Backend):
     name = "varlen"
     summary = "played"
 
-    def refusal(self, call, demand, build):
+    def refusal(self, call, traits, build):
         return None
 
     def prepare(self, work):
         return Played(work, self.compute)
 
 
-def by_bounds(work: Work, bounds: intervals.Bounds, q, k, v, options):
+def by_bounds(work: MaskedBatch, bounds: intervals.Bounds, q, k, v, options):
     """Attention whose rows see the intervals of `bounds`."""
     outs, lses = [], []
     row = key = 0
@@ -275,11 +276,11 @@ def by_bounds(work: Work, bounds: intervals.Bounds, q, k, v, options):
     return torch.cat(outs), torch.cat(lses, dim=1)
 
 
-def right(work: Work, q, k, v, options):
+def right(work: MaskedBatch, q, k, v, options):
     return by_bounds(work, work.bounds, q, k, v, options)
 
 
-def naive_two_pass(work: Work, q, k, v, options):
+def naive_two_pass(work: MaskedBatch, q, k, v, options):
     spans = {name: own.on_host() for name, own in work.spans.items()}
     seqlens = work.lengths.on_host()
     out = overlapping_two_pass(q, k, v, window=work.mask.window, spans=next(iter(spans.values())), seqlens=seqlens)
@@ -287,21 +288,21 @@ def naive_two_pass(work: Work, q, k, v, options):
     return out, lse  # the LSE is right, so that it is the output that is caught
 
 
-def one_key_short(work: Work, q, k, v, options):
+def one_key_short(work: MaskedBatch, q, k, v, options):
     """Rows of a span do not see its last key, which is their own for its last row, and stays."""
     ahead = work.bounds.hi > work.where.position[:, None] + 1
     bounds = dataclasses.replace(work.bounds, hi=work.bounds.hi - ahead.int())
     return by_bounds(work, bounds, q, k, v, options)
 
 
-def one_key_too_many(work: Work, q, k, v, options):
+def one_key_too_many(work: MaskedBatch, q, k, v, options):
     """Rows of a span see the key after it, where there is one."""
     ahead = work.bounds.hi > work.where.position[:, None] + 1
     hi = torch.minimum(work.bounds.hi + ahead.int(), work.where.seqlen_k[:, None])
     return by_bounds(work, dataclasses.replace(work.bounds, hi=hi), q, k, v, options)
 
 
-def without_chunk_offset(work: Work, q, k, v, options):
+def without_chunk_offset(work: MaskedBatch, q, k, v, options):
     """Rows count from the first query of the sequence, not from its first key."""
     cached = work.lengths.cu_seqlens_k.diff() - work.lengths.cu_seqlens_q.diff()
     where = work.where._replace(position=work.where.position - cached[work.where.sequence.long()])
@@ -351,7 +352,7 @@ def test_a_mask_without_the_chunk_offset_is_caught(monkeypatch: pytest.MonkeyPat
 def test_an_off_by_one_of_one_row_is_caught_where_the_whole_output_looks_right(monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES["tile edges, hd128"]
 
-    def one_row(work: Work, q, k, v, options):
+    def one_row(work: MaskedBatch, q, k, v, options):
         hi = work.bounds.hi.clone()
         hi[370] -= 1
         assert hi[370] > 370
@@ -622,7 +623,7 @@ def test_builds_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_builds_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = iter(range(100))
 
-    def changing(work: Work, q, k, v, options):
+    def changing(work: MaskedBatch, q, k, v, options):
         """Each case runs twice in a build; the second build's outputs are off by less than the rounding."""
         out, lse = right(work, q, k, v, options)
         return out * (1 + 1e-3 * (next(calls) >= 4)), lse
@@ -786,7 +787,7 @@ def test_a_fork_by_path_is_compiled_where_there_is_no_gpu(tmp_path: pathlib.Path
 
 def test_the_package_is_a_command() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "fa4_prefixlm.check", "--help"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "fa4_prefixlm.tools.check", "--help"], capture_output=True, text=True, check=True
     )
     assert "--strict" in done.stdout
     parser = argparse.ArgumentParser()

@@ -14,8 +14,8 @@ from cases import Batch, Pages
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fa4_prefixlm as fp
-from fa4_prefixlm import op
-from fa4_prefixlm.accuracy import relative_error
+from fa4_prefixlm.runtime import torch_ops as op
+from fa4_prefixlm.testing.accuracy import relative_error
 
 BACKENDS = ["eager", "aot_eager"] + ["inductor"] * any(map(shutil.which, ("c++", "g++", "clang++")))
 # Of 60 tokens each: other lengths, other numbers of sequences, other spans, none at all.
@@ -279,14 +279,11 @@ def test_a_copy_is_a_plan_of_its_own() -> None:
 
 
 def test_threads_never_share_a_handle() -> None:
-    @op.with_handle
-    class Something:
-        pass
-
-    found: list[Something] = []
+    kept = planned(BATCHES[0], tensors())
+    found: list[fp.Plan] = []
 
     def work() -> None:
-        mine = [Something() for _ in range(500)]
+        mine = [copy.copy(kept) for _ in range(500)]
         assert all(op._plan(each.handle) is each for each in mine)
         found.extend(mine)
 

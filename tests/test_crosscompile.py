@@ -14,8 +14,8 @@ import pytest
 
 pytest.importorskip("flash_attn", reason="flash-attn-4 is not installed")
 
-from fa4_prefixlm.fa4.crosscompile import TARGETS, Variant, compile_in_subprocess, standard_variants
-from fa4_prefixlm.intervals import MOST_INTERVALS
+from fa4_prefixlm.geometry.traits import MOST_INTERVALS
+from fa4_prefixlm.tools.crosscompile import TARGETS, Variant, compile_in_subprocess, standard_variants
 
 VARIANTS = [(arch, variant) for arch in TARGETS for variant in standard_variants(arch)]
 
@@ -49,7 +49,8 @@ def test_every_mask_mod_is_compiled(reports: dict) -> None:
 
 CURE_SCRIPT = """
 import functools, os, sys
-from fa4_prefixlm.fa4 import crosscompile, cures
+from fa4_prefixlm.fa4.kernels import workarounds
+from fa4_prefixlm.tools import crosscompile
 os.environ.update(crosscompile.TARGETS["sm_90"])
 from flash_attn.cute.seqlen_info import SeqlenInfoQK
 create, seen = SeqlenInfoQK.create, set()
@@ -57,7 +58,7 @@ def watched(*arguments, **keywords):
     seen.add(keywords.get("tile_n", 128))
     return create(*arguments, **keywords)
 SeqlenInfoQK.create = staticmethod(watched)
-cures._enabled = sys.argv[1] == "on"
+workarounds._enabled = sys.argv[1] == "on"
 crosscompile.compile_variant(crosscompile.Variant("varlen", 256, 256))
 print("tile_n", seen)
 """
@@ -66,7 +67,7 @@ print("tile_n", seen)
 @pytest.mark.parametrize(("cure", "seen"), [("on", "tile_n {80}"), ("off", "tile_n {128}")])
 def test_the_cure_gives_the_sm90_kernel_its_tile(cure: str, seen: str) -> None:
     """With the cure off the kernel reads varlen block lists with the stride of a 128-key tile: the defect."""
-    from fa4_prefixlm.fa4 import build
+    from fa4_prefixlm.fa4.build import describe as build
 
     if build.installed().sm90_list_stride != "128":
         pytest.skip("the installed build does not have the defect")
@@ -75,10 +76,10 @@ def test_the_cure_gives_the_sm90_kernel_its_tile(cure: str, seen: str) -> None:
 
 
 RESTORE_SCRIPT = """
-from fa4_prefixlm.fa4 import cures
+from fa4_prefixlm.fa4.kernels import workarounds
 from flash_attn.cute import interface
 before = interface.FlashAttentionForwardSm90
-with cures.sm90_list_stride("flash_attn.cute"):
+with workarounds.sm90_list_stride("flash_attn.cute"):
     during = interface.FlashAttentionForwardSm90
 assert issubclass(during, before) and during is not before
 assert interface.FlashAttentionForwardSm90 is before

@@ -10,10 +10,9 @@ import sys
 import pytest
 from test_build import write_build
 
-from fa4_prefixlm import cli, doctor
 from fa4_prefixlm.errors import InputError
-from fa4_prefixlm.fa4 import build as builds
-from fa4_prefixlm.fa4.given import given
+from fa4_prefixlm.fa4.build.locate import given
+from fa4_prefixlm.tools import cli, doctor
 
 REFUSES_VARLEN = '\nraise NotImplementedError("mask_mod with aux_tensors is not yet supported for varlen sequences")'
 
@@ -103,7 +102,7 @@ def test_json(checkout: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_without_any_fa4(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(builds, "all_installed", list)
+    monkeypatch.setattr(doctor, "all_installed", list)
     report = doctor.examine()
     assert list(report.builds) == []
     assert "No FA4 found" in str(report)

@@ -182,7 +182,7 @@ def test_a_plan_runs_only_what_it_was_made_for() -> None:
 
 
 def test_the_debug_switch() -> None:
-    from fa4_prefixlm import debugging as switch
+    from fa4_prefixlm import device_checks as switch
 
     assert not switch.enabled()
     with fp.debug():

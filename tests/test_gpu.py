@@ -16,9 +16,9 @@ import torch
 from cases import UGLY, Batch, Blind, ChainedBlind, Pages, masks_for, random_batch, random_mask
 
 import fa4_prefixlm as fp
-from fa4_prefixlm.accuracy import exact_attention, relative_error
-from fa4_prefixlm.backends import Options
+from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.masks import causal, prefix, window
+from fa4_prefixlm.testing.accuracy import exact_attention, relative_error
 
 pytestmark = pytest.mark.gpu
 
@@ -81,8 +81,9 @@ def causal_band(q, k, v, batch: Batch, window: int | None, options: Options) -> 
 
 
 def _causal_error(q, k, v, batch: Batch, window: int | None, options: Options) -> tuple[float, float]:
-    from fa4_prefixlm.fa4.build import installed
-    from fa4_prefixlm.fa4.launch import Keys, causal_forward
+    from fa4_prefixlm.batch.keys import Keys
+    from fa4_prefixlm.fa4.build.locate import installed
+    from fa4_prefixlm.fa4.kernels.launch import causal_forward
 
     cu_q, cu_k = (torch.tensor(cu, dtype=torch.int32, device="cuda") for cu in (batch.cu_q, batch.cu_k))
     longest_q, longest_k = (max(sizes) for sizes in batch.as_seqlens)
@@ -300,8 +301,9 @@ def test_auto_takes_native_and_packed_when_lists_would_be_large() -> None:
 
 @pytest.mark.parametrize("window", [None, 100])
 def test_a_text_only_batch_is_fa4s_own_call_bit_for_bit(window: int | None) -> None:
-    from fa4_prefixlm.fa4.build import installed
-    from fa4_prefixlm.fa4.launch import Keys, causal_forward
+    from fa4_prefixlm.batch.keys import Keys
+    from fa4_prefixlm.fa4.build.locate import installed
+    from fa4_prefixlm.fa4.kernels.launch import causal_forward
 
     batch = Batch(((300, 300), (1, 500), (200, 600)), ((), ((3, 60),), ((0, 400),)))
     q, k, v = batch.tensors((4, 2), (128, 128), torch.bfloat16, "cuda", 0)
@@ -389,11 +391,11 @@ CURE_SCRIPT = """
 import contextlib, sys, torch
 import fa4_prefixlm as fp
 from fa4_prefixlm.accuracy import exact_attention, relative_error
-from fa4_prefixlm.fa4 import cures
+from fa4_prefixlm.fa4.kernels import workarounds
 dim, tokens = 256, 1500
 q, k, v = (torch.randn(tokens, heads, dim, device="cuda", dtype=torch.bfloat16) for heads in (2, 1, 1))
 spans = (((100, 356), (700, 956)),)
-with cures.disabled() if sys.argv[1] == "off" else contextlib.nullcontext():
+with workarounds.disabled() if sys.argv[1] == "off" else contextlib.nullcontext():
     out = fp.attention(q, k, v, spans, cu_seqlens_q=[0, tokens], cu_seqlens_k=[0, tokens], backend="varlen")
 exact, _ = exact_attention(q, k, v, mask=fp.PrefixLM(), spans=spans, seqlens=((tokens,), (tokens,)))
 print(relative_error(out, exact))
@@ -401,7 +403,7 @@ print(relative_error(out, exact))
 
 
 def test_without_the_list_stride_cure_head_dim_256_is_wrong() -> None:
-    from fa4_prefixlm.fa4 import build
+    from fa4_prefixlm.fa4.build import describe as build
 
     if build.installed().sm90_list_stride != "128":
         pytest.skip("the installed build does not have the defect")

@@ -15,21 +15,22 @@ import pytest
 import torch
 from test_check import Player, naive_two_pass
 
-from fa4_prefixlm import backends, intervals
-from fa4_prefixlm.check import command, judge, pool
-from fa4_prefixlm.check.cases import CASES, Case
-from fa4_prefixlm.check.outcomes import CAUSAL, ProbeOutcome
-from fa4_prefixlm.check.probes import PROBES
-from fa4_prefixlm.check.run import run_case
-from fa4_prefixlm.fa4 import build as builds
-from fa4_prefixlm.fa4.build import Build
-from fa4_prefixlm.fa4.defects import CAUSAL_KEPT, PAGED_LISTS, SM90_LIST_STRIDE
+from fa4_prefixlm.backends import select as backends
+from fa4_prefixlm.fa4.build import locate
+from fa4_prefixlm.fa4.build.defects import CAUSAL_KEPT, PAGED_LISTS, SM90_LIST_STRIDE
+from fa4_prefixlm.fa4.build.describe import Build
+from fa4_prefixlm.geometry import intervals
+from fa4_prefixlm.tools.check import command, judge, pool
+from fa4_prefixlm.tools.check.cases import CASES, Case
+from fa4_prefixlm.tools.check.outcomes import CAUSAL, ProbeOutcome
+from fa4_prefixlm.tools.check.probes import PROBES
+from fa4_prefixlm.tools.check.run import run_case
 
 pytestmark = pytest.mark.gpu
 
 CUDA = torch.device("cuda")
 MASKED = ("native", "varlen", "packed", "two_pass")
-INSTALLED = builds.all_installed()
+INSTALLED = locate.all_installed()
 
 
 def verdict_on(case: Case, backend: str, build: str | None = None) -> judge.Verdict:
@@ -78,12 +79,12 @@ def test_the_overlapping_two_passes_are_caught(monkeypatch: pytest.MonkeyPatch, 
 
 CURE_SCRIPT = """
 import contextlib, sys, torch
-from fa4_prefixlm.check.cases import CASES
-from fa4_prefixlm.check.judge import judge
-from fa4_prefixlm.check.run import run_case
-from fa4_prefixlm.fa4 import cures
+from fa4_prefixlm.tools.check.cases import CASES
+from fa4_prefixlm.tools.check.judge import judge
+from fa4_prefixlm.tools.check.run import run_case
+from fa4_prefixlm.fa4.kernels import workarounds
 module, cure, case = sys.argv[1], sys.argv[2], CASES[sys.argv[3]]
-with cures.disabled() if cure == "off" else contextlib.nullcontext():
+with workarounds.disabled() if cure == "off" else contextlib.nullcontext():
     causal, own = (run_case(case, path, module, torch.device("cuda")) for path in ("causal", "varlen"))
 print(judge(case, own, causal).status, own.error)
 """
@@ -160,7 +161,7 @@ def test_a_mask_mod_that_ignores_the_offset_of_its_sequence_is_caught(monkeypatc
     import cutlass
     import cutlass.cute as cute
 
-    from fa4_prefixlm.fa4 import mask_mods
+    from fa4_prefixlm.fa4.kernels import mask_mods
 
     utils = importlib.import_module(f"{INSTALLED[0].module}.utils")
 
@@ -183,7 +184,7 @@ def test_a_mask_mod_that_ignores_the_offset_of_its_sequence_is_caught(monkeypatc
 
 def test_a_fork_by_path_gives_the_bits_of_the_same_build_installed(tmp_path: pathlib.Path) -> None:
     build = INSTALLED[0]
-    source = builds.find_folder(build.module)
+    source = locate.find_folder(build.module)
     assert source is not None
     shutil.copytree(source, tmp_path / "fork" / "flash_attn" / "cute")
     file = tmp_path / "out.json"
@@ -197,7 +198,7 @@ def test_a_fork_by_path_gives_the_bits_of_the_same_build_installed(tmp_path: pat
 
 LOST_SCRIPT = """
 import torch
-from fa4_prefixlm.check.worker import device_is_lost
+from fa4_prefixlm.tools.check.worker import device_is_lost
 device = torch.device("cuda")
 print(device_is_lost(device), flush=True)
 torch._assert_async(torch.zeros((), device=device).bool(), "on purpose")

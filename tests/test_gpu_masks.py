@@ -10,9 +10,9 @@ from cases import EDGES, Batch, random_spans
 from test_gpu import BAND, Kind, causal_band, poison_free_memory, tensors_of
 
 import fa4_prefixlm as fp
-from fa4_prefixlm.accuracy import exact_attention, relative_error
 from fa4_prefixlm.masks import causal, from_cute, from_flex, key_in, one_block, prefix, same_span, window
-from fa4_prefixlm.masks.catalogue import CATALOGUE
+from fa4_prefixlm.masks.models.catalogue import CATALOGUE
+from fa4_prefixlm.testing.accuracy import exact_attention, relative_error
 
 pytestmark = pytest.mark.gpu
 

@@ -10,7 +10,7 @@ from cases import EDGES, UGLY, Batch, Pages, masks_for, random_batch, random_mas
 from test_gpu import BACKENDS, Kind, causal_band, run, tensors_of, times_causal
 
 import fa4_prefixlm as fp
-from fa4_prefixlm.accuracy import exact_attention, relative_error
+from fa4_prefixlm.testing.accuracy import exact_attention, relative_error
 
 pytestmark = pytest.mark.gpu
 

@@ -14,14 +14,14 @@ from cases import Batch, Pages
 from test_gpu_paged import mixed_batch
 
 import fa4_prefixlm as fp
-from fa4_prefixlm.accuracy import exact_attention, relative_error
-from fa4_prefixlm.fa4 import build as builds
+from fa4_prefixlm.fa4.build import locate
+from fa4_prefixlm.geometry.traits import text_only
 from fa4_prefixlm.masks import causal, prefix, window
-from fa4_prefixlm.plain import text_only
+from fa4_prefixlm.testing.accuracy import exact_attention, relative_error
 
 pytestmark = pytest.mark.gpu
 
-plan_module = importlib.import_module("fa4_prefixlm.plan")  # `fp.plan` is the function
+plan_module = importlib.import_module("fa4_prefixlm.runtime.serving_plans")  # `fp.plan` is the function
 
 MASKS = [fp.PrefixLM(), fp.PrefixLM(100), fp.PrefixLM(100, clamp=False)]
 TOKENS, SEQUENCES, PAGES_PER_SEQUENCE, PAGE = 12000, 16, 128, 16
@@ -84,7 +84,7 @@ def test_an_updated_plan_is_a_new_plan_bit_for_bit(mask: fp.PrefixLM, dim: int) 
 @pytest.fixture
 def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a build whose internals are not known."""
-    found = dataclasses.replace(builds.installed(), native_refusal="not for this test")
+    found = dataclasses.replace(locate.installed(), native_refusal="not for this test")
     monkeypatch.setattr(plan_module, "find_build", lambda module: found)
 
 

@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import flex_attention as flex
 
-from fa4_prefixlm import PrefixLM, intervals, ranges
-from fa4_prefixlm.backends.reference import dense_mask
-from fa4_prefixlm.mask import EMPTY_HI, EMPTY_LO
+from fa4_prefixlm import PrefixLM
+from fa4_prefixlm.batch import ranges
+from fa4_prefixlm.geometry import intervals
+from fa4_prefixlm.masks.dense import dense_mask
+from fa4_prefixlm.masks.interval_lists import EMPTY_HI, EMPTY_LO
 
 
 def check(batch: Batch, mask: PrefixLM) -> None:
@@ -92,7 +94,9 @@ def test_flex_attention_composes_the_same_mask(mask: PrefixLM) -> None:
 
 def test_bounds_are_clipped_to_the_keys_and_empty_rows_have_one_form() -> None:
     lo, hi = (torch.tensor(values, dtype=torch.int32)[:, None] for values in ([-5, 3, 7, 9], [4, 99, 7, 8]))
-    lo, hi = intervals.clipped(lo, hi, torch.tensor([10] * 4, dtype=torch.int32))
+    lo, hi = intervals.clipped(
+        lo, hi, intervals.Tokens(*torch.tensor([[0] * 4, [0] * 4, [10] * 4, [0] * 4], dtype=torch.int32))
+    )
     assert lo[:, 0].tolist() == [0, 3, EMPTY_LO, EMPTY_LO]
     assert hi[:, 0].tolist() == [4, 10, EMPTY_HI, EMPTY_HI]
 

@@ -12,7 +12,7 @@ import subprocess
 
 import pytest
 
-from fa4_prefixlm.fa4.crosscompile import TARGETS, Variant, compile_in_subprocess, old_build_variants
+from fa4_prefixlm.tools.crosscompile import TARGETS, Variant, compile_in_subprocess, old_build_variants
 
 PYTHON = os.environ.get("OLD_FA4_PYTHON", "")
 VARIANTS = [(arch, variant) for arch in TARGETS for variant in old_build_variants(arch)]

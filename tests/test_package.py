@@ -32,7 +32,7 @@ def test_running_the_reference_imports_no_cutlass() -> None:
 
 def test_masks_come_from_the_top_level_folder_in_an_editable_install() -> None:
     path = in_fresh_process("import fa4_prefixlm.masks as m; print(m.__file__)").strip()
-    assert pathlib.Path(path) == ROOT / "masks" / "__init__.py"
+    assert pathlib.Path(path).resolve() == ROOT / "masks" / "__init__.py"
 
 
 def test_the_wheel_holds_the_masks_and_the_types(tmp_path: pathlib.Path) -> None:

@@ -9,19 +9,20 @@ import shutil
 
 import pytest
 import torch
-from cases import UGLY, Batch, Pages, prepare, random_batch, random_mask
+from cases import UGLY, Batch, Pages, Stages, prepare, random_batch, random_mask
 
 import fa4_prefixlm as fp
-from fa4_prefixlm import lengths, ranges
-from fa4_prefixlm.accuracy import exact_attention
 from fa4_prefixlm.backends import gathered
-from fa4_prefixlm.backends.base import Work
-from fa4_prefixlm.call import describe
-from fa4_prefixlm.fa4 import fingerprint
+from fa4_prefixlm.backends.base import MaskedBatch
+from fa4_prefixlm.batch import lengths, ranges
+from fa4_prefixlm.batch.keys import Keys
+from fa4_prefixlm.batch.tensors import CallSpec, describe
+from fa4_prefixlm.fa4.build import fingerprint
+from fa4_prefixlm.geometry.tiles import query_tiles, tile_runs, tile_slots
+from fa4_prefixlm.geometry.traits import CausalWindow
+from fa4_prefixlm.geometry.traits import traits as traits_of
 from fa4_prefixlm.masks import causal, prefix, same_span, window
-from fa4_prefixlm.plain import Plain
-from fa4_prefixlm.plain import plain as plain_of
-from fa4_prefixlm.tiling import query_tiles, tile_runs, tile_slots
+from fa4_prefixlm.testing.accuracy import exact_attention
 
 
 def paged(batch: Batch, page_size: int = 16, seed: int = 0, dtype: torch.dtype = torch.float64):
@@ -53,7 +54,7 @@ def test_what_is_copied_holds_every_visible_key(name: str) -> None:
         stages = prepare(batch, mask)
         q, _, _, pages = paged(batch)
         spec = describe(q, pages.k, pages.v, paged=True)
-        work = Work(spec, mask, stages.spans, stages.sizes, stages.demand, stages.where, stages.bounds)
+        work = masked_batch(spec, mask, stages, pages)
         inner, first_key = gathered.contiguous(work, trim=True)
         by = first_key[stages.where.sequence.long()][:, None]
         seen = stages.bounds.lo < stages.bounds.hi
@@ -68,15 +69,20 @@ def test_what_is_copied_holds_every_visible_key(name: str) -> None:
             assert not any(skipped)
 
 
+def masked_batch(spec: CallSpec, mask: fp.Mask, stages: Stages, pages: Pages) -> MaskedBatch:
+    keys = Keys.in_pages(pages.table, stages.sizes, pages.k.shape[1], len(pages.k))
+    return MaskedBatch(spec, mask, stages.spans, stages.sizes, stages.traits, stages.where, stages.bounds, keys)
+
+
 def test_a_window_copies_little() -> None:
     batch = Batch(((50, 1000),), (((960, 980),),))
     q, _, _, pages = paged(batch)
     plan = fp.plan(batch.spans, like=(q, pages.k, pages.v), mask=fp.PrefixLM(100), **where(batch, pages))
     assert plan.choice.gathered
-    assert "1000 keys out of pages of 16" in str(plan)  # the reference looks at positions: it takes them all
+    assert "1000 keys out of their pages" in str(plan)  # the reference looks at positions: it takes them all
     stages = prepare(batch, fp.PrefixLM(100))
     spec = describe(q, pages.k, pages.v, paged=True)
-    work = Work(spec, plan.mask, stages.spans, stages.sizes, stages.demand, stages.where, stages.bounds)
+    work = masked_batch(spec, plan.mask, stages, pages)
     assert gathered.contiguous(work, trim=True)[0].lengths.total_k == 50 + 99
 
 
@@ -270,36 +276,35 @@ def test_safe_chunks_are_accepted_by_a_plan() -> None:
 @pytest.mark.parametrize(
     ("mask", "spans", "found"),
     [
-        (fp.PrefixLM(), (), Plain(None)),
-        (fp.PrefixLM(7), ((3, 60),), Plain(7)),  # behind the queries, which begin at 60
+        (fp.PrefixLM(), (), CausalWindow(None)),
+        (fp.PrefixLM(7), ((3, 60),), CausalWindow(7)),  # behind the queries, which begin at 60
         (fp.PrefixLM(7), ((3, 61),), None),
         (fp.PrefixLM(7, clamp=False), ((60, 61),), None),
-        (causal, None, Plain(None)),
-        (causal & window(9), None, Plain(9)),
-        ((causal & window(9)) | same_span("image"), ((0, 10),), Plain(9)),
+        (causal, None, CausalWindow(None)),
+        (causal & window(9), None, CausalWindow(9)),
+        ((causal & window(9)) | same_span("image"), ((0, 10),), CausalWindow(9)),
         (window(9), None, None),
         (causal & (prefix("image") | window(9)), ((0, 10),), None),
     ],
     ids=str,
 )
-def test_plain_batches(mask: fp.Mask, spans: tuple | None, found: Plain | None) -> None:
+def test_plain_batches(mask: fp.Mask, spans: tuple | None, found: CausalWindow | None) -> None:
     given: dict = {name: [spans, ((0, 50),)] for name in mask.names}
     stages = prepare(Batch(((40, 100), (0, 50)), ((), ())), mask, given)
-    assert plain_of(mask, stages.spans, stages.sizes) == found
-    assert stages.demand.plain == found
+    assert stages.traits.causal_only == found
     if spans and found:
         unknown = {name: dataclasses.replace(own, host=None) for name, own in stages.spans.items()}
-        assert plain_of(mask, unknown, stages.sizes) is None
+        assert traits_of(mask, unknown, stages.sizes).causal_only is None
 
 
 def test_plain_is_what_the_mask_is() -> None:
     for seed in range(60):
         rng = random.Random(seed)
         batch, mask = random_batch(rng, longest=60), random_mask(rng)
-        found = prepare(batch, mask).demand.plain
+        found = prepare(batch, mask).traits.causal_only
         for (rows, keys), own in zip(batch.seqlens, batch.spans, strict=True):
-            seen = mask.dense(seqlen=keys, spans=own, seqlen_q=rows)
-            text = fp.PrefixLM(mask.window).dense(seqlen=keys, spans=(), seqlen_q=rows)
+            seen = mask.dense(seqlen=keys, ranges=own, seqlen_q=rows)
+            text = fp.PrefixLM(mask.window).dense(seqlen=keys, ranges=(), seqlen_q=rows)
             if found is not None:
                 assert torch.equal(seen, text)
 

@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import fa4_prefixlm as fp
-from fa4_prefixlm.accuracy import exact_attention, overlapping_two_pass, plain_causal, relative_error
+from fa4_prefixlm.testing.accuracy import exact_attention, overlapping_two_pass, plain_causal, relative_error
 
 
 def run(batch: Batch, mask: fp.Mask, heads=(4, 2), dims=(16, 24), dtype=torch.float64, **options):

@@ -21,11 +21,12 @@ pytest.importorskip("triton", reason="triton is not installed")
 import triton
 from cases import EDGES, UGLY, Batch, prepare, random_batch
 
-from fa4_prefixlm import InputError, Mask, PrefixLM, tiling
+from fa4_prefixlm import InputError, Mask, PrefixLM
+from fa4_prefixlm.geometry import tiles as tiling
 from fa4_prefixlm.kernels import row_update
 from fa4_prefixlm.kernels.row_update import RowBuffers, update_rows
 from fa4_prefixlm.masks import causal, query_in, same_span, window
-from fa4_prefixlm.span_form import span_form
+from fa4_prefixlm.masks.closed_form import closed_form
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TILES = ((128, 128), (64, 80), (42, 64), (128, 112), (192, 64))
@@ -112,7 +113,7 @@ def ranges_of(rng: random.Random, batch: Batch, width: int = 0) -> torch.Tensor:
 
 
 def check(rng: random.Random, batch: Batch, mask: Mask, tile: tuple[int, int]) -> None:
-    form = span_form(mask)
+    form = closed_form(mask)
     total, count = batch.cu_q[-1], len(batch.seqlens)
     buffers = allocate(total + rng.choice([0, 0, 1, 300]), count + rng.choice([0, 0, 1, 5]), tile)
     ranges = ranges_of(rng, batch, rng.choice([0, 0, 40])) if form.span else None
@@ -173,7 +174,7 @@ class TestInterpreted:
         check(random.Random(0), batch, PrefixLM(), (64, 64))
 
     def test_no_sequences_and_no_tokens(self) -> None:
-        form = span_form(PrefixLM())
+        form = closed_form(PrefixLM())
         for batch in (0, 2):
             buffers = allocate(100, 3, (64, 64))
             update_rows(form, buffers, int32([0] * (batch + 1)), seqused_k=int32([0, 9][:batch]))
@@ -189,7 +190,7 @@ class TestInterpreted:
     def test_spans_may_overlap_where_no_query_is(self) -> None:
         buffers = allocate(100, 1, (64, 64))
         ranges = int32([[(0, 50), (30, 60), (70, 80), (200, 300), (250, 260)]])
-        update_rows(span_form(PrefixLM()), buffers, int32([0, 40]), seqused_k=int32([100]), ranges=ranges)
+        update_rows(closed_form(PrefixLM()), buffers, int32([0, 40]), seqused_k=int32([100]), ranges=ranges)
         assert buffers.bounds[9:11, 1].tolist() == [70, 80]
 
     @pytest.mark.parametrize(
@@ -223,7 +224,7 @@ class TestInterpreted:
         buffers = allocate(100, 3, (64, 64))
         ranges = None if spans is None else int32(spans)
         with pytest.raises(InputError):
-            update_rows(span_form(PrefixLM(20)), buffers, int32(cu_q), seqused_k=int32(keys), ranges=ranges)
+            update_rows(closed_form(PrefixLM(20)), buffers, int32(cu_q), seqused_k=int32(keys), ranges=ranges)
         assert buffers.fine.all()  # the next batch begins anew
         assert all(guards_are_whole(getattr(buffers, name)) for name in TENSORS)
         assert (buffers.bounds[100:] == 0).all()
@@ -234,7 +235,7 @@ class TestInterpreted:
         assert (buffers.seqused_k >= 0).all()
 
     def test_rows_and_keys_have_their_own_limits(self) -> None:
-        form, buffers = span_form(PrefixLM()), allocate(100, 3, (64, 64))
+        form, buffers = closed_form(PrefixLM()), allocate(100, 3, (64, 64))
         lengths = {"cu_seqlens_q": int32([0, 40, 90]), "seqused_k": int32([60, 70])}
         update_rows(form, buffers, **lengths, max_rows=90, max_keys=70)
         for limit in ({"max_rows": 89}, {"max_keys": 69}):
@@ -244,14 +245,14 @@ class TestInterpreted:
             assert buffers.seqused_k.max() <= limit.get("max_keys", 70)
 
     def test_arguments(self) -> None:
-        buffers, form = allocate(100, 2, (64, 64)), span_form(PrefixLM())
+        buffers, form = allocate(100, 2, (64, 64)), closed_form(PrefixLM())
         cu, used = int32([0, 5]), int32([5])
         for message, arguments, given in (
             ("at most the plan's 2 sequences", (form, buffers, int32([0, 1, 2, 3])), {"seqused_k": int32([1, 1, 1])}),
             ("dtype torch.int32", (form, buffers, cu.long()), {"seqused_k": used}),
             (r"shape \(1,\)", (form, buffers, cu), {"seqused_k": int32([5, 5])}),
             (r"shape \(1, 1, 2\)", (form, buffers, cu), {"seqused_k": used, "ranges": int32([[(0, 1)]] * 2)}),
-            ("reads no spans", (span_form(causal), buffers, cu), {"seqused_k": used, "ranges": int32([[(0, 1)]])}),
+            ("reads no spans", (closed_form(causal), buffers, cu), {"seqused_k": used, "ranges": int32([[(0, 1)]])}),
         ):
             with pytest.raises(InputError, match=message):
                 update_rows(*arguments, **given)
@@ -266,7 +267,7 @@ class TestCompiled:
     @pytest.mark.parametrize("mask", [PrefixLM(), PrefixLM(9, clamp=False), window(9) | query_in("a")], ids=str)
     def test_compiles_for_hopper(self, mask: Mask) -> None:
         buffers = RowBuffers.allocate(1000, 9, 42, 80, 50, device="meta")
-        constants = row_update.constants(span_form(mask), buffers)
+        constants = row_update.constants(closed_form(mask), buffers)
         pointers = dict.fromkeys((*TENSORS, "own_cu_seqlens_q", "own_seqused_k", "own_page_table", "ranges"), "*i32")
         pointers["fine"] = "*i1"
         assert ".target sm_90" in compile_for_hopper(row_update.update_rows_kernel, pointers, constants)

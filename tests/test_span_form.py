@@ -11,7 +11,7 @@ from cases import Blind, random_spans
 
 from fa4_prefixlm import Mask, PrefixLM
 from fa4_prefixlm.masks import causal, from_cute, from_flex, key_in, one_block, prefix, query_in, same_span, window
-from fa4_prefixlm.span_form import Edges, SpanForm, span_form
+from fa4_prefixlm.masks.closed_form import ClosedForm, Edges, closed_form
 
 ATOMS = (causal, window(4), same_span("image"), query_in("image"))
 KEYS = 14
@@ -34,7 +34,7 @@ def expressions(depth: int) -> list[Mask]:
     return parts + [a & b for a, b in pairs] + [a | b for a, b in pairs]
 
 
-def dense_of(form: SpanForm, seqlen_q: int, seqlen: int, spans: tuple[tuple[int, int], ...]) -> torch.Tensor:
+def dense_of(form: ClosedForm, seqlen_q: int, seqlen: int, spans: tuple[tuple[int, int], ...]) -> torch.Tensor:
     result = torch.zeros(seqlen_q, seqlen, dtype=torch.bool)
     for row in range(seqlen_q):
         position = row + seqlen - seqlen_q
@@ -45,9 +45,9 @@ def dense_of(form: SpanForm, seqlen_q: int, seqlen: int, spans: tuple[tuple[int,
 
 
 def check(mask: Mask, seqlen_q: int, seqlen: int, spans: tuple[tuple[int, int], ...]) -> None:
-    form = span_form(mask)
+    form = closed_form(mask)
     assert form is not None
-    wanted = mask.dense(seqlen=seqlen, spans=spans if mask.names else None, seqlen_q=seqlen_q)
+    wanted = mask.dense(seqlen=seqlen, ranges=spans if mask.names else None, seqlen_q=seqlen_q)
     assert torch.equal(dense_of(form, seqlen_q, seqlen, spans if form.span else ()), wanted), (mask, spans)
     if form.is_causal_outside:
         assert not mask.dense(seqlen=seqlen, seqlen_q=seqlen).triu(1).any()
@@ -58,7 +58,7 @@ def test_every_expression_has_a_form_that_says_the_same_or_blind_rows() -> None:
     masks = expressions(3)
     forms = set()
     for index, mask in enumerate(masks):
-        form = span_form(mask)
+        form = closed_form(mask)
         if form is None:
             assert not mask.dense(seqlen=1).any(), f"{mask} has no form, but no blind row outside of spans"
             continue
@@ -81,17 +81,17 @@ def test_prefix_lm(tokens: int | None, spans: tuple[tuple[int, int], ...]) -> No
 @pytest.mark.parametrize(
     ("mask", "form"),
     [
-        (PrefixLM(), SpanForm("image", None, Edges("keys", "row"), Edges("keys", "span"))),
-        (PrefixLM(4), SpanForm("image", 4, Edges("window", "row"), Edges("window", "span"))),
-        (PrefixLM(4, clamp=False), SpanForm("image", 4, Edges("window", "row"), Edges("window or span", "span"))),
-        (causal, SpanForm(None, None, Edges("keys", "row"), Edges("keys", "row"))),
-        (window(3), SpanForm(None, 3, Edges("window", "keys"), Edges("window", "keys"))),
-        (window(3) & causal | query_in("a"), SpanForm("a", 3, Edges("window", "row"), Edges("keys", "keys"))),
+        (PrefixLM(), ClosedForm("image", None, Edges("keys", "row"), Edges("keys", "span"))),
+        (PrefixLM(4), ClosedForm("image", 4, Edges("window", "row"), Edges("window", "span"))),
+        (PrefixLM(4, clamp=False), ClosedForm("image", 4, Edges("window", "row"), Edges("window or span", "span"))),
+        (causal, ClosedForm(None, None, Edges("keys", "row"), Edges("keys", "row"))),
+        (window(3), ClosedForm(None, 3, Edges("window", "keys"), Edges("window", "keys"))),
+        (window(3) & causal | query_in("a"), ClosedForm("a", 3, Edges("window", "row"), Edges("keys", "keys"))),
     ],
     ids=str,
 )
-def test_the_form_of_known_masks(mask: Mask, form: SpanForm) -> None:
-    assert span_form(mask) == form
+def test_the_form_of_known_masks(mask: Mask, form: ClosedForm) -> None:
+    assert closed_form(mask) == form
     assert form.is_causal_outside == (mask != window(3))
 
 
@@ -125,4 +125,4 @@ class Mine(PrefixLM):
     ids=lambda mask: type(mask).__name__,
 )
 def test_masks_without_a_form(mask: Mask) -> None:
-    assert span_form(mask) is None
+    assert closed_form(mask) is None

@@ -18,12 +18,12 @@ from cases import UGLY, Batch, Pages, prepare, random_batch
 from test_row_update import INTERPRETED, run_interpreted
 
 from fa4_prefixlm import Mask, PrefixLM
-from fa4_prefixlm.accuracy import exact_attention
-from fa4_prefixlm.backends import Options
-from fa4_prefixlm.backends.reference import dense_mask
+from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.kernels import span_rest
 from fa4_prefixlm.kernels.span_rest import add_span_rest
 from fa4_prefixlm.masks import causal, query_in, same_span, window
+from fa4_prefixlm.masks.dense import dense_mask
+from fa4_prefixlm.testing.accuracy import exact_attention
 
 HOPPER_SHARED = 227 * 1024
 NAN, UNTOUCHED = float("nan"), 77.0

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import fa4_prefixlm as fp
-from fa4_prefixlm.accuracy import exact_attention, relative_error
-from fa4_prefixlm.fa4 import build as builds
+from fa4_prefixlm.fa4.build import describe as builds
+from fa4_prefixlm.fa4.build import locate
 from fa4_prefixlm.integrations.vllm import (
     VENDORED,
     GroupPlans,
@@ -26,6 +26,7 @@ from fa4_prefixlm.integrations.vllm import (
     split_cache,
 )
 from fa4_prefixlm.masks import causal, window
+from fa4_prefixlm.testing.accuracy import exact_attention, relative_error
 
 UPSTREAM = "flash_attn.cute"
 NULL_BLOCK = 0
@@ -132,7 +133,7 @@ def test_masks_are_those_of_vllm(model: Model) -> None:
         )
         for index, request in enumerate(requests):
             own = spans[index] if spans is not None and mask.names else None
-            dense = mask.dense(seqlen=request.keys, seqlen_q=request.rows, spans=own)
+            dense = mask.dense(seqlen=request.keys, seqlen_q=request.rows, ranges=own)
             assert torch.equal(dense, brute_mask(request, model)), request
             for start, end in own or ():
                 assert start < request.keys
@@ -152,7 +153,7 @@ def test_each_rule_differs_where_it_should() -> None:
     assert brute_mask(request, MODELS["gemma3 local"])[20].nonzero().flatten().tolist() == list(range(21))
     unclamped = Model(24, None)
     assert brute_mask(request, unclamped)[49].nonzero().flatten().tolist() == list(range(10, 50))
-    assert torch.equal(unclamped.mask().dense(seqlen=60, spans=[(10, 50)]), brute_mask(request, unclamped))
+    assert torch.equal(unclamped.mask().dense(seqlen=60, ranges=[(10, 50)]), brute_mask(request, unclamped))
 
 
 def test_text_needs_no_spans() -> None:
@@ -421,22 +422,22 @@ def test_importing_it_imports_no_vllm_and_no_kernels() -> None:
 
 
 def test_the_build_is_vllms_own_where_it_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(builds, "installed", lambda module: None)
+    monkeypatch.setattr(locate, "installed", lambda module: None)
     assert find_build() is None
-    monkeypatch.setattr(builds, "installed", lambda module: object() if module == VENDORED else None)
+    monkeypatch.setattr(locate, "installed", lambda module: object() if module == VENDORED else None)
     assert find_build() == VENDORED
-    assert VENDORED in builds.MODULES
+    assert VENDORED in locate.MODULES
 
 
 def on_hopper_with(build: builds.Build | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASH_ATTENTION_ARCH", "sm_90")
-    monkeypatch.setattr(builds, "installed", lambda module=None: build)
+    monkeypatch.setattr(locate, "installed", lambda module=None: build)
 
 
 def test_spans_at_head_dim_512_are_refused_where_the_build_has_no_such_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    upstream = builds.installed(UPSTREAM)
+    upstream = locate.installed(UPSTREAM)
     if upstream is None:
         pytest.skip("flash-attn-4 is not installed")
     shape = Shape(head_dim=512, dtype=torch.bfloat16, device="cuda")
@@ -450,7 +451,7 @@ def test_spans_at_head_dim_512_are_refused_where_the_build_has_no_such_kernel(mo
 def test_head_dim_512_runs_on_a_build_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    upstream = builds.installed(UPSTREAM)
+    upstream = locate.installed(UPSTREAM)
     if upstream is None:
         pytest.skip("flash-attn-4 is not installed")
     shape = Shape(head_dim=512, dtype=torch.bfloat16, device="cuda")
@@ -478,7 +479,7 @@ BAND = 1.25
 
 
 def need(build: str) -> builds.Build:
-    found = builds.installed(build)
+    found = locate.installed(build)
     if found is None:
         pytest.skip(f"{build} is not installed")
     return found
@@ -557,7 +558,7 @@ def vllm_call(step: Step, model: Model, build: str) -> torch.Tensor:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("build", builds.MODULES)
+@pytest.mark.parametrize("build", locate.MODULES)
 def test_on_a_gpu_it_is_exact_and_vllms_call(build: str, kind: str, gpu_report) -> None:
     need(build)
     rng, models = random.Random(kind), KINDS[kind]
@@ -578,12 +579,12 @@ def test_on_a_gpu_it_is_exact_and_vllms_call(build: str, kind: str, gpu_report) 
 
 @pytest.mark.gpu
 def test_on_a_gpu_both_builds_agree() -> None:
-    for build in builds.MODULES:
+    for build in locate.MODULES:
         need(build)
     model = GEMMA3["local"]
     step = gpu_step(random.Random(5), GPU, model.window)
     outs = []
-    for build in builds.MODULES:
+    for build in locate.MODULES:
         plans = GPU.plans({"local": model.mask()}, build)
         plans.update(**step.metadata, mm_ranges=step.mm_ranges(model))
         outs.append(run_layer(plans, "local", step))
@@ -594,7 +595,7 @@ def test_on_a_gpu_both_builds_agree() -> None:
 @pytest.mark.parametrize("heads", [(8, 4), (8, 1)], ids=str)
 @pytest.mark.parametrize("block_size", [16, 64])
 @pytest.mark.parametrize(("prefix_lm", "backend"), [(False, "causal"), (True, "two_pass")])
-@pytest.mark.parametrize("build", builds.MODULES)
+@pytest.mark.parametrize("build", locate.MODULES)
 def test_on_a_gpu_layers_of_head_dim_512(
     build: str, prefix_lm: bool, backend: str, block_size: int, heads: tuple[int, int]
 ) -> None:
@@ -612,7 +613,7 @@ def test_on_a_gpu_layers_of_head_dim_512(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("build", builds.MODULES)
+@pytest.mark.parametrize("build", locate.MODULES)
 def test_on_a_gpu_nothing_synchronises(build: str) -> None:
     need(build)
     plans = GPU.plans({name: model.mask() for name, model in GEMMA3.items()}, build)
@@ -633,7 +634,7 @@ def test_on_a_gpu_nothing_synchronises(build: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("build", builds.MODULES)
+@pytest.mark.parametrize("build", locate.MODULES)
 def test_on_a_gpu_a_captured_step_runs_the_last_update(build: str) -> None:
     """Captured on a step of text, replayed on ones with images."""
     need(build)

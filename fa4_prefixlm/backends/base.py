@@ -7,45 +7,44 @@ from dataclasses import dataclass
 
 import torch
 
-from ..call import CallSpec
-from ..fa4.build import Build
-from ..intervals import Bounds, Demand, Tokens
-from ..lengths import Lengths
-from ..mask import Mask
-from ..paging import Pages
-from ..ranges import SpanSets
-from ..tiling import TileCounts
+from fa4_prefixlm.batch.keys import Keys
+from fa4_prefixlm.batch.lengths import Lengths
+from fa4_prefixlm.batch.options import Options
+from fa4_prefixlm.batch.ranges import SpanSets
+from fa4_prefixlm.batch.tensors import CallSpec
+from fa4_prefixlm.fa4.build.describe import Build
+from fa4_prefixlm.geometry.intervals import Bounds, Tokens
+from fa4_prefixlm.geometry.tiles import TileCounts
+from fa4_prefixlm.geometry.traits import Traits
+from fa4_prefixlm.masks.base import Mask
 
 
 @dataclass(frozen=True)
-class Work:
+class MaskedBatch:
     """One batch under one mask, ready for any backend.
 
-    pages: where the keys are, None if they are contiguous. build: the FA4 to run on, None if there is none.
+    Attributes:
+        spec: what the tensors look like.
+        where: where each query token stands.
+        bounds: the keys that each query row sees.
+        keys: where the keys are.
+        build: the FA4 to run on, None if there is none.
     """
 
-    call: CallSpec
+    spec: CallSpec
     mask: Mask
     spans: SpanSets
     lengths: Lengths
-    demand: Demand
+    traits: Traits
     where: Tokens
     bounds: Bounds
-    pages: Pages | None = None
+    keys: Keys
     build: Build | None = None
 
     def fa4(self) -> Build:
+        """The build, which there is once a backend that needs it was chosen."""
         assert self.build is not None, "a backend is prepared only after its verdict"
         return self.build
-
-
-@dataclass(frozen=True)
-class Options:
-    """Per-call options, checked. softcap 0.0 is none."""
-
-    softmax_scale: float
-    softcap: float
-    learnable_sink: torch.Tensor | None
 
 
 class Prepared(abc.ABC):
@@ -76,9 +75,9 @@ class Backend(abc.ABC):
     reads_pages = False
 
     @abc.abstractmethod
-    def refusal(self, call: CallSpec, demand: Demand, build: Build | None) -> str | None:
+    def refusal(self, spec: CallSpec, traits: Traits, build: Build | None) -> str | None:
         """Why this backend can't run the call exactly; None if it can."""
 
     @abc.abstractmethod
-    def prepare(self, work: Work) -> Prepared:
+    def prepare(self, batch: MaskedBatch) -> Prepared:
         """Build the state on the device without synchronising it."""

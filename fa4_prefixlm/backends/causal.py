@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
-from ..call import CallSpec
-from ..fa4.build import Build
-from ..fa4.launch import Keys, causal_forward
-from ..intervals import Demand
-from .base import Backend, Options, Prepared, Work
-from .fa4_common import causal_refusal, kernel_line
+from fa4_prefixlm.backends.base import Backend, MaskedBatch, Prepared
+from fa4_prefixlm.backends.fa4_verdicts import causal_refusal, kernel_line
+from fa4_prefixlm.batch.keys import Keys
+from fa4_prefixlm.batch.options import Options
+from fa4_prefixlm.batch.tensors import CallSpec
+from fa4_prefixlm.fa4.build.describe import Build
+from fa4_prefixlm.fa4.kernels.launch import causal_forward
+from fa4_prefixlm.geometry.traits import Traits
 
 
 @dataclass
@@ -36,9 +38,7 @@ class CausalCall(Prepared):
             max_seqlen_q=self.max_seqlen_q,
             keys=self.keys,
             window=self.window,
-            softmax_scale=options.softmax_scale,
-            softcap=options.softcap,
-            learnable_sink=options.learnable_sink,
+            options=options,
             out=out,
         )
 
@@ -52,29 +52,22 @@ class Causal(Backend):
     summary = "FlashAttention-4's own causal call: no query token is in a span"
     reads_pages = True
 
-    def refusal(self, call: CallSpec, demand: Demand, build: Build | None) -> str | None:
-        if demand.plain is None:
+    def refusal(self, spec: CallSpec, traits: Traits, build: Build | None) -> str | None:
+        if traits.causal_only is None:
             return "the mask is not plainly causal for the whole batch, as far as the host knows"
-        return causal_refusal(call, build)
+        return causal_refusal(spec, build)
 
-    def prepare(self, work: Work) -> CausalCall:
-        assert work.demand.plain is not None
-        return causal_call(work, work.demand.plain.window)
+    def prepare(self, batch: MaskedBatch) -> CausalCall:
+        assert batch.traits.causal_only is not None
+        return causal_call(batch, batch.traits.causal_only.window)
 
 
-def causal_call(work: Work, window: int | None) -> CausalCall:
+def causal_call(batch: MaskedBatch, window: int | None) -> CausalCall:
     """The build's own causal or windowed call over the whole batch."""
     return CausalCall(
-        build=work.fa4(),
-        cu_seqlens_q=work.lengths.cu_seqlens_q,
-        max_seqlen_q=work.lengths.max_seqlen_q,
-        keys=keys_of(work),
+        build=batch.fa4(),
+        cu_seqlens_q=batch.lengths.cu_seqlens_q,
+        max_seqlen_q=batch.lengths.max_seqlen_q,
+        keys=batch.keys,
         window=window,
     )
-
-
-def keys_of(work: Work) -> Keys:
-    """Where the kernel finds the keys."""
-    if work.pages is None:
-        return Keys(work.lengths.max_seqlen_k, cu_seqlens_k=work.lengths.cu_seqlens_k)
-    return Keys(work.lengths.max_seqlen_k, seqused_k=work.pages.seqused_k, page_table=work.pages.table)

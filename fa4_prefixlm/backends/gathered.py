@@ -9,40 +9,47 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
-from ..intervals import Tokens
-from ..lengths import Lengths
-from ..paging import Pages
-from ..tiling import TileCounts
-from .base import Options, Prepared, Work
+from fa4_prefixlm.backends.base import MaskedBatch, Prepared
+from fa4_prefixlm.batch.keys import Keys
+from fa4_prefixlm.batch.lengths import Lengths
+from fa4_prefixlm.batch.options import Options
+from fa4_prefixlm.device_checks import is_fake
+from fa4_prefixlm.geometry.tiles import TileCounts
 
 
 @dataclass
 class Gathered(Prepared):
-    """first_key: `(batch,)` int32, the first key of each sequence that is copied. lengths: of the copied keys."""
+    """Keys in pages, copied for a backend that reads contiguous ones.
+
+    Attributes:
+        pages: where the keys are.
+        first_key: `(batch,)` int32, the first key of each sequence that is copied.
+        lengths: of the copied keys.
+    """
 
     inner: Prepared
-    pages: Pages
+    pages: Keys
     first_key: torch.Tensor
     lengths: Lengths
 
     def run(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, out: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        from ..kernels.page_gather import gather_pages, gather_pages_torch  # which import Triton
+        from fa4_prefixlm.kernels.page_gather import gather_pages, gather_pages_torch
 
         keys, values = self._room(k), self._room(v)
         needs_grad = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
         gather = gather_pages_torch if needs_grad else gather_pages  # autograd does not see what Triton copies
-        if not isinstance(q, FakeTensor):  # cross-compiling
-            gather(k, v, self.pages.table, self.first_key, self.lengths.cu_seqlens_k, keys, values)
+        assert self.pages.page_table is not None
+        if not is_fake(q):
+            gather(k, v, self.pages.page_table, self.first_key, self.lengths.cu_seqlens_k, keys, values)
         return self.inner.run(q, keys, values, options, out)
 
     def describe(self) -> list[tuple[str, str]]:
         most = "" if self.lengths.seqlens_k is not None else "at most "
         return [
-            ("gather", f"{most}{self.lengths.total_k} keys out of pages of {self.pages.size}"),
+            ("gather", f"{most}{self.lengths.total_k} keys out of their pages"),
             *self.inner.describe(),
         ]
 
@@ -55,28 +62,35 @@ class Gathered(Prepared):
         return make(self.lengths.total_k, *cache.shape[2:], dtype=cache.dtype, device=cache.device)
 
 
-def contiguous(work: Work, *, trim: bool) -> tuple[Work, torch.Tensor]:
-    """The work over copied keys, and the first key of each sequence to copy.
+def contiguous(batch: MaskedBatch, *, trim: bool) -> tuple[MaskedBatch, torch.Tensor]:
+    """The batch over copied keys, and the first key of each sequence to copy.
 
     trim: copy what the mask reaches; otherwise all keys, for backends that look at positions and spans themselves.
     """
-    left = work.demand.reach.left if trim and work.demand.chained else None
-    lengths = dataclasses.replace(work.lengths, in_pages=False)
-    keys, rows = work.lengths.cu_seqlens_k.diff(), work.lengths.cu_seqlens_q.diff()
-    call = dataclasses.replace(work.call, page_size=None)
+    left = batch.traits.reach.left if trim and batch.traits.banded else None
+    lengths = dataclasses.replace(batch.lengths, future_spans=False)
+    keys, rows = batch.lengths.cu_seqlens_k.diff(), batch.lengths.cu_seqlens_q.diff()
+    spec = dataclasses.replace(batch.spec, page_size=None)
     if left is None:
-        return dataclasses.replace(work, call=call, lengths=lengths, pages=None), torch.zeros_like(keys)
+        inner = dataclasses.replace(batch, spec=spec, lengths=lengths, keys=Keys.contiguous(lengths))
+        return inner, torch.zeros_like(keys)
     first_key = (keys - rows - left).clamp(min=0)
     lengths = _without(lengths, first_key, left)
-    by = first_key.index_select(0, work.where.sequence)
-    where = Tokens(
-        sequence=work.where.sequence,
-        key_offset=lengths.cu_seqlens_k.index_select(0, work.where.sequence),
-        seqlen_k=work.where.seqlen_k - by,
-        position=work.where.position - by,
+    by = first_key.index_select(0, batch.where.sequence)
+    where = batch.where._replace(
+        key_offset=lengths.cu_seqlens_k.index_select(0, batch.where.sequence),
+        seqlen_k=batch.where.seqlen_k - by,
+        key_start=by,
     )
-    bounds = work.bounds.shifted(by.neg())
-    return dataclasses.replace(work, call=call, lengths=lengths, where=where, bounds=bounds, pages=None), first_key
+    inner = dataclasses.replace(
+        batch,
+        spec=spec,
+        lengths=lengths,
+        where=where,
+        bounds=batch.bounds.shifted(by.neg()),
+        keys=Keys.contiguous(lengths),
+    )
+    return inner, first_key
 
 
 def _without(lengths: Lengths, first_key: torch.Tensor, left: int) -> Lengths:
@@ -93,4 +107,5 @@ def _without(lengths: Lengths, first_key: torch.Tensor, left: int) -> Lengths:
         total_k=total,
         max_seqlen_k=min(lengths.max_seqlen_k, lengths.max_seqlen_q + left),
         seqlens_k=seqlens_k,
+        key_start=first_key,
     )

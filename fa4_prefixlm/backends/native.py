@@ -9,20 +9,17 @@ from dataclasses import dataclass
 
 import torch
 
-from ..call import CallSpec
-from ..fa4 import build as builds
-from ..fa4.build import MASKED_ARGUMENTS, Build
-from ..fa4.launch import PADDING, Keys
-from ..fa4.native_launch import Kernel, native_forward
-from ..fa4.tiles import Tile
-from ..intervals import Demand
-from ..lengths import Lengths
-from ..mask import Mask
-from ..span_form import span_form
-from ..tiling import TileCounts, TileRuns, count_tiles, query_tiles, tile_runs, tile_slots
-from .base import Backend, Options, Prepared, Work
-from .causal import keys_of
-from .fa4_common import build_refusal, choose_tile, kernel_line, outputs, paged_refusal
+from fa4_prefixlm.backends.base import Backend, MaskedBatch, Prepared
+from fa4_prefixlm.backends.fa4_verdicts import build_refusal, choose_tile, kernel_line, outputs, paged_refusal
+from fa4_prefixlm.batch.keys import Keys
+from fa4_prefixlm.batch.lengths import Lengths
+from fa4_prefixlm.batch.options import Options
+from fa4_prefixlm.batch.tensors import CallSpec
+from fa4_prefixlm.fa4.build.describe import MASKED_ARGUMENTS, Build
+from fa4_prefixlm.fa4.kernels.launch import PADDING
+from fa4_prefixlm.fa4.kernels.native_launch import NativeKernel, native_forward
+from fa4_prefixlm.geometry.tiles import TileCounts, TileRuns, count_tiles, query_tiles, tile_runs, tile_slots
+from fa4_prefixlm.geometry.traits import Traits
 
 
 @dataclass
@@ -30,7 +27,7 @@ class NativeCall(Prepared):
     """One launch. bounds, tiles: see `fa4.native.row_intervals`; the tiles are cut with `tokens_of(kernel, ...)`."""
 
     build: Build
-    kernel: Kernel
+    kernel: NativeKernel
     bounds: torch.Tensor
     tiles: torch.Tensor
     cu_seqlens_q: torch.Tensor
@@ -54,9 +51,7 @@ class NativeCall(Prepared):
             tiles=self.tiles,
             cu_seqlens_q=self.cu_seqlens_q,
             keys=self.keys,
-            softmax_scale=options.softmax_scale,
-            softcap=options.softcap,
-            learnable_sink=options.learnable_sink,
+            options=options,
         )
         return out, lse
 
@@ -79,37 +74,37 @@ class Native(Backend):
     summary = "FlashAttention-4's SM90 main loop over each row's interval"
     reads_pages = True
 
-    def refusal(self, call: CallSpec, demand: Demand, build: Build | None) -> str | None:
-        if demand.custom or demand.tagged or demand.intervals > 1:
+    def refusal(self, spec: CallSpec, traits: Traits, build: Build | None) -> str | None:
+        if traits.custom or traits.tagged or traits.intervals > 1:
             return "it takes masks of one interval a row"
-        refusal = build_refusal(call, build, MASKED_ARGUMENTS) or paged_refusal(call, build)
+        refusal = build_refusal(spec, build, MASKED_ARGUMENTS) or paged_refusal(spec, build)
         if refusal is not None or build is None:
             return refusal
-        arch = builds.device_arch(call.device)
+        arch = spec.arch
         if arch // 10 != 9:
             return f"it is made for SM90, not sm_{arch}"
-        return build.native_refusal or build.masked_head_dims_refusal(arch, call.head_dim, call.head_dim_v)
+        return build.native_refusal or build.masked_head_dims_refusal(arch, spec.head_dim, spec.head_dim_v)
 
-    def prepare(self, work: Work) -> NativeCall:
-        kernel = native_kernel(work.mask, work.call, work.demand, work.lengths.max_seqlen_q)
-        where = query_tiles(work.lengths, kernel.tokens)
-        runs = tile_runs(work.bounds, where, kernel.tokens, kernel.tile.n)
-        bounds = torch.cat([work.bounds.lo, work.bounds.hi], dim=1)
+    def prepare(self, batch: MaskedBatch) -> NativeCall:
+        kernel = native_kernel(batch.spec, batch.traits, batch.lengths.max_seqlen_q)
+        where = query_tiles(batch.lengths, kernel.tokens)
+        runs = tile_runs(batch.bounds, where, kernel.tokens, kernel.tile.n)
+        bounds = torch.cat([batch.bounds.lo, batch.bounds.hi], dim=1)
         return NativeCall(
-            build=work.fa4(),
+            build=batch.fa4(),
             kernel=kernel,
             bounds=torch.nn.functional.pad(bounds, (0, 0, 0, PADDING)),
-            tiles=tile_slots(runs, where, work.lengths, kernel.tokens),
-            cu_seqlens_q=work.lengths.cu_seqlens_q,
-            keys=keys_of(work),
-            lengths=work.lengths,
+            tiles=tile_slots(runs, where, batch.lengths, kernel.tokens),
+            cu_seqlens_q=batch.lengths.cu_seqlens_q,
+            keys=batch.keys,
+            lengths=batch.lengths,
             runs=runs,
         )
 
 
-def native_kernel(mask: Mask, call: CallSpec, demand: Demand, max_seqlen_q: int) -> Kernel:
-    tile: Tile = choose_tile(call, demand, max_seqlen_q)
-    heads = call.heads_q // call.heads_kv
-    form = span_form(mask)
+def native_kernel(spec: CallSpec, traits: Traits, max_seqlen_q: int) -> NativeKernel:
+    tile = choose_tile(spec, traits, max_seqlen_q)
+    heads = spec.heads_q // spec.heads_kv
+    form = traits.closed_form
     from_key_0 = form is not None and form.outside.begin == form.inside.begin == "keys"
-    return Kernel(tile=tile, heads_in_tile=heads if tile.m % heads == 0 else 1, lower=not from_key_0)
+    return NativeKernel(tile=tile, heads_in_tile=heads if tile.m % heads == 0 else 1, lower=not from_key_0)

@@ -8,41 +8,42 @@ from __future__ import annotations
 
 import torch
 
-from ..blocks import packed_lists
-from ..call import CallSpec
-from ..fa4.build import Build
-from ..fa4.launch import mask_code
-from ..intervals import Demand
-from ..lengths import as_one_sequence
-from ..tiling import classify, query_tiles
-from .base import Backend, Work
-from .fa4_common import OneCall, choose_tile, masked_refusal
+from fa4_prefixlm.backends.base import Backend, MaskedBatch
+from fa4_prefixlm.backends.fa4_verdicts import choose_tile, masked_refusal
+from fa4_prefixlm.backends.mask_mod_call import MaskModCall
+from fa4_prefixlm.batch.lengths import as_one_sequence
+from fa4_prefixlm.batch.tensors import CallSpec
+from fa4_prefixlm.fa4.build.describe import Build
+from fa4_prefixlm.fa4.kernels.launch import mask_code
+from fa4_prefixlm.geometry.block_lists import packed_lists
+from fa4_prefixlm.geometry.tiles import classify, query_tiles
+from fa4_prefixlm.geometry.traits import Traits
 
 
 class Packed(Backend):
     name = "packed"
     summary = "one FlashAttention-4 call over the batch as a single sequence, block-sparse"
 
-    def refusal(self, call: CallSpec, demand: Demand, build: Build | None) -> str | None:
-        refusal = masked_refusal(call, demand, build)
-        if refusal is None and demand.tagged:
+    def refusal(self, spec: CallSpec, traits: Traits, build: Build | None) -> str | None:
+        refusal = masked_refusal(spec, traits, build)
+        if refusal is None and traits.tagged:
             return "a block of tags is per sequence, and the packed batch is a single one"
-        if refusal is None and demand.custom:
+        if refusal is None and traits.custom:
             return "the mask's own mask_mod counts the rows of its sequence"
         return refusal
 
-    def prepare(self, work: Work) -> OneCall:
-        whole, demand = as_one_sequence(work.lengths), work.demand
-        tile = choose_tile(work.call, demand, whole.max_seqlen_q)
-        bounds = work.bounds.shifted(work.where.key_offset)
-        where = work.where._replace(sequence=torch.zeros_like(work.where.sequence))
+    def prepare(self, batch: MaskedBatch) -> MaskModCall:
+        whole, traits = as_one_sequence(batch.lengths), batch.traits
+        tile = choose_tile(batch.spec, traits, whole.max_seqlen_q)
+        bounds = batch.bounds.shifted(batch.where.key_offset)
+        where = batch.where._replace(sequence=torch.zeros_like(batch.where.sequence))
         tiles = query_tiles(whole, tile.block_m)
-        key_tiles = classify(bounds, tiles, whole, where, tile.block_m, tile.n, chained=demand.chained)
-        return OneCall(
-            build=work.fa4(),
+        key_tiles = classify(bounds, tiles, whole, where, tile.block_m, tile.n, banded=traits.banded)
+        return MaskModCall(
+            build=batch.fa4(),
             code=mask_code("packed", bounds),
             tile=tile,
-            lists=packed_lists(key_tiles, work.lengths, demand, tile.block_m, tile.n),
+            lists=packed_lists(key_tiles, batch.lengths, traits, tile.block_m, tile.n),
             lengths=whole,
             varlen=False,
             key_tiles=key_tiles,

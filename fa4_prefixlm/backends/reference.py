@@ -11,58 +11,17 @@ from dataclasses import dataclass
 
 import torch
 
-from ..call import CallSpec
-from ..fa4.build import Build
-from ..intervals import Demand
-from ..mask import Mask
-from ..ranges import HostSpans, SequenceSpans
-from .base import Backend, Options, Prepared, Work
+from fa4_prefixlm.backends.base import Backend, MaskedBatch, Prepared
+from fa4_prefixlm.batch.lengths import first_query
+from fa4_prefixlm.batch.options import Options
+from fa4_prefixlm.batch.ranges import HostSpans
+from fa4_prefixlm.batch.tensors import CallSpec
+from fa4_prefixlm.fa4.build.describe import Build
+from fa4_prefixlm.geometry.traits import Traits
+from fa4_prefixlm.masks.base import Mask
+from fa4_prefixlm.masks.dense import DensePairs, mask_rows
 
 CHUNK_SCORES = 2**26
-
-SequenceSets = Mapping[str, SequenceSpans]
-
-
-class DensePairs:
-    """The `Pairs` of rows at `position` against all keys of a sequence, by looking at every span."""
-
-    def __init__(self, position: torch.Tensor, seqlen_k: int, spans: SequenceSets, sequence: int = 0) -> None:
-        self.query, self.key = position[:, None], torch.arange(seqlen_k, device=position.device)[None]
-        self.spans, self._sequence = spans, sequence
-
-    @property
-    def sequence(self) -> int:
-        return self._sequence
-
-    def same_span(self, name: str) -> torch.Tensor:
-        result = torch.zeros(len(self.query), self.key.shape[1], dtype=torch.bool, device=self.key.device)
-        for start, end in self.spans[name]:
-            result |= _inside(self.query, start, end) & _inside(self.key, start, end)
-        return result
-
-    def query_in(self, name: str) -> torch.Tensor:
-        return self._in_any(self.query, name)
-
-    def key_in(self, name: str) -> torch.Tensor:
-        return self._in_any(self.key, name)
-
-    def before_end_of_latest(self, name: str) -> torch.Tensor:
-        end = torch.zeros_like(self.query)
-        for start, own_end in sorted(self.spans[name]):
-            end = torch.where(self.query >= start, own_end, end)
-        return self.key < end
-
-    def _in_any(self, position: torch.Tensor, name: str) -> torch.Tensor:
-        result = torch.zeros_like(position, dtype=torch.bool)
-        for start, end in self.spans[name]:
-            result |= _inside(position, start, end)
-        return result
-
-
-def dense_mask(mask: Mask, seqlen_q: int, seqlen_k: int, spans: SequenceSets) -> torch.Tensor:
-    """The boolean mask `(seqlen_q, seqlen_k)` of one sequence with the spans `{name: ((start, end), ...)}`."""
-    position = torch.arange(seqlen_k - seqlen_q, seqlen_k)
-    return _mask_rows(mask, DensePairs(position, seqlen_k, spans))
 
 
 def dense_attention(
@@ -74,38 +33,38 @@ def dense_attention(
     spans: Mapping[str, HostSpans],
     seqlens: tuple[tuple[int, ...], tuple[int, ...]],
     options: Options,
+    starts: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
     accumulate: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`(out, lse)` of packed tensors `(total, heads, head_dim)`, both in dtype `accumulate`; lse is `(heads, total_q)`.
 
-    spans: by name and sequence, half-open. seqlens: (seqlens_q, seqlens_k). A row that sees nothing gives 0 and an LSE
-    of -inf (the sink, if there is one).
+    A row that sees nothing gives 0 and an LSE of -inf (the sink, if there is one).
+
+    Args:
+        spans: by name and sequence, half-open positions.
+        seqlens: (seqlens_q, seqlens_k).
+        starts: (positions of the first queries, of the first keys) by sequence; None: bottom-right alignment.
     """
+    if starts is None:
+        starts = tuple(map(first_query, *seqlens)), (0,) * len(seqlens[1])
     outs = [q.new_zeros(0, q.shape[1], v.shape[2], dtype=accumulate)]
     lses = [q.new_zeros(q.shape[1], 0, dtype=accumulate)]
     row = key = 0
     for index, (seqlen_q, seqlen_k) in enumerate(zip(*seqlens, strict=True)):
+        query_start, key_start = starts[0][index], starts[1][index]
         own = {name: sequences[index] for name, sequences in spans.items()}
         keys, values = k[key : key + seqlen_k].to(accumulate), v[key : key + seqlen_k].to(accumulate)
         step = max(1, CHUNK_SCORES // max(1, q.shape[1] * seqlen_k))
         for begin in range(0, seqlen_q, step):
             end = min(begin + step, seqlen_q)
-            position = torch.arange(begin, end, device=q.device) + (seqlen_k - seqlen_q)
-            visible = _mask_rows(mask, DensePairs(position, seqlen_k, own, index))
+            position = torch.arange(begin, end, device=q.device) + query_start
+            visible = mask_rows(mask, DensePairs(position, seqlen_k, own, index, key_start))
             with torch.autocast(q.device.type, enabled=False):  # it would run the products in half precision
                 out, lse = _attend(q[row + begin : row + end].to(accumulate), keys, values, visible, options)
             outs.append(out)
             lses.append(lse)
         row, key = row + seqlen_q, key + seqlen_k
     return torch.cat(outs), torch.cat(lses, dim=1)
-
-
-def _mask_rows(mask: Mask, pairs: DensePairs) -> torch.Tensor:
-    return mask.visible(pairs).expand(len(pairs.query), pairs.key.shape[1])
-
-
-def _inside(position: torch.Tensor, start: int, end: int) -> torch.Tensor:
-    return (position >= start) & (position < end)
 
 
 def _attend(
@@ -129,20 +88,21 @@ def _attend(
 
 @dataclass
 class Dense(Prepared):
-    work: Work
+    batch: MaskedBatch
 
     def run(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, out: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        work = self.work
+        batch = self.batch
         accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
         result, lse = dense_attention(
             q,
             k,
             v,
-            mask=work.mask,
-            spans={name: spans.on_host() for name, spans in work.spans.items()},
-            seqlens=work.lengths.on_host(),
+            mask=batch.mask,
+            spans={name: spans.on_host() for name, spans in batch.spans.items()},
+            seqlens=batch.lengths.on_host(),
+            starts=batch.lengths.starts_on_host(),
             options=options,
             accumulate=accumulate,
         )
@@ -150,7 +110,7 @@ class Dense(Prepared):
         return (result, lse) if out is None else (out.copy_(result), lse)
 
     def describe(self) -> list[tuple[str, str]]:
-        return [("kernel", f"torch {torch.__version__} on {self.work.call.device}, float32 accumulation")]
+        return [("kernel", f"torch {torch.__version__} on {self.batch.spec.device}, float32 accumulation")]
 
 
 class Reference(Backend):
@@ -158,8 +118,8 @@ class Reference(Backend):
     summary = "dense torch, every pair of tokens"
     differentiable = True
 
-    def refusal(self, call: CallSpec, demand: Demand, build: Build | None) -> str | None:
+    def refusal(self, spec: CallSpec, traits: Traits, build: Build | None) -> str | None:
         return None
 
-    def prepare(self, work: Work) -> Dense:
-        return Dense(work)
+    def prepare(self, batch: MaskedBatch) -> Dense:
+        return Dense(batch)

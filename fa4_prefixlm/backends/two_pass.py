@@ -10,14 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
-from ..call import CallSpec
-from ..fa4.build import Build
-from ..intervals import Demand
-from .base import Backend, Options, Prepared, Work
-from .causal import CausalCall, causal_call
-from .fa4_common import causal_refusal
+from fa4_prefixlm.backends.base import Backend, MaskedBatch, Prepared
+from fa4_prefixlm.backends.causal import CausalCall, causal_call
+from fa4_prefixlm.backends.fa4_verdicts import causal_refusal
+from fa4_prefixlm.batch.options import Options
+from fa4_prefixlm.batch.tensors import CallSpec
+from fa4_prefixlm.device_checks import is_fake
+from fa4_prefixlm.fa4.build.describe import Build
+from fa4_prefixlm.geometry.traits import Traits
 
 
 @dataclass
@@ -30,10 +31,10 @@ class TwoPasses(Prepared):
     def run(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, out: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        from ..kernels.span_rest import add_span_rest  # which imports Triton
+        from fa4_prefixlm.kernels.span_rest import add_span_rest
 
         out, lse = self.causal.run(q, k, v, options, out)
-        if isinstance(q, FakeTensor):  # cross-compiling
+        if is_fake(q):  # cross-compiling
             return out, lse
         keys = self.causal.keys
         add_span_rest(
@@ -48,8 +49,7 @@ class TwoPasses(Prepared):
             seqused_k=keys.seqused_k,
             page_table=keys.page_table,
             window=self.causal.window,
-            softmax_scale=options.softmax_scale,
-            softcap=options.softcap,
+            options=options,
         )
         return out, lse
 
@@ -67,12 +67,12 @@ class TwoPass(Backend):
     summary = "FlashAttention-4's own causal call, then the rest of each span"
     reads_pages = True
 
-    def refusal(self, call: CallSpec, demand: Demand, build: Build | None) -> str | None:
-        if demand.within is None or demand.intervals > 1:
-            return "the mask is no causal pass and the rest of one span set"
-        return causal_refusal(call, build)
+    def refusal(self, spec: CallSpec, traits: Traits, build: Build | None) -> str | None:
+        if traits.causal_part is None or traits.intervals > 1:
+            return "the mask is not a causal pass plus the rest of one set of spans"
+        return causal_refusal(spec, build)
 
-    def prepare(self, work: Work) -> TwoPasses:
-        assert work.demand.within is not None
-        causal = causal_call(work, work.demand.within.window)
-        return TwoPasses(causal, torch.cat([work.bounds.lo, work.bounds.hi], dim=1))
+    def prepare(self, batch: MaskedBatch) -> TwoPasses:
+        assert batch.traits.causal_part is not None
+        causal = causal_call(batch, batch.traits.causal_part.window)
+        return TwoPasses(causal, torch.cat([batch.bounds.lo, batch.bounds.hi], dim=1))

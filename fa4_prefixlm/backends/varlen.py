@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from ..blocks import varlen_lists
-from ..call import CallSpec
-from ..fa4 import build as builds
-from ..fa4.build import Build
-from ..fa4.launch import MaskCode, mask_code
-from ..intervals import Demand
-from ..tiling import classify, query_tiles
-from .base import Backend, Work
-from .fa4_common import OneCall, choose_tile, masked_refusal
+from fa4_prefixlm.backends.base import Backend, MaskedBatch
+from fa4_prefixlm.backends.fa4_verdicts import choose_tile, masked_refusal
+from fa4_prefixlm.backends.mask_mod_call import MaskModCall
+from fa4_prefixlm.batch.tensors import CallSpec
+from fa4_prefixlm.fa4.build.describe import Build
+from fa4_prefixlm.fa4.kernels.launch import MaskCode, mask_code
+from fa4_prefixlm.geometry.block_lists import varlen_lists
+from fa4_prefixlm.geometry.tiles import classify, query_tiles
+from fa4_prefixlm.geometry.traits import Traits
 
 
 class Varlen(Backend):
     name = "varlen"
     summary = "one FlashAttention-4 varlen call, block-sparse"
 
-    def refusal(self, call: CallSpec, demand: Demand, build: Build | None) -> str | None:
-        refusal = masked_refusal(call, demand, build)
+    def refusal(self, spec: CallSpec, traits: Traits, build: Build | None) -> str | None:
+        refusal = masked_refusal(spec, traits, build)
         if refusal is not None:
             return refusal
         assert build is not None
@@ -26,23 +26,23 @@ class Varlen(Backend):
             return f"{build} refuses mask_mod with aux_tensors for varlen (4.0.0b13 and later take it)"
         if not build.varlen_lists:
             return f"{build} has no varlen block sparsity"
-        if builds.device_arch(call.device) // 10 == 9 and build.sm90_list_stride == "unknown":
+        if spec.arch // 10 == 9 and build.sm90_list_stride == "unknown":
             return f"{build}: how its SM90 kernel reads varlen block lists could not be told from its source"
         return None
 
-    def prepare(self, work: Work) -> OneCall:
-        lengths, demand = work.lengths, work.demand
-        tile = choose_tile(work.call, demand, lengths.max_seqlen_q)
+    def prepare(self, batch: MaskedBatch) -> MaskModCall:
+        lengths, traits = batch.lengths, batch.traits
+        tile = choose_tile(batch.spec, traits, lengths.max_seqlen_q)
         tiles = query_tiles(lengths, tile.block_m)
-        key_tiles = classify(work.bounds, tiles, lengths, work.where, tile.block_m, tile.n, chained=demand.chained)
-        own = work.mask.custom_kernel
-        return OneCall(
-            build=work.fa4(),
+        key_tiles = classify(batch.bounds, tiles, lengths, batch.where, tile.block_m, tile.n, banded=traits.banded)
+        own = batch.mask.custom_kernel
+        return MaskModCall(
+            build=batch.fa4(),
             code=MaskCode("varlen", 0, list(own.aux_tensors), own.mask_mod)
             if own
-            else mask_code("varlen", work.bounds),
+            else mask_code("varlen", batch.bounds),
             tile=tile,
-            lists=varlen_lists(key_tiles, tiles, lengths, demand, tile.block_m, tile.n),
+            lists=varlen_lists(key_tiles, tiles, lengths, traits, tile.block_m, tile.n),
             lengths=lengths,
             varlen=True,
             key_tiles=key_tiles,

@@ -17,15 +17,15 @@ from typing import Any
 
 import torch
 
-from ..attention import attention
-from ..backends.reference import Reference
-from ..errors import InputError, UnsupportedError
-from ..fa4 import build as builds
-from ..mask import Mask
-from ..masks import PrefixLM, causal
-from ..masks import window as within
-from ..masks.spans import BatchSpans, drop_longer
-from ..serving import ServingPlan, serving_plan
+from fa4_prefixlm.backends.reference import Reference
+from fa4_prefixlm.errors import InputError, UnsupportedError
+from fa4_prefixlm.fa4.build import locate
+from fa4_prefixlm.masks import PrefixLM, causal
+from fa4_prefixlm.masks import window as within
+from fa4_prefixlm.masks.base import Mask
+from fa4_prefixlm.masks.spans import BatchSpans, drop_longer
+from fa4_prefixlm.runtime.public_call import attention
+from fa4_prefixlm.runtime.serving_plans import ServingPlan, serving_plan
 
 VENDORED = "vllm.vllm_flash_attn.cute"
 
@@ -36,7 +36,7 @@ KVCache = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 def find_build() -> str | None:
     """The `build` to give to a plan: vLLM's own FA4 where there is one, else None, which is the default."""
-    return VENDORED if builds.installed(VENDORED) is not None else None
+    return VENDORED if locate.installed(VENDORED) is not None else None
 
 
 def layer_mask(window: int | None, *, clamp: bool, prefix_lm: bool = True) -> Mask:
@@ -241,7 +241,7 @@ class GroupPlans:
 
         Reads two tokens of block 0. options: `softcap` and `sinks` of the group's layers.
         """
-        spec = next(iter(self.plans.values())).call
+        spec = next(iter(self.plans.values())).spec
         q = torch.zeros(2, spec.heads_q, spec.head_dim, dtype=spec.dtype, device=spec.device)
         starts, keys, table = (
             torch.tensor(values, dtype=torch.int32, device=spec.device) for values in ([0, 2], [2], [[0]])
@@ -308,6 +308,6 @@ def _host(name: str, values: HostIntegers) -> list[int]:
 
 
 def _refuse_reference(layer: str, mask: Mask, plan: ServingPlan) -> None:
-    if mask.names and plan.call.device.type == "cuda" and plan.choice.name == Reference.name:
+    if mask.names and plan.spec.device.type == "cuda" and plan.choice.name == Reference.name:
         why = "; ".join(f"{name}: {reason}" for name, reason in plan.choice.passed_over)
         raise UnsupportedError(f"layers[{layer!r}]", f"a mask that FlashAttention-4 runs here ({why})", repr(mask))

@@ -9,7 +9,7 @@ import os
 
 import torch
 
-from ..errors import InputError
+from fa4_prefixlm.errors import InputError
 
 try:
     import triton

@@ -18,9 +18,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..errors import InputError
-from ..mask import END_OF_KEYS
-from ..span_form import SpanForm
+from fa4_prefixlm.errors import InputError
+from fa4_prefixlm.masks.closed_form import ClosedForm
+from fa4_prefixlm.masks.interval_lists import END_OF_KEYS
 
 SPANS_AT_ONCE = 32
 PAGES_AT_ONCE = 256
@@ -87,7 +87,7 @@ class RowBuffers:
 
 
 def update_rows(
-    form: SpanForm,
+    form: ClosedForm,
     buffers: RowBuffers,
     cu_seqlens_q: torch.Tensor,
     seqused_k: torch.Tensor,
@@ -159,7 +159,7 @@ def update_rows(
             raise InputError("cu_seqlens_q, seqused_k, ranges", FINE, "other values")
 
 
-def constants(form: SpanForm, buffers: RowBuffers) -> dict[str, object]:
+def constants(form: ClosedForm, buffers: RowBuffers) -> dict[str, object]:
     """What the kernel is compiled for."""
     return {
         "OUTSIDE_BEGIN": form.outside.begin,
@@ -327,7 +327,7 @@ def _seqlen_k(seqused_k, sequence, batch, max_keys):
 
 @triton.jit
 def _edges(BEGIN: tl.constexpr, END: tl.constexpr, position, left, start, stop, seqlen_k):
-    """`[lo, hi)` of the rows, by the names of `span_form.Edges`."""
+    """`[lo, hi)` of the rows, by the names of `closed_form.Edges`."""
     lo = tl.zeros_like(position)
     if BEGIN == "window":
         lo = left

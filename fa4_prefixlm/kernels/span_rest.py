@@ -20,13 +20,15 @@ import torch
 import triton
 import triton.language as tl
 
+from fa4_prefixlm.batch.options import Options
+
 # Where the online softmax begins for a row that saw nothing: below any score, and finite, so that no NaN comes of it.
 LOWEST: tl.constexpr = tl.constexpr(-1e30)
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 NO_KEY: tl.constexpr = tl.constexpr(2**31 - 1)
 
 
-class Tile(NamedTuple):
+class LoopTile(NamedTuple):
     """Query rows and keys of a tile, and how the kernel is compiled for them."""
 
     rows: int
@@ -39,12 +41,12 @@ class Tile(NamedTuple):
 # masked ones. q with `stages` tiles of k and v fits Hopper's 227 KB, at 64 and 256 twice. The loop spills no register,
 # but for a few that it reads at 256 in pages; with 64 rows or 64 keys it would at 512 or 256.
 TILES = {
-    16: Tile(128, 64, 4, 3),
-    32: Tile(128, 64, 4, 3),
-    64: Tile(128, 64, 4, 3),
-    128: Tile(64, 64, 4, 3),
-    256: Tile(64, 32, 4, 2),
-    512: Tile(32, 32, 8, 2),
+    16: LoopTile(128, 64, 4, 3),
+    32: LoopTile(128, 64, 4, 3),
+    64: LoopTile(128, 64, 4, 3),
+    128: LoopTile(64, 64, 4, 3),
+    256: LoopTile(64, 32, 4, 2),
+    512: LoopTile(32, 32, 8, 2),
 }
 
 
@@ -61,8 +63,7 @@ def add_span_rest(
     seqused_k: torch.Tensor | None = None,
     page_table: torch.Tensor | None = None,
     window: int | None,
-    softmax_scale: float,
-    softcap: float = 0.0,
+    options: Options,
 ) -> None:
     """Make `out` and `lse` of a causal pass those of the rows' whole `bounds`, in place.
 
@@ -81,14 +82,14 @@ def add_span_rest(
         seqused_k: `(batch,)` int32 on the device, contiguous, keys of each sequence.
         page_table: `(batch, max_pages)` int32 on the device. Entries of pages that hold no missing key are not read.
         window: of pass 1, in tokens, the row's own included. None: it had none.
-        softcap: scores are `softcap * tanh(score * softmax_scale / softcap)`; 0 is none.
+        options: of pass 1. Its sink is in that pass's result already, and is not looked at.
     """
     total_q, heads_q, head_dim = q.shape
     batch = cu_seqlens_q.shape[0] - 1
     if total_q == 0 or batch == 0:
         return
     page_size = 0 if page_table is None else k.shape[1]
-    compiled_for = constants(head_dim, v.shape[-1], page_size, window is not None, softcap != 0)
+    compiled_for = constants(head_dim, v.shape[-1], page_size, window is not None, options.softcap != 0)
     slots = total_q // compiled_for["ROWS"] + batch
     with torch.cuda.device_of(q):
         add_span_rest_kernel[(slots * heads_q,)](
@@ -111,8 +112,8 @@ def add_span_rest(
             heads_q // k.shape[-2],
             batch,
             min(window or 0, NO_KEY.value),
-            softmax_scale,
-            softcap,
+            options.softmax_scale,
+            options.softcap,
             **compiled_for,
         )
 

@@ -1,0 +1,81 @@
+"""What the FA4 backends share: what a build can't do for a call, the tile that it runs with, the outputs it writes."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from fa4_prefixlm.batch.tensors import CallSpec, device_arch
+from fa4_prefixlm.fa4.build.describe import CAUSAL_ARGUMENTS, MASKED_ARGUMENTS, PAGED_ARGUMENTS, Build
+from fa4_prefixlm.fa4.kernels.tiles import Tile, forward_tile
+from fa4_prefixlm.geometry.traits import MOST_INTERVALS, Traits
+
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def build_refusal(spec: CallSpec, build: Build | None, arguments: frozenset[str]) -> str | None:
+    """What stops an FA4 backend that calls the build's forward with these arguments, whatever the mask."""
+    if spec.device.type != "cuda":
+        return f"FA4 needs a GPU, the tensors are on {spec.device}"
+    if build is None:
+        return "flash-attn-4 is not installed"
+    lacking = build.lacks(arguments)
+    if lacking is not None:
+        return lacking
+    if spec.dtype not in DTYPES:
+        return f"FA4 takes bfloat16 and float16, not {spec.dtype}"
+    if spec.needs_grad:
+        return "no backward yet: q, k or v requires grad"
+    return None
+
+
+def masked_refusal(spec: CallSpec, traits: Traits, build: Build | None) -> str | None:
+    """What stops the backends with a mask_mod. The mask comes first, to be told without a GPU as well."""
+    if traits.intervals > MOST_INTERVALS and not traits.custom:
+        return f"a row may see {traits.intervals} intervals of keys, the kernels take {MOST_INTERVALS}"
+    refusal = build_refusal(spec, build, MASKED_ARGUMENTS)
+    if refusal is not None or build is None:
+        return refusal
+    return build.masked_head_dims_refusal(spec.arch, spec.head_dim, spec.head_dim_v)
+
+
+def causal_refusal(spec: CallSpec, build: Build | None) -> str | None:
+    """What stops the build's own causal call."""
+    refusal = build_refusal(spec, build, CAUSAL_ARGUMENTS) or paged_refusal(spec, build)
+    if refusal is not None or build is None:
+        return refusal
+    return build.head_dims.refusal(spec.arch, spec.head_dim, spec.head_dim_v)
+
+
+def paged_refusal(spec: CallSpec, build: Build | None) -> str | None:
+    """What stops FA4's own reading of pages."""
+    if spec.page_size is None or build is None:
+        return None
+    if spec.head_dim % 16 or spec.head_dim_v % 16:
+        return "FA4 reads pages for head dims that are multiples of 16"
+    if spec.arch // 10 == 9 and not build.sm90_pages:
+        return f"{build} reads no pages on SM90"
+    return build.lacks(PAGED_ARGUMENTS)
+
+
+def outputs(q: torch.Tensor, v: torch.Tensor, out: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(out, lse)` for packed tensors, to be written by a kernel."""
+    if out is None:
+        out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
+    return out, torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+
+
+def kernel_line(build: Build, device: torch.device, what: str) -> tuple[str, str]:
+    """The `kernel` line of `print(plan)`."""
+    arch = device_arch(device)
+    return "kernel", f"{build}, sm_{arch}{'' if arch // 10 == 9 else ' (compiled, not run)'}, {what}"
+
+
+@functools.lru_cache(maxsize=256)
+def choose_tile(spec: CallSpec, traits: Traits, max_seqlen_q: int) -> Tile:
+    arch = spec.arch
+    windowed = traits.banded and traits.reach.left is not None
+    if spec.page_size not in (None, 64):
+        windowed = False  # pages that are no key tile are read row by row: 80 keys at a time were 2 to 3 % faster
+    return forward_tile(arch, spec.head_dim, spec.head_dim_v, windowed=windowed, max_seqlen_q=max_seqlen_q)

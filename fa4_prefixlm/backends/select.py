@@ -1,0 +1,166 @@
+"""Which backend runs a call, and why: a value that can be printed and tested."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fa4_prefixlm.backends.base import Backend, MaskedBatch, Prepared
+from fa4_prefixlm.backends.causal import Causal
+from fa4_prefixlm.backends.fa4_verdicts import choose_tile
+from fa4_prefixlm.backends.gathered import Gathered, contiguous
+from fa4_prefixlm.backends.native import Native
+from fa4_prefixlm.backends.packed import Packed
+from fa4_prefixlm.backends.reference import Reference
+from fa4_prefixlm.backends.two_pass import TwoPass
+from fa4_prefixlm.backends.varlen import Varlen
+from fa4_prefixlm.batch.lengths import Lengths
+from fa4_prefixlm.batch.tensors import CallSpec
+from fa4_prefixlm.errors import InputError, UnsupportedError
+from fa4_prefixlm.fa4.build.describe import Build
+from fa4_prefixlm.geometry import block_lists
+from fa4_prefixlm.geometry.traits import Traits
+
+# In order of preference.
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend for backend in (Causal(), Native(), Varlen(), Packed(), TwoPass(), Reference())
+}
+
+# The same with keys in pages: (name, whether the keys are gathered). Gathering was up to 9 % faster than two passes
+# with pages of 16, and up to 14 % slower with larger ones (benchmarks/results/h200-serving.json).
+IN_PAGES = (
+    *(("causal", False), ("native", False), ("causal", True), ("native", True), ("varlen", True)),
+    *(("two_pass", False), ("packed", True), ("two_pass", True), ("reference", True)),
+)
+
+# Above this, `auto` compares the varlen block lists with the packed ones, and takes packed where it needs less.
+LARGE_LISTS = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Forward:
+    """The backend of the forward.
+
+    Attributes:
+        name: of `BACKENDS`.
+        reason: why this one.
+        passed_over: (name, reason) of the ones preferred before it, in order.
+        gathered: it reads contiguous keys, which are copied out of their pages first.
+    """
+
+    name: str
+    reason: str
+    passed_over: tuple[tuple[str, str], ...] = ()
+    gathered: bool = False
+
+
+@dataclass(frozen=True)
+class Backward:
+    """What computes gradients.
+
+    Attributes:
+        name: of the backend; None: nothing does.
+        reason: why.
+    """
+
+    name: str | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backends of a call, forward and backward, each with its reason."""
+
+    forward: Forward
+    backward: Backward
+
+    @classmethod
+    def of(cls, forward: Forward) -> Choice:
+        """The choice of a forward backend, with the backward that goes with it."""
+        if BACKENDS[forward.name].differentiable:
+            return cls(forward, Backward(forward.name, "autograd through its torch operations"))
+        return cls(forward, Backward(None, f"backend {forward.name} has no backward yet"))
+
+    @classmethod
+    def after(cls, passed_over: Mapping[str, str], name: str, *, gathered: bool = False) -> Choice:
+        """The first that runs the call, after those that do not."""
+        why = f"{', '.join(passed_over)} passed over" if passed_over else "the first choice"
+        return cls.of(Forward(name, why, tuple(passed_over.items()), gathered))
+
+    @property
+    def name(self) -> str:
+        """The backend of the forward."""
+        return self.forward.name
+
+    @property
+    def reason(self) -> str:
+        """Why the forward runs on it."""
+        return self.forward.reason
+
+    @property
+    def passed_over(self) -> tuple[tuple[str, str], ...]:
+        """(name, reason) of the forward backends that were preferred and can't run the call."""
+        return self.forward.passed_over
+
+    @property
+    def gathered(self) -> bool:
+        """Keys are copied out of their pages first."""
+        return self.forward.gathered
+
+    @property
+    def backend(self) -> Backend:
+        """The backend of the forward."""
+        return BACKENDS[self.name]
+
+    def prepare(self, batch: MaskedBatch) -> Prepared:
+        """Build the forward backend's state on the device without synchronising it."""
+        if not self.gathered:
+            return self.backend.prepare(batch)
+        inner, first_key = contiguous(batch, trim=self.backend is not BACKENDS[Reference.name])
+        return Gathered(self.backend.prepare(inner), batch.keys, first_key, inner.lengths)
+
+    def __str__(self) -> str:
+        gathered = ", keys gathered from their pages" * self.gathered
+        return f"{self.name}: {self.backend.summary}{gathered} ({self.reason})"
+
+
+def choose(name: str, spec: CallSpec, traits: Traits, lengths: Lengths, build: Build | None) -> Choice:
+    """Take the named backend, or with "auto" the first that runs the call exactly.
+
+    Raises `UnsupportedError` if the named backend can't run the call; `InputError` if there is no such backend.
+    """
+    if name not in ("auto", *BACKENDS):
+        raise InputError("backend", f"one of {', '.join(['auto', *BACKENDS])}", repr(name))
+    paged = spec.page_size is not None
+    if lengths.total_q == 0:
+        return Choice.of(Forward(Reference.name, "there are no queries", gathered=paged))
+    copied = dataclasses.replace(spec, page_size=None)
+    if name != "auto":
+        gathered = paged and (not BACKENDS[name].reads_pages or BACKENDS[name].refusal(spec, traits, build) is not None)
+        refusal = BACKENDS[name].refusal(copied if gathered else spec, traits, build)
+        if refusal is not None:
+            raise UnsupportedError("backend", f"a backend that can run this call ({refusal})", repr(name))
+        return Choice.of(Forward(name, "asked for by name", gathered=gathered))
+    passed_over: dict[str, str] = {}
+    for preferred, gathered in IN_PAGES if paged else ((name, False) for name in BACKENDS):
+        backend, as_called = BACKENDS[preferred], copied if gathered else spec
+        reason = backend.refusal(as_called, traits, build)
+        if reason is None and backend.name == Varlen.name:
+            reason = _too_large(as_called, traits, lengths, build)
+        if reason is None:
+            return Choice.after(passed_over, backend.name, gathered=gathered)
+        passed_over.setdefault(backend.name, reason)
+    raise AssertionError("the reference runs every call")
+
+
+def _too_large(spec: CallSpec, traits: Traits, lengths: Lengths, build: Build | None) -> str | None:
+    """Why the varlen block lists would take too much memory; they grow with seqlen_q * seqlen_k whatever the mask."""
+    tile = choose_tile(spec, traits, lengths.max_seqlen_q)
+    varlen = block_lists.varlen_bytes(lengths, tile.block_m, tile.n)
+    if varlen <= LARGE_LISTS:
+        return None
+    packed = block_lists.packed_bytes(lengths, traits, tile.block_m, tile.n)
+    if packed >= varlen or BACKENDS[Packed.name].refusal(spec, traits, build) is not None:
+        return None
+    return f"its block lists would take {varlen / 2**20:.0f} MiB, packed ones {packed / 2**20:.0f} MiB"

@@ -1,0 +1,238 @@
+"""What the user says: the bidirectional ranges of each sequence, and the only validation of them.
+
+A range (span) is half-open, `[start, end)`, in absolute key positions of its sequence. Two adjacent ranges are two
+spans: their tokens do not see each other forward. A mask that reads several span sets gets them by name.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from fa4_prefixlm.batch.lengths import Lengths, batched
+from fa4_prefixlm.device_checks import assert_on_device, host_knows, to_device
+from fa4_prefixlm.errors import InputError
+
+Ranges = torch.Tensor | Sequence[Sequence[tuple[int, int]]] | None
+NamedRanges = Ranges | Mapping[str, Ranges]
+MaxRange = int | Mapping[str, int] | None
+SequenceSpans = tuple[tuple[int, int], ...]
+HostSpans = tuple[SequenceSpans, ...]
+
+
+class ReadsSpans(Protocol):
+    """A mask, as far as its spans go; its `repr` names it in errors."""
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of the span sets that it reads."""
+
+
+@dataclass(frozen=True)
+class Spans:
+    """The spans of a batch.
+
+    values: `(batch, max_spans, 2)` int32 on the device, half-open `[start, end)`; rows `(0, 0)` are unused.
+    host: the same, per sequence and sorted, where the host knows them, else None.
+    longest: upper bound of a span's length in tokens, known on the host.
+    """
+
+    values: torch.Tensor
+    host: HostSpans | None
+    longest: int
+
+    def on_host(self) -> HostSpans:
+        """The spans per sequence; reads them from the device, which synchronises, where the host does not know them."""
+        return self.host if self.host is not None else _used_rows(self.values)
+
+    def host_values(self) -> torch.Tensor:
+        """The spans as `values` has them, but on the host."""
+        return _padded(self.on_host())
+
+
+SpanSets = Mapping[str, Spans]
+
+
+def by_name(mask: ReadsSpans, ranges: NamedRanges) -> dict[str, Ranges]:
+    """`ranges` as the mask reads them: one entry per name. A mask with a single name takes its ranges without it."""
+    names = sorted(mask.names)
+    if hasattr(ranges, "visible"):
+        raise InputError("ranges", "spans; a mask goes to mask=", repr(ranges))
+    if isinstance(ranges, Mapping):
+        for name in names:
+            if name not in ranges:
+                raise InputError("ranges", f"spans for {name!r}, which {mask!r} reads", f"{sorted(ranges)}")
+        for name in ranges:
+            if name not in names:
+                raise InputError(f"ranges[{name!r}]", f"only what {mask!r} reads: {names}", "spans it does not use")
+        return dict(ranges)
+    if len(names) == 1:
+        return {names[0]: ranges}
+    if ranges is not None and not names:
+        raise InputError("ranges", f"None: {mask!r} reads no spans", "spans it does not use")
+    if names:
+        raise InputError("ranges", f"a dictionary with spans for {names}, which {mask!r} reads", type(ranges).__name__)
+    return {}
+
+
+def parse(mask: ReadsSpans, ranges: NamedRanges, lengths: Lengths, max_range: MaxRange = None) -> dict[str, Spans]:
+    """Check `ranges` against the mask and the batch and bring them to the device.
+
+    Values on the host are checked here. Values on the device are checked on the device by an assertion that does not
+    synchronise (a violation surfaces as a CUDA device-side assertion), and here as well in debug mode.
+    """
+    named = by_name(mask, ranges)
+    plain = not isinstance(ranges, Mapping)
+    return {
+        name: _parse_set("ranges" if plain else f"ranges[{name!r}]", given, lengths, _longest(name, max_range))
+        for name, given in named.items()
+    }
+
+
+def on_device(ranges: NamedRanges) -> bool:
+    """Some of the values are where the host does not look, outside of debug mode."""
+    sets = ranges.values() if isinstance(ranges, Mapping) else [ranges]
+    return not all(map(host_knows, sets))
+
+
+def to_tensor(mask: ReadsSpans, ranges: NamedRanges, batch: int, device: torch.device) -> torch.Tensor | None:
+    """The spans of a mask with a single span set as `(batch, max_ranges, 2)` int32 on the device, values unchecked.
+
+    None: there are none.
+    """
+    own = next(iter(by_name(mask, ranges).values()), None)
+    if own is None:
+        return None
+    if isinstance(own, torch.Tensor):
+        _check_tensor("ranges", own, batch, device)
+    else:
+        own = _padded(_as_pairs("ranges", own, batch))
+    return to_device(own, device) if own.shape[1] else None
+
+
+def one_sequence(mask: ReadsSpans, ranges: NamedRanges, seqlen_k: int) -> dict[str, SequenceSpans]:
+    """The checked spans of a single sequence: `[(8, 24)]` or `{"image": [(8, 24)]}`."""
+    sizes = batched(1, seqlen_k, seqlen_k, torch.device("cpu"))
+    sets = parse(mask, {name: _as_batch(own) for name, own in by_name(mask, ranges).items()}, sizes)
+    return {name: own.on_host()[0] for name, own in sets.items()}
+
+
+def _as_batch(spans: object) -> Ranges:
+    """The spans of one sequence as those of a batch of one."""
+    return None if spans is None else [spans]  # type: ignore[list-item]
+
+
+def _longest(name: str, max_range: MaxRange) -> int | None:
+    value = max_range.get(name) if isinstance(max_range, Mapping) else max_range
+    if value is not None and (not isinstance(value, int) or value < 1):
+        raise InputError("max_range", "a positive number of tokens", value)
+    return value
+
+
+def _parse_set(argument: str, ranges: Ranges, lengths: Lengths, max_range: int | None) -> Spans:
+    if ranges is None:
+        ranges = [()] * lengths.batch
+    if isinstance(ranges, torch.Tensor):
+        _check_tensor(argument, ranges, lengths.batch, lengths.device)
+        if not host_knows(ranges):
+            longest = lengths.max_seqlen_k if max_range is None else min(max_range, lengths.max_seqlen_k)
+            _assert_on_device(ranges, lengths, longest)
+            return Spans(ranges.clone(), None, longest)  # the plan's own, as its lengths are
+        checked = _check_host(argument, _used_rows(ranges), lengths, max_range)
+        values = to_device(ranges, lengths.device)
+    else:
+        checked = _check_host(argument, _as_pairs(argument, ranges, lengths.batch), lengths, max_range)
+        values = to_device(_padded(checked), lengths.device)
+    longest = max((end - start for spans in checked for start, end in spans), default=0)
+    if lengths.seqlens_k is None:  # then only the device can tell whether each span ends within its keys
+        _assert_on_device(values, lengths, max(longest, 1))
+    return Spans(values, checked, longest)
+
+
+def _check_tensor(argument: str, ranges: torch.Tensor, batch: int, device: torch.device) -> None:
+    if ranges.dtype != torch.int32:
+        raise InputError(argument, "dtype torch.int32", ranges.dtype)
+    if ranges.ndim != 3 or ranges.shape[2] != 2:
+        raise InputError(argument, "shape (batch, max_ranges, 2)", tuple(ranges.shape))
+    if ranges.shape[0] != batch:
+        raise InputError(argument, f"one row per sequence, {batch}", ranges.shape[0])
+    if ranges.device.type != "cpu" and ranges.device != device:
+        raise InputError(argument, f"a tensor on the CPU or on q's device {device}", ranges.device)
+
+
+def _as_pairs(argument: str, ranges: Sequence[Sequence[tuple[int, int]]], batch: int) -> HostSpans:
+    if not isinstance(ranges, Sequence) or isinstance(ranges, str):
+        raise InputError(argument, "an int32 tensor, or a list of spans per sequence", type(ranges).__name__)
+    if len(ranges) != batch:
+        raise InputError(argument, f"one list per sequence, {batch}", f"{len(ranges)} lists")
+    result = []
+    for sequence, spans in enumerate(ranges):
+        pairs = []
+        if not isinstance(spans, Iterable):
+            raise InputError(f"{argument}[{sequence}]", "a list of pairs (start, end)", spans)
+        for index, pair in enumerate(spans):
+            try:
+                start, end = pair
+                pairs.append((operator.index(start), operator.index(end)))
+            except (TypeError, ValueError):
+                raise InputError(f"{argument}[{sequence}][{index}]", "a pair of integers (start, end)", pair) from None
+        result.append(tuple(pairs))
+    return tuple(result)
+
+
+def _check_host(argument: str, host: HostSpans, lengths: Lengths, max_range: int | None) -> HostSpans:
+    result = []
+    for sequence, spans in enumerate(host):
+        for index, (start, end) in enumerate(spans):
+            name = f"{argument}[{sequence}][{index}]"
+            if start < 0:
+                raise InputError(name, "a start of at least 0", (start, end))
+            if start >= end:
+                raise InputError(name, "start below end", (start, end))
+            keys = lengths.max_seqlen_k if lengths.seqlens_k is None else lengths.seqlens_k[sequence]
+            unknown = lengths.future_spans and lengths.seqlens_k is None  # then the device checks it
+            if end > keys and not unknown and not (lengths.future_spans and start >= keys):
+                hint = "; a chunk holds a span whole or not at all, see safe_chunk_end" if start < keys else ""
+                raise InputError(name, f"an end within the sequence's {keys} keys", f"{(start, end)}{hint}")
+            if max_range is not None and end - start > max_range:
+                raise InputError(name, f"at most max_range = {max_range} tokens", (start, end))
+        ordered = sorted(spans)
+        for before, after in itertools.pairwise(ordered):
+            if after[0] < before[1]:
+                raise InputError(f"{argument}[{sequence}]", "spans that do not overlap", f"{before} and {after}")
+        result.append(tuple(ordered))
+    return tuple(result)
+
+
+def _assert_on_device(ranges: torch.Tensor, lengths: Lengths, longest: int) -> None:
+    start, end = ranges.unbind(2)
+    keys = lengths.cu_seqlens_k.diff().unsqueeze(1)
+    used = (start != 0) | (end != 0)
+    here = (end <= keys) & (end - start <= longest)
+    if lengths.future_spans:
+        here = here | (start >= keys)  # not here yet
+    fine = (start >= 0) & (start < end) & here
+    assert_on_device(
+        (fine | used.logical_not()).all(), "ranges: a span is reversed, ends past its keys or is longer than max_range"
+    )
+    order = torch.where(used, start, torch.iinfo(torch.int32).max).argsort(dim=1)
+    start, end, used = start.gather(1, order), end.gather(1, order), used.gather(1, order)
+    is_first = torch.arange(ranges.shape[1], device=ranges.device) == 0
+    apart = start >= end.roll(1, dims=1)
+    assert_on_device((apart | is_first | used.logical_not()).all(), "ranges: two spans overlap")
+
+
+def _used_rows(ranges: torch.Tensor) -> HostSpans:
+    return tuple(tuple((start, end) for start, end in rows if (start, end) != (0, 0)) for rows in ranges.tolist())
+
+
+def _padded(host: HostSpans) -> torch.Tensor:
+    """`(batch, max_spans, 2)` int32 on the host, unused rows `(0, 0)`."""
+    width = max((len(spans) for spans in host), default=0)
+    rows = [[*spans, *[(0, 0)] * (width - len(spans))] for spans in host]
+    return torch.tensor(rows, dtype=torch.int32, device="cpu").reshape(len(host), width, 2)

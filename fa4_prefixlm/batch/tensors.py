@@ -1,0 +1,131 @@
+"""The tensors of a call: their validation, and what a backend must know of them to be chosen."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from dataclasses import dataclass
+
+import torch
+
+from fa4_prefixlm.errors import InputError
+
+QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class CallSpec:
+    """Everything about `q`, `k`, `v` but their values.
+
+    batched: `(batch, seqlen, heads, head_dim)` tensors; otherwise packed `(total, heads, head_dim)`.
+    shape_q, shape_k: all dimensions before the heads.
+    arch: compute capability of the device, 90 or 100; 0 where there is no such GPU.
+    page_size: of keys and values in pages, `(pages, page_size, kv_heads, head_dim)`; None if they are contiguous.
+    """
+
+    batched: bool
+    shape_q: tuple[int, ...]
+    shape_k: tuple[int, ...]
+    heads_q: int
+    heads_kv: int
+    head_dim: int
+    head_dim_v: int
+    dtype: torch.dtype
+    device: torch.device
+    needs_grad: bool
+    arch: int
+    page_size: int | None = None
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        return (*self.shape_q, self.heads_q, self.head_dim_v)
+
+
+def device_arch(device: torch.device) -> int:
+    """Compute capability as FA4 counts it, 90 or 100; 0 where there is no such GPU.
+
+    FA4's own environment variable `FLASH_ATTENTION_ARCH` (`sm_90`) overrides it: kernels are compiled for that.
+    """
+    return 0 if device.type != "cuda" else _cuda_arch(device.index, os.environ.get("FLASH_ATTENTION_ARCH", ""))
+
+
+@functools.cache
+def _cuda_arch(index: int | None, override: str) -> int:
+    asked = re.fullmatch(r"(?:sm_?)?(\d+)[af]?", override, re.IGNORECASE)
+    if asked:
+        return int(asked[1])
+    if not torch.cuda.is_available():
+        return 0
+    major, minor = torch.cuda.get_device_capability(index)
+    return major * 10 + minor
+
+
+def describe(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, paged: bool = False) -> CallSpec:
+    """Check `q`, `k`, `v` against each other. Looks at shapes, dtypes, strides and devices, never at values.
+
+    paged: `k` and `v` are a cache of pages, `(pages, page_size, kv_heads, head_dim)`, and `q` is packed.
+    """
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, torch.Tensor):
+            raise InputError(name, "a torch.Tensor", type(tensor).__name__)
+        if paged and tensor.ndim != (3 if name == "q" else 4):
+            wanted = "(total_q, heads, head_dim)" if name == "q" else "(pages, page_size, kv_heads, head_dim)"
+            raise InputError(name, f"{wanted} with a page_table", f"shape {tuple(tensor.shape)}")
+        if tensor.ndim not in (3, 4):
+            raise InputError(
+                name, "(total, heads, head_dim) or (batch, seqlen, heads, head_dim)", f"shape {tuple(tensor.shape)}"
+            )
+        if tensor.ndim != q.ndim and not paged:
+            raise InputError(name, f"{q.ndim} dimensions, as q", f"shape {tuple(tensor.shape)}")
+        if not tensor.dtype.is_floating_point:
+            raise InputError(name, "a floating point dtype", tensor.dtype)
+        if tensor.dtype != q.dtype:
+            raise InputError(name, f"q's dtype {q.dtype}", tensor.dtype)
+        if tensor.device != q.device:
+            raise InputError(name, f"q's device {q.device}", tensor.device)
+        if tensor.shape[-1] == 0 or tensor.shape[-2] == 0:
+            raise InputError(name, "at least one head and one head dimension", f"shape {tuple(tensor.shape)}")
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            raise InputError(name, "a contiguous last dimension (stride 1)", f"stride {tensor.stride(-1)}")
+    if k.shape[:-1] != v.shape[:-1]:
+        raise InputError("v", f"k's tokens and heads {tuple(k.shape[:-1])}", tuple(v.shape[:-1]))
+    if q.shape[-1] != k.shape[-1]:
+        raise InputError("k", f"q's head_dim {q.shape[-1]}", k.shape[-1])
+    if q.shape[-2] % k.shape[-2]:
+        raise InputError("q", f"a multiple of the {k.shape[-2]} key heads", f"{q.shape[-2]} heads")
+    if q.ndim == 4 and q.shape[0] != k.shape[0]:
+        raise InputError("k", f"q's batch size {q.shape[0]}", k.shape[0])
+    if paged and k.shape[1] == 0:
+        raise InputError("k", "pages of at least one token", f"shape {tuple(k.shape)}")
+    return CallSpec(
+        batched=q.ndim == 4,
+        shape_q=tuple(q.shape[:-2]),
+        shape_k=tuple(k.shape[:-2]),
+        heads_q=q.shape[-2],
+        heads_kv=k.shape[-2],
+        head_dim=q.shape[-1],
+        head_dim_v=v.shape[-1],
+        dtype=q.dtype,
+        device=q.device,
+        needs_grad=torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v)),
+        arch=device_arch(q.device),
+        page_size=k.shape[1] if paged else None,
+    )
+
+
+def check_out(out: torch.Tensor | None, spec: CallSpec) -> None:
+    if out is None:
+        return
+    if not isinstance(out, torch.Tensor):
+        raise InputError("out", "a torch.Tensor", type(out).__name__)
+    if tuple(out.shape) != spec.out_shape:
+        raise InputError("out", f"shape {spec.out_shape}", tuple(out.shape))
+    if out.dtype != spec.dtype:
+        raise InputError("out", f"q's dtype {spec.dtype}", out.dtype)
+    if out.device != spec.device:
+        raise InputError("out", f"q's device {spec.device}", out.device)
+    if not out.is_contiguous():
+        raise InputError("out", "a contiguous tensor", f"strides {out.stride()}")
+    if out.data_ptr() % 16:
+        raise InputError("out", "memory aligned to 16 bytes", f"an offset of {out.data_ptr() % 16}")

@@ -1,0 +1,66 @@
+"""Values on the device: the debug switch, assertions that do not synchronise, copies that do not wait.
+
+Debug mode checks the values of device tensors on the host too, at the cost of a synchronisation. It is off by default;
+`FA4_PREFIXLM_DEBUG=1` in the environment or `with fa4_prefixlm.debug():` turns it on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import os
+from collections.abc import Iterator
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+_enabled = contextvars.ContextVar("fa4_prefixlm_debug", default=os.environ.get("FA4_PREFIXLM_DEBUG", "0") == "1")
+
+
+def enabled() -> bool:
+    """Debug mode is on."""
+    return _enabled.get()
+
+
+@contextlib.contextmanager
+def debug(on: bool = True) -> Iterator[None]:
+    """Within the block, values of device tensors (`cu_seqlens_*`, `ranges`) are read back and checked on the host.
+
+    Args:
+        on: False turns debug mode off within the block.
+    """
+    token = _enabled.set(on)
+    try:
+        yield
+    finally:
+        _enabled.reset(token)
+
+
+def host_knows(values: object) -> bool:
+    """The values can be looked at without waiting for a device, or debug mode looks at them all the same."""
+    return not isinstance(values, torch.Tensor) or values.device.type == "cpu" or enabled()
+
+
+def assert_on_device(condition: torch.Tensor, message: str) -> None:
+    """Fail, without synchronising, unless the 0-d bool tensor is True: a device-side assertion on a GPU."""
+    torch._assert_async(condition, message)
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """The tensor has no values: a kernel is being compiled for a device that is not here."""
+    return isinstance(tensor, FakeTensor)
+
+
+def is_capturing() -> bool:
+    """The current stream records a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def to_device(values: object, device: torch.device) -> torch.Tensor:
+    """An int32 tensor on `device`, copied without waiting for the device."""
+    tensor = values if isinstance(values, torch.Tensor) else torch.tensor(values, dtype=torch.int32, device="cpu")
+    if device.type == "cuda" and tensor.device.type == "cpu" and torch.cuda.is_available():
+        # A pinned tensor may be written again by its owner before the copy has run.
+        tensor = tensor.clone() if tensor.is_pinned() else tensor
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -1,0 +1,197 @@
+"""Compile and launch the native lane's kernel, without FA4's interface and its host time."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import inspect
+import pathlib
+from typing import Any
+
+import torch
+
+from fa4_prefixlm.batch.keys import Keys
+from fa4_prefixlm.batch.options import Options
+from fa4_prefixlm.device_checks import is_capturing
+from fa4_prefixlm.errors import UnsupportedError
+from fa4_prefixlm.fa4.build.describe import Build
+from fa4_prefixlm.fa4.kernels.launch import on_device
+from fa4_prefixlm.fa4.kernels.tiles import Tile
+
+THREADS, STAGES = 384, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class NativeKernel:
+    """One kernel, but for head dims, dtypes and the layout of its tensors.
+
+    heads_in_tile: query heads of one key head that share a query tile (FA4's PackGQA); divides `tile.m`.
+    lower: some row's interval begins past key 0.
+    """
+
+    tile: Tile
+    heads_in_tile: int
+    lower: bool
+
+    @property
+    def tokens(self) -> int:
+        """Query tokens of a tile."""
+        return self.tile.m // self.heads_in_tile
+
+
+def native_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    build: Build,
+    kernel: NativeKernel,
+    bounds: torch.Tensor,
+    tiles: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    keys: Keys,
+    options: Options,
+) -> None:
+    """Write attention within `bounds` `(rows, 2)` to `out` and `lse`. `tiles` `(slots, 4)` is cut with `kernel`."""
+    parts = _parts(build)
+    q, k, v = parts.contiguous(q.detach()), parts.contiguous(k.detach()), parts.contiguous(v.detach())
+    sink = None if options.learnable_sink is None else parts.contiguous(options.learnable_sink.detach(), align_bytes=4)
+    page_size = None if keys.page_table is None else k.shape[1]
+    key = (
+        kernel,
+        options.softcap,
+        q.dtype,
+        q.shape[-1],
+        v.shape[-1],
+        q.shape[-2] // k.shape[-2],
+        None if page_size is None else page_size == kernel.tile.n,
+        None if sink is None else sink.dtype,
+        tuple(parts.broadcast(tensor) for tensor in (q, k, v)),
+    )
+    tensors = {
+        "mQ": q,
+        "mK": k,
+        "mV": v,
+        "mO": out.detach(),
+        "mLSE": lse,
+        "softmax_scale": options.softmax_scale,
+        "mCuSeqlensQ": cu_seqlens_q,
+        "mCuSeqlensK": keys.cu_seqlens_k,
+        "mSeqUsedK": keys.seqused_k,
+        "mPageTable": keys.page_table,
+        "learnable_sink": sink,
+    }
+    with on_device(q):
+        run = parts.compiled.get(key)
+        if run is None:
+            if is_capturing():
+                expected = "one call of attention() before the capture, to compile the kernel"
+                raise UnsupportedError("q, k, v", expected, f"a first call, {kernel}")
+            run = parts.compiled[key] = _load_or_compile(parts, key, kernel, options.softcap, tensors, bounds, tiles)
+        if not parts.is_fake() and q.shape[0] > 0:
+            run(*parts.arguments(tensors, (bounds, tiles, *parts.no_lists)))
+
+
+def _load_or_compile(
+    parts: _BuildParts,
+    key: object,
+    kernel: NativeKernel,
+    softcap: float,
+    tensors: dict[str, Any],
+    bounds: torch.Tensor,
+    tiles: torch.Tensor,
+) -> Any:
+    if parts.disk is None:
+        return _compile(parts, kernel, softcap, tensors, bounds, tiles)
+    named = (_own_source(), repr(key))
+    if named not in parts.disk:
+        parts.disk[named] = _compile(parts, kernel, softcap, tensors, bounds, tiles)
+    return parts.disk[named]
+
+
+def _compile(
+    parts: _BuildParts,
+    kernel: NativeKernel,
+    softcap: float,
+    tensors: dict[str, Any],
+    bounds: torch.Tensor,
+    tiles: torch.Tensor,
+) -> Any:
+    from cutlass import cute
+
+    from fa4_prefixlm.fa4.kernels.native import kernel_class, row_intervals
+
+    q, k, v = tensors["mQ"], tensors["mK"], tensors["mV"]
+    forward = kernel_class(parts.module)(
+        parts.dtypes[q.dtype],
+        q.shape[-1],
+        v.shape[-1],
+        q.shape[-2] // k.shape[-2],
+        is_causal=False,
+        is_local=True,  # longest query tiles first (LPT)
+        pack_gqa=kernel.heads_in_tile > 1,
+        tile_m=kernel.tile.m,
+        tile_n=kernel.tile.n,
+        num_stages=STAGES,
+        num_threads=THREADS,
+        Q_in_regs=False,
+        intra_wg_overlap=True,
+        mma_pv_is_rs=kernel.tile.p_in_registers,
+        mask_mod=None,
+        score_mod=parts.softcap(softcap) if softcap else None,
+        has_aux_tensors=False,
+        paged_kv_non_tma=tensors["mPageTable"] is not None and k.shape[1] != kernel.tile.n,
+        lower=kernel.lower,
+    )
+    wide = ("mQ", "mK", "mV", "mO")
+    described = {
+        name: parts.describe(value, assumed_align=16 if name in wide else 4)
+        if isinstance(value, torch.Tensor)
+        else value
+        for name, value in tensors.items()
+    }
+    rows = row_intervals(parts.module, parts.describe(bounds, assumed_align=8), parts.describe(tiles, assumed_align=16))
+    stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
+    return cute.compile(forward, *parts.arguments(described, rows), stream, options="--enable-tvm-ffi")
+
+
+class _BuildParts:
+    """What of a build the launch uses, looked up once."""
+
+    def __init__(self, build: Build) -> None:
+        utils, tools = build.part("cute_dsl_utils"), build.part("utils")
+        call = build.part("flash_fwd_sm90").FlashAttentionForwardSm90.__call__
+        self.module = build.module
+        self.names = [name for name in inspect.signature(call).parameters if name not in ("self", "stream")]
+        self.defaults = {"aux_data": tools.AuxData()}
+        self.no_lists = (None,) * (len(build.part("block_sparsity").BlockSparseTensors._fields) - 2)
+        self.contiguous, self.broadcast = utils.maybe_contiguous, utils.get_broadcast_dims
+        self.describe, self.dtypes = utils.to_cute_tensor, utils.torch2cute_dtype_map
+        self.softcap, self.is_fake = tools.create_softcap_scoremod, build.part("testing").is_fake_mode
+        self.compiled: dict[object, Any] = {}
+        self.disk = _disk_cache(build)
+
+    def arguments(self, values: dict[str, Any], rows: Any) -> list[Any]:
+        """In the order of the build's `FlashAttentionForwardSm90.__call__`."""
+        given = {**self.defaults, **values, "blocksparse_tensors": rows}
+        return [given.get(name) for name in self.names]
+
+
+@functools.cache
+def _parts(build: Build) -> _BuildParts:
+    return _BuildParts(build)
+
+
+def _disk_cache(build: Build) -> Any:
+    """FA4's cache of compiled kernels on disk, where the user has turned it on."""
+    caches = build.part("cache_utils")
+    return caches.get_jit_cache("fa4_prefixlm_native") if caches.CUTE_DSL_CACHE_ENABLED else None
+
+
+@functools.cache
+def _own_source() -> str:
+    own = (pathlib.Path(__file__).with_name(name).read_bytes() for name in ("native.py", "native_launch.py"))
+    return hashlib.sha256(b"".join(own)).hexdigest()

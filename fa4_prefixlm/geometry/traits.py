@@ -1,0 +1,131 @@
+"""What a mask asks of a kernel: how many intervals a row, of what shape, and whether it is plainly causal."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fa4_prefixlm.batch.lengths import Lengths, first_query
+from fa4_prefixlm.batch.ranges import HostSpans, SpanSets
+from fa4_prefixlm.masks.atoms import same_span
+from fa4_prefixlm.masks.base import Mask
+from fa4_prefixlm.masks.closed_form import ClosedForm, closed_form
+from fa4_prefixlm.masks.protocols import Reach
+
+# Intervals per row that the mask_mods are made for. A mask that may need more runs on the reference.
+MOST_INTERVALS = 4
+
+
+@dataclass(frozen=True)
+class CausalWindow:
+    """What FA4's own causal call computes: causal, and `query - key < window` where window is not None."""
+
+    window: int | None
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a mask with these spans asks of a kernel, known on the host.
+
+    Attributes:
+        intervals: per row, at most.
+        tagged: with a block of tags beside them.
+        banded: every row sees one interval around its own position, so neighbouring rows see intervals that touch.
+        reach: how far a row sees, where the mask is banded.
+        custom: the mask brings its own kernel code.
+        closed_form: the mask's, None if it has none.
+        causal_part: every row sees at least what this causal mask shows it, and past that one interval around it.
+        causal_only: the mask is this causal mask for all rows of the batch.
+    """
+
+    intervals: int
+    tagged: bool
+    banded: bool
+    reach: Reach
+    custom: bool = False
+    closed_form: ClosedForm | None = None
+    causal_part: CausalWindow | None = None
+    causal_only: CausalWindow | None = None
+
+
+def traits(mask: Mask, spans: SpanSets, lengths: Lengths) -> Traits:
+    """The traits of a mask for one batch."""
+    longest = {name: own.longest for name, own in spans.items()}
+    found = traits_of_any(mask, longest, most_spans(spans))
+    if not lengths.is_bottom_right:
+        return dataclasses.replace(found, causal_part=None, causal_only=None)
+    return dataclasses.replace(found, causal_only=_causal_only(found, spans, lengths))
+
+
+def traits_of_any(mask: Mask, longest: Mapping[str, int], most: Mapping[str, int]) -> Traits:
+    """The traits for any spans: at most `most[name]` in a sequence, of at most `longest[name]` tokens."""
+    base, tags = as_run(mask, most)
+    banded = base.around_position and base.no_empty_rows and tags is None
+    form = closed_form(mask)
+    causal = None if form is None else causal_outside(form)
+    return Traits(
+        intervals=base.count(most),
+        tagged=tags is not None,
+        banded=banded,
+        reach=base.reach(longest) if banded else Reach(None, None),
+        custom=mask.custom_kernel is not None,
+        closed_form=form,
+        causal_part=causal,
+        causal_only=causal if form is not None and form.inside == form.outside else None,
+    )
+
+
+def as_run(mask: Mask, most: Mapping[str, int]) -> tuple[Mask, str | None]:
+    """The cheapest form of the mask: (what runs by intervals, the span set that runs by tags).
+
+    A block of at most one span is that span. A block of more spans than intervals fit runs by tags.
+
+    Args:
+        most: spans of a sequence, by name.
+    """
+    block = mask.split_block()
+    if block is None:
+        return mask, None
+    rest, name = block
+    if most[name] <= 1:
+        return rest | same_span(name), None
+    return (rest, name) if mask.count(most) > MOST_INTERVALS else (mask, None)
+
+
+def most_spans(spans: SpanSets) -> dict[str, int]:
+    """Spans of a sequence, at most, by name."""
+    return {name: own.values.shape[1] for name, own in spans.items()}
+
+
+def causal_outside(form: ClosedForm) -> CausalWindow | None:
+    """What rows outside of spans see, if that is causal."""
+    if not form.is_causal_outside:
+        return None
+    return CausalWindow(form.window if form.outside.begin == "window" else None)
+
+
+def text_only(spans: HostSpans, seqlens_q: tuple[int, ...], seqlens_k: tuple[int, ...]) -> bool:
+    """No query row is in a span, under bottom-right alignment."""
+    for own, rows, keys in zip(spans, seqlens_q, seqlens_k, strict=True):
+        if any(start < keys and end > first_query(rows, keys) for start, end in own) and rows:
+            return False
+    return True
+
+
+def in_words(count: int, *, tagged: bool) -> str:
+    """What a row sees, for a person: "2 intervals a row and a block of tags"."""
+    return f"{count} interval{'s' * (count > 1)} a row{' and a block of tags' * tagged}"
+
+
+def _causal_only(found: Traits, spans: SpanSets, lengths: Lengths) -> CausalWindow | None:
+    """The causal mask that the mask is for these spans; None if it is another, or if the host cannot tell."""
+    form = found.closed_form
+    if form is None or found.causal_part is None:
+        return None
+    own = spans[form.span] if form.span is not None and form.inside != form.outside else None
+    if own is None or own.values.shape[1] == 0:
+        return found.causal_part
+    if own.host is None or lengths.seqlens_q is None or lengths.seqlens_k is None:
+        return None
+    return found.causal_part if text_only(own.host, lengths.seqlens_q, lengths.seqlens_k) else None

@@ -1,0 +1,43 @@
+"""Warnings about the backend that was chosen: it is slow, or another FA4 would have a faster one."""
+
+from __future__ import annotations
+
+import warnings
+
+from fa4_prefixlm.backends.select import BACKENDS, Choice, choose
+from fa4_prefixlm.batch.lengths import Lengths
+from fa4_prefixlm.batch.tensors import CallSpec
+from fa4_prefixlm.fa4.build.describe import BEST, Build
+from fa4_prefixlm.geometry.traits import Traits
+
+# No build has anything faster, so that nothing has to be looked up for them.
+FASTEST = ("causal", "native")
+
+_warned: set[str] = set()
+
+
+def faster_elsewhere(choice: Choice, spec: CallSpec, traits: Traits, lengths: Lengths, build: Build) -> str | None:
+    """How the newest build that we know would run a call that `build` runs by `choice`; None if not better."""
+    best = choose("auto", spec, traits, lengths, BEST)
+    order = list(BACKENDS)
+    if order.index(choice.name) <= order.index(best.name):
+        return None
+    why = dict(choice.passed_over).get(best.name, "it is not offered")
+    # varlen and packed are within a few percent of each other, either way.
+    faster = "" if (choice.name, best.name) == ("packed", "varlen") else ", which is faster"
+    return f"{build}: fa4_prefixlm takes {choice.name}, not {best.name}: {why}. {BEST} takes {best.name}{faster}"
+
+
+def warn_of_fallback(choice: Choice, spec: CallSpec, traits: Traits, lengths: Lengths, build: Build | None) -> None:
+    """Warn of the dense reference on a GPU, and once per process of what another build would do better."""
+    if spec.device.type != "cuda" or not choice.passed_over:
+        return
+    if choice.name == "reference":
+        why = choice.passed_over[-1][1]
+        warnings.warn(f"fa4_prefixlm takes the dense reference, slow on long sequences: {why}", stacklevel=4)
+    if build is None or choice.name in FASTEST:
+        return
+    better = faster_elsewhere(choice, spec, traits, lengths, build)
+    if better is not None and better not in _warned:
+        _warned.add(better)
+        warnings.warn(better, stacklevel=4)

@@ -1,0 +1,254 @@
+"""A plan: bounds, block lists and the choice of backend for one batch and one mask, reused by every layer."""
+
+from __future__ import annotations
+
+import torch
+
+from fa4_prefixlm.backends.base import MaskedBatch, Prepared
+from fa4_prefixlm.backends.select import Choice, choose
+from fa4_prefixlm.batch.arguments import BatchArguments
+from fa4_prefixlm.batch.keys import Keys
+from fa4_prefixlm.batch.lengths import CuSeqlens, Lengths
+from fa4_prefixlm.batch.ranges import MaxRange, NamedRanges, SequenceSpans, SpanSets
+from fa4_prefixlm.batch.ranges import parse as parse_ranges
+from fa4_prefixlm.batch.tensors import QKV, CallSpec, describe
+from fa4_prefixlm.errors import InputError
+from fa4_prefixlm.fa4.build import locate
+from fa4_prefixlm.fa4.build.describe import Build
+from fa4_prefixlm.geometry import intervals
+from fa4_prefixlm.geometry.tiles import TileCounts
+from fa4_prefixlm.geometry.traits import Traits, in_words, traits
+from fa4_prefixlm.masks.base import Mask
+from fa4_prefixlm.masks.dense import dense_mask
+from fa4_prefixlm.masks.prefix_lm import PrefixLM
+from fa4_prefixlm.runtime.callable_plan import CallablePlan
+from fa4_prefixlm.runtime.execute import check_same
+from fa4_prefixlm.runtime.fallback_warnings import warn_of_fallback
+
+
+class Plan(CallablePlan):
+    """Made by `plan`. `print(plan)` shows the backend and why, the tiles and the exact work (which synchronises).
+
+    Attributes:
+        mask: the mask.
+        choice: the backends, forward and backward, with their reasons.
+        spec: what `q`, `k`, `v` must look like.
+        lengths: of the sequences.
+        spans: the checked ranges.
+        traits: what the mask asks of a kernel (intervals per row, a block of tags).
+        bounds: the keys each row sees.
+        keys: where the keys are, contiguous or in pages.
+        build: the FA4 it runs on.
+        prepared: the backend's own state.
+    """
+
+    def __init__(self, batch: MaskedBatch, choice: Choice) -> None:
+        self._batch, self._choice = batch, choice
+        self._prepared = choice.prepare(batch)
+
+    @property
+    def mask(self) -> Mask:
+        return self._batch.mask
+
+    @property
+    def choice(self) -> Choice:
+        return self._choice
+
+    @property
+    def spec(self) -> CallSpec:
+        return self._batch.spec
+
+    @property
+    def lengths(self) -> Lengths:
+        return self._batch.lengths
+
+    @property
+    def spans(self) -> SpanSets:
+        return self._batch.spans
+
+    @property
+    def traits(self) -> Traits:
+        return self._batch.traits
+
+    @property
+    def bounds(self) -> intervals.Bounds:
+        return self._batch.bounds
+
+    @property
+    def keys(self) -> Keys:
+        return self._batch.keys
+
+    @property
+    def build(self) -> Build | None:
+        return self._batch.build
+
+    @property
+    def prepared(self) -> Prepared:
+        return self._prepared
+
+    @prepared.setter
+    def prepared(self, value: Prepared) -> None:
+        self._prepared = value
+
+    def check(self, spec: CallSpec) -> None:
+        """Refuse tensors that the plan was not made for."""
+        fields = ("shape_q", "shape_k", "heads_q", "heads_kv", "head_dim", "head_dim_v", "dtype", "device")
+        check_same(spec, self.spec, fields)
+
+    def tiles(self) -> TileCounts | None:
+        """Tiles of one head visited in full, in part, and skipped; None for the reference. Synchronises."""
+        return self.prepared.tile_counts()
+
+    def flops(self) -> int:
+        """Exact floating point operations of the forward: `2 * heads * (head_dim + head_dim_v)` for every pair of a
+        query and a key it sees. Synchronises.
+        """
+        return self._flops(int(self.bounds.visible_pairs(self._batch.where)))
+
+    def causal_flops(self) -> int:
+        """The same for a plain causal mask without a window."""
+        return self._flops(sum(_causal_pairs(rows, keys) for rows, keys in zip(*self.lengths.on_host(), strict=True)))
+
+    def dense_flops(self) -> int:
+        """The same if every query saw every key of its sequence."""
+        return self._flops(sum(rows * keys for rows, keys in zip(*self.lengths.on_host(), strict=True)))
+
+    def _flops(self, pairs: int) -> int:
+        return 2 * self.spec.heads_q * (self.spec.head_dim + self.spec.head_dim_v) * pairs
+
+    def __str__(self) -> str:
+        flops, causal, dense = self.flops(), self.causal_flops(), self.dense_flops()
+        size, backward = self.lengths, self.choice.backward
+        lines = [
+            ("batch", f"{size.batch} sequences, {size.total_q} queries, {size.total_k} keys"),
+            ("mask", f"{self.mask}, {in_words(self.bounds.count, tagged=self.traits.tagged)}"),
+            ("heads", f"{self.spec.heads_q} query, {self.spec.heads_kv} key, head dim {_dims(self.spec)}"),
+            ("backend", str(self.choice)),
+            *[("not", f"{name}: {reason}") for name, reason in self.choice.passed_over],
+            ("backward", f"{backward.name or 'none'}: {backward.reason}"),
+            *self.prepared.describe(),
+        ]
+        tiles = self.tiles()
+        if tiles is not None:
+            lines.append(("tiles", f"{tiles.full} full, {tiles.partial} partial, {tiles.skipped} skipped (a head)"))
+        share = f"{_share(flops, causal)} of plain causal, {_share(flops, dense)} of dense"
+        lines.append(("work", f"{flops / 1e9:.3f} GFLOP exact, {share}"))
+        return "\n".join(f"{label:8} {text}" for label, text in lines)
+
+    def __repr__(self) -> str:
+        return f"<Plan {self.choice.name}, {self.lengths.batch} sequences, {self.mask}>"
+
+
+def plan(
+    ranges: NamedRanges = None,
+    *,
+    like: QKV,
+    cu_seqlens_q: CuSeqlens | None = None,
+    cu_seqlens_k: CuSeqlens | None = None,
+    seqused_k: CuSeqlens | None = None,
+    page_table: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    max_range: MaxRange = None,
+    mask: Mask = PrefixLM(),  # noqa: B008 (an immutable value)
+    backend: str = "auto",
+    build: str | None = None,
+) -> Plan:
+    """Prepare one batch under one mask. Builds on the device of `like`, without synchronising it.
+
+    Args:
+        ranges: bidirectional spans, half-open `[start, end)` in absolute key positions. One list of pairs per sequence,
+            `[[(4, 260)], [(0, 256), (300, 556)]]`, or an int32 tensor `(batch, max_ranges, 2)` on the host or the
+            device with unused rows `(0, 0)`. None: no spans. They must not overlap; adjacent spans stay two spans.
+            A mask that reads several span sets takes a dictionary, `{"image": [[(8, 24)]], "prompt": [[(0, 8)]]}`.
+        like: the `(q, k, v)` that the plan is for; only shapes, dtypes and devices matter. Packed
+            `(total, heads, head_dim)` with both `cu_seqlens`, or `(batch, seqlen, heads, head_dim)` without. With a
+            `page_table`: `q` packed, `k` and `v` the cache, `(pages, page_size, kv_heads, head_dim)`.
+        cu_seqlens_q, cu_seqlens_k: `(batch + 1,)` int32 cumulative lengths, on the host (checked) or the device.
+            Queries are the last `seqlen_q` of the `seqlen_k` positions of their sequence.
+        seqused_k: `(batch,)` int32, the keys that each sequence has in its pages, those of this call included.
+        page_table: `(batch, max_pages)` int32, on the host (checked) or the device: the pages of each sequence in
+            order; entries past its last key are not read. Rows of the last page past the last key must be finite. Goes
+            with `seqused_k`, instead of `cu_seqlens_k`. Spans may lie past the keys that are present, to be prefilled
+            later; one that begins before their end and ends after it is an error (see `safe_chunk_end`).
+        max_seqlen_q, max_seqlen_k: upper bounds of the lengths; they spare memory when `cu_seqlens` is on the device.
+        max_range: upper bound of a span's length in tokens, or one per name; it spares memory when `ranges` is on the
+            device.
+        mask: what the spans mean: `PrefixLM`, one of `fa4_prefixlm.masks`, or your own.
+        backend: "auto", "causal", "native", "varlen", "packed", "two_pass" or "reference".
+        build: the FA4 to run on, the package it is imported as. Default: "flash_attn.cute", or vLLM's
+            "vllm.vllm_flash_attn.cute" where that is the only one.
+
+    Returns:
+        a `Plan`, to be called with tensors like `like`, or given to `attention`.
+
+    Raises:
+        InputError: an argument is wrong; nothing was launched. Values that are on the device are checked by a
+            device-side assertion instead (or here, in debug mode).
+        UnsupportedError: the named backend can't run this call exactly.
+    """
+    batch = BatchArguments(
+        ranges, cu_seqlens_q, cu_seqlens_k, seqused_k, page_table, max_seqlen_q, max_seqlen_k, max_range
+    )
+    batch.check_together()
+    return plan_for(describe(*three(like), paged=batch.paged), batch, mask, find_build(build), backend)
+
+
+def plan_for(spec: CallSpec, arguments: BatchArguments, mask: Mask, build: Build | None, backend: str = "auto") -> Plan:
+    """`plan`, for tensors that are already described."""
+    sizes = arguments.lengths(spec)
+    check_mask(mask)
+    spans = parse_ranges(mask, arguments.ranges, sizes, arguments.max_range)
+    _refuse_empty(mask, spans, sizes)
+    found = intervals.measured(mask, spans, sizes, traits(mask, spans, sizes))
+    choice = choose(backend, spec, found, sizes, build)
+    warn_of_fallback(choice, spec, found, sizes, build)
+    where = intervals.tokens(sizes)
+    bounds = intervals.row_bounds(mask, spans, sizes, where, found.intervals if not found.custom else None)
+    keys = arguments.keys(spec, sizes)
+    return Plan(MaskedBatch(spec, mask, spans, sizes, found, where, bounds, keys, build), choice)
+
+
+def _refuse_empty(mask: Mask, spans: SpanSets, sizes: Lengths) -> None:
+    """A mask that lets nobody see anything without spans, and no spans: a mistake, not a mask."""
+    if not spans or mask.no_empty_rows or sizes.total_q == 0:
+        return
+    if all(own.host is not None and not any(own.host) for own in spans.values()):
+        nothing: dict[str, SequenceSpans] = {name: () for name in spans}
+        if not dense_mask(mask, 1, 1, nothing).any():
+            raise InputError("ranges", f"at least one span, without which {mask!r} is empty", "none")
+
+
+def check_mask(mask: object) -> None:
+    """Refuse what is not a mask."""
+    if not isinstance(mask, Mask):
+        got = repr(mask) if isinstance(mask, str) or callable(mask) else type(mask).__name__
+        raise InputError("mask", "a fa4_prefixlm mask such as PrefixLM(window=1024)", got)
+
+
+def three(like: object) -> QKV:
+    """The tensors of `like`."""
+    if not isinstance(like, tuple | list) or len(like) != 3:
+        raise InputError("like", "the tensors (q, k, v)", type(like).__name__)
+    return like[0], like[1], like[2]
+
+
+def find_build(module: str | None) -> Build | None:
+    """The build that the user named, or the default one."""
+    found = locate.installed(module)
+    if module is not None and found is None:
+        raise InputError("build", f"an importable FA4, such as {' or '.join(locate.MODULES)}", repr(module))
+    return found
+
+
+def _causal_pairs(rows: int, keys: int) -> int:
+    return rows * (keys - rows) + rows * (rows + 1) // 2
+
+
+def _dims(spec: CallSpec) -> str:
+    same = spec.head_dim == spec.head_dim_v
+    return f"{spec.head_dim}, {spec.dtype}" if same else f"{spec.head_dim} (value {spec.head_dim_v}), {spec.dtype}"
+
+
+def _share(flops: int, whole: int) -> str:
+    return f"{flops / whole:.0%}" if whole else "0%"

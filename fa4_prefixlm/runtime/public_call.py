@@ -1,0 +1,149 @@
+"""The public call."""
+
+from __future__ import annotations
+
+from typing import Literal, TypedDict, overload
+
+import torch
+from typing_extensions import Unpack
+
+from fa4_prefixlm.batch.arguments import BatchArguments
+from fa4_prefixlm.batch.lengths import CuSeqlens
+from fa4_prefixlm.batch.ranges import MaxRange, NamedRanges
+from fa4_prefixlm.batch.tensors import describe
+from fa4_prefixlm.errors import InputError
+from fa4_prefixlm.masks.base import Mask
+from fa4_prefixlm.masks.prefix_lm import PrefixLM
+from fa4_prefixlm.runtime import torch_ops
+from fa4_prefixlm.runtime.callable_plan import CallablePlan
+from fa4_prefixlm.runtime.execute import run
+from fa4_prefixlm.runtime.plans import Plan, find_build, plan_for
+from fa4_prefixlm.runtime.serving_plans import ServingPlan
+
+
+class _Arguments(TypedDict, total=False):
+    """The keyword arguments of `attention`, but for `return_lse`, which decides what it returns."""
+
+    cu_seqlens_q: CuSeqlens | None
+    cu_seqlens_k: CuSeqlens | None
+    seqused_k: CuSeqlens | None
+    page_table: torch.Tensor | None
+    max_seqlen_q: int | None
+    max_seqlen_k: int | None
+    max_range: MaxRange
+    mask: Mask | None
+    softmax_scale: float | None
+    softcap: float
+    learnable_sink: torch.Tensor | None
+    out: torch.Tensor | None
+    backend: str | None
+    build: str | None
+
+
+@overload
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    ranges: NamedRanges | Plan | ServingPlan = ...,
+    *,
+    return_lse: Literal[False] = ...,
+    **arguments: Unpack[_Arguments],
+) -> torch.Tensor: ...
+
+
+@overload
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    ranges: NamedRanges | Plan | ServingPlan = ...,
+    *,
+    return_lse: Literal[True],
+    **arguments: Unpack[_Arguments],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    ranges: NamedRanges | Plan | ServingPlan = None,
+    *,
+    return_lse: bool = False,
+    cu_seqlens_q: CuSeqlens | None = None,
+    cu_seqlens_k: CuSeqlens | None = None,
+    seqused_k: CuSeqlens | None = None,
+    page_table: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    max_range: MaxRange = None,
+    mask: Mask | None = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    learnable_sink: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    backend: str | None = None,
+    build: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Exact PrefixLM attention: causal, except that the tokens of a range all see each other.
+
+    Two packed sequences of 300 and 600 tokens with one and two images:
+
+        cu = torch.tensor([0, 300, 900], dtype=torch.int32, device="cuda")
+        out = attention(q, k, v, [[(4, 260)], [(0, 256), (300, 556)]], cu_seqlens_q=cu, cu_seqlens_k=cu)
+
+    Args:
+        q: `(total_q, heads, head_dim)`, or `(batch, seqlen_q, heads, head_dim)`. bfloat16 or float16 on FA4; the
+            reference takes any floating point dtype. The last dimension must be contiguous; batched tensors that can't
+            be viewed as packed are copied.
+        k, v: `(total_k, kv_heads, head_dim)` and `(total_k, kv_heads, head_dim_v)`, or batched. `heads` is a multiple
+            of `kv_heads` (GQA, MQA). With a `page_table`: the cache, `(pages, page_size, kv_heads, head_dim)`.
+        ranges: the spans, or a `Plan` or `ServingPlan` made once and reused; with a plan, the arguments that went
+            into it stay out. In code that `torch.compile` compiles it has to be a plan, made outside of it.
+        cu_seqlens_q, cu_seqlens_k, seqused_k, page_table, max_seqlen_q, max_seqlen_k, max_range, mask, backend, build:
+            see `plan`.
+        softmax_scale: default `1 / sqrt(head_dim)`.
+        softcap: scores become `softcap * tanh(scores / softcap)`; 0.0 is off.
+        learnable_sink: `(heads,)` logits, one per query head, that join the softmax of every row and carry no value.
+        return_lse: also return the log-sum-exp of each row's scores (natural log, the sink included).
+        out: where to write the output: contiguous, the output's shape and dtype.
+
+    Returns:
+        out, `(total_q, heads, head_dim_v)` or batched, in q's dtype; with `return_lse` also lse, float32
+        `(heads, total_q)`, or `(batch, heads, seqlen_q)`. A row that sees no key gives 0 and an LSE of -inf.
+
+    Raises:
+        InputError, UnsupportedError: see `plan`; no kernel was launched.
+    """
+    batch = BatchArguments(
+        None if isinstance(ranges, CallablePlan) else ranges,
+        *(cu_seqlens_q, cu_seqlens_k, seqused_k, page_table, max_seqlen_q, max_seqlen_k, max_range),
+    )
+    beside_a_plan = {**batch.given(), "mask": mask, "backend": backend, "build": build}
+    if torch.compiler.is_compiling():
+        ready = ranges if isinstance(ranges, CallablePlan) else None
+        pair = torch_ops.in_graph(q, k, v, ready, beside_a_plan, softmax_scale, softcap, learnable_sink, out)
+        return pair if return_lse else pair[0]
+    spec = None
+    if isinstance(ranges, CallablePlan):
+        ready = ranges
+        for name, value in beside_a_plan.items():
+            if value is not None:
+                raise InputError(name, torch_ops.PART_OF_THE_PLAN, value)
+    else:
+        batch.check_together()
+        spec = describe(q, k, v, paged=batch.paged)
+        ready = plan_for(spec, batch, PrefixLM() if mask is None else mask, find_build(build), backend or "auto")
+    pair = run(
+        ready,
+        q,
+        k,
+        v,
+        spec=spec,
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        learnable_sink=learnable_sink,
+        out=out,
+    )
+    return pair if return_lse else pair[0]

@@ -1,0 +1,377 @@
+"""Plans for engines: allocated once, updated for every batch without a synchronisation, captured in CUDA graphs."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+
+import torch
+
+from fa4_prefixlm.backends.base import Prepared
+from fa4_prefixlm.backends.causal import CausalCall
+from fa4_prefixlm.backends.native import NativeCall, native_kernel
+from fa4_prefixlm.backends.select import BACKENDS, Choice, choose
+from fa4_prefixlm.backends.two_pass import TwoPasses
+from fa4_prefixlm.batch import lengths, ranges
+from fa4_prefixlm.batch.arguments import BatchArguments
+from fa4_prefixlm.batch.keys import Keys, check_table
+from fa4_prefixlm.batch.lengths import CuSeqlens, Lengths
+from fa4_prefixlm.batch.ranges import NamedRanges
+from fa4_prefixlm.batch.tensors import QKV, CallSpec, describe
+from fa4_prefixlm.device_checks import host_knows, is_capturing, to_device
+from fa4_prefixlm.errors import InputError, UnsupportedError
+from fa4_prefixlm.fa4.build.describe import Build
+from fa4_prefixlm.fa4.kernels.launch import PADDING
+from fa4_prefixlm.geometry.traits import Traits, text_only, traits_of_any
+from fa4_prefixlm.masks.base import Mask
+from fa4_prefixlm.masks.interval_lists import END_OF_KEYS
+from fa4_prefixlm.masks.prefix_lm import PrefixLM
+from fa4_prefixlm.runtime.callable_plan import CallablePlan
+from fa4_prefixlm.runtime.execute import check_same
+from fa4_prefixlm.runtime.fallback_warnings import warn_of_fallback
+from fa4_prefixlm.runtime.plans import Plan, check_mask, find_build, plan_for, three
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """The largest batch. keys: of one sequence, what a row of the page table can hold."""
+
+    tokens: int
+    sequences: int
+    pages: int
+    page_size: int
+
+    @property
+    def keys(self) -> int:
+        return self.pages * self.page_size
+
+    def largest_batch(self) -> Lengths:
+        """One sequence of all the tokens, on the host."""
+        keys = max(self.keys, self.tokens)
+        return lengths.paged(
+            [0, self.tokens],
+            [keys],
+            total_q=self.tokens,
+            capacity=keys,
+            max_seqlen_q=None,
+            max_seqlen_k=None,
+            device=torch.device("cpu"),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """One update, its shapes checked. rows: of `q`, at least; None if only the device knows."""
+
+    ranges: NamedRanges
+    cu_seqlens_q: CuSeqlens
+    seqused_k: CuSeqlens
+    page_table: torch.Tensor
+    rows: int | None
+
+    @property
+    def size(self) -> int:
+        return len(self.cu_seqlens_q) - 1
+
+    @property
+    def lengths_on_host(self) -> bool:
+        return host_knows(self.cu_seqlens_q) and host_knows(self.seqused_k)
+
+    def host_lengths(self, capacity: int) -> Lengths:
+        """The lengths, checked, with their tensors on the host."""
+        assert self.rows is not None
+        return lengths.paged(
+            _on_host(self.cu_seqlens_q),
+            _on_host(self.seqused_k),
+            total_q=int(self.cu_seqlens_q[-1]),
+            capacity=capacity,
+            max_seqlen_q=None,
+            max_seqlen_k=None,
+            device=torch.device("cpu"),
+        )
+
+
+class ServingPlan(CallablePlan):
+    """Made by `serving_plan`: keys in pages, `update` for each batch.
+
+    Attributes:
+        mask: the mask.
+        limits: the largest batch.
+        choice: the backends, forward and backward, with their reasons.
+        spec: what `q`, `k`, `v` must look like, but for their numbers of tokens and pages.
+        in_place: `update` writes the buffers that kernels read, so a CUDA graph captured with this plan runs the batch
+            of the last update. Where it is False (no backend that reads such buffers runs the mask), `update` makes a
+            new plan, and running it in a capture raises.
+    """
+
+    def __init__(self, mask: Mask, spec: CallSpec, limits: Limits, build: Build | None) -> None:
+        self.mask, self._spec, self.limits = mask, spec, limits
+        self._state = _state(mask, spec, limits, build)
+        self.in_place = isinstance(self._state, _InPlace)
+        self._rows = 0
+
+    @property
+    def spec(self) -> CallSpec:
+        return self._spec
+
+    @property
+    def choice(self) -> Choice:
+        return self._state.choice
+
+    def update(
+        self,
+        ranges: NamedRanges = None,
+        *,
+        cu_seqlens_q: CuSeqlens,
+        seqused_k: CuSeqlens,
+        page_table: torch.Tensor,
+        total_q: int | None = None,
+    ) -> None:
+        """Take the next batch. Never synchronises; values on the device are checked by a device-side assertion.
+
+        Args:
+            ranges: as for `plan`, for the sequences of this batch, and only read here. A span past the keys of its
+                sequence is one that is not prefilled yet; one that a chunk cuts is an error (see `safe_chunk_end`).
+                With None, or spans on the host that no query token is in, the batch runs FA4's own causal call; a
+                captured graph runs what it captured, with the same result.
+            cu_seqlens_q: `(batch + 1,)` int32, at most `max_sequences` sequences.
+            seqused_k: `(batch,)` int32, the keys in the pages, those of this batch's tokens included.
+            page_table: `(batch, pages)` int32, at most `max_pages` wide; copied.
+            total_q: rows of `q`, if `cu_seqlens_q` is on the device and `q` has fewer than `max_tokens`. Rows past
+                `cu_seqlens_q[-1]` are left alone. Where the plan is not `in_place`, there must be none.
+        """
+        given = _checked(ranges, cu_seqlens_q, seqused_k, page_table, total_q, self)
+        self._state.take(given)
+        self._rows = self.limits.tokens if given.rows is None else given.rows
+
+    @property
+    def prepared(self) -> Prepared:
+        return self._state.prepared()
+
+    def check(self, spec: CallSpec) -> None:
+        """Refuse tensors that the plan was not made for."""
+        check_same(spec, self.spec, ("heads_q", "heads_kv", "head_dim", "head_dim_v", "page_size", "dtype", "device"))
+        rows, exactly = spec.shape_q[0], not self.in_place
+        if exactly:
+            self._state.prepared()  # which says so if there is no batch yet
+        if not self._rows <= rows <= (self._rows if exactly else self.limits.tokens):
+            expected = f"{self._rows} rows" if exactly else f"{self._rows} to {self.limits.tokens} rows"
+            raise InputError("q", f"{expected}, as the plan's batch has", rows)
+
+    def __str__(self) -> str:
+        size = self.limits
+        lines = [
+            ("at most", f"{size.sequences} sequences, {size.tokens} queries, {size.keys} keys each"),
+            ("mask", str(self.mask)),
+            ("backend", str(self.choice)),
+            *[("not", f"{name}: {reason}") for name, reason in self.choice.passed_over],
+            *self._state.describe(),
+        ]
+        return "\n".join(f"{label:8} {text}" for label, text in lines)
+
+
+def serving_plan(
+    *,
+    like: QKV,
+    max_tokens: int,
+    max_sequences: int,
+    max_pages: int,
+    mask: Mask = PrefixLM(),  # noqa: B008 (an immutable value)
+    build: str | None = None,
+) -> ServingPlan:
+    """Allocate a plan for an engine. Call `attention` with it once before the first `update`, to compile its kernel.
+
+    Args:
+        like: the `(q, k_cache, v_cache)` that the plan is for: packed queries of any length, and caches
+            `(pages, page_size, kv_heads, head_dim)`; only shapes, dtypes and devices matter.
+        max_tokens, max_sequences: the largest batch.
+        max_pages: width of the page table, pages of one sequence at most.
+        mask, build: as for `plan`.
+    """
+    spec = describe(*three(like), paged=True)
+    for name, value in (("max_tokens", max_tokens), ("max_sequences", max_sequences), ("max_pages", max_pages)):
+        if not isinstance(value, int) or value < 1:
+            raise InputError(name, "a positive integer", value)
+    check_mask(mask)
+    assert spec.page_size is not None
+    return ServingPlan(mask, spec, Limits(max_tokens, max_sequences, max_pages, spec.page_size), find_build(build))
+
+
+class _State(abc.ABC):
+    choice: Choice
+
+    @abc.abstractmethod
+    def take(self, batch: Update) -> None: ...
+
+    @abc.abstractmethod
+    def prepared(self) -> Prepared: ...
+
+    @abc.abstractmethod
+    def describe(self) -> list[tuple[str, str]]: ...
+
+
+def _state(mask: Mask, spec: CallSpec, limits: Limits, build: Build | None) -> _State:
+    found = traits_of_any(mask, dict.fromkeys(mask.names, limits.keys), dict.fromkeys(mask.names, 2))
+    passed_over: dict[str, str] = {}
+    largest = limits.largest_batch()
+    if found.closed_form is not None and build is not None:
+        for name in ("causal", "native", "two_pass"):
+            refusal = BACKENDS[name].refusal(spec, found, build)
+            if refusal is None:
+                choice = Choice.after(passed_over, name)
+                warn_of_fallback(choice, spec, found, largest, build)
+                return _InPlace(choice, mask, spec, found, limits, build)
+            passed_over[name] = refusal
+    return _Rebuilt(mask, spec, choose("auto", spec, found, largest, build), build)
+
+
+class _InPlace(_State):
+    """Kernels over buffers that stay where they are: native, two-pass, or FA4's causal one for an always plain mask."""
+
+    def __init__(
+        self, choice: Choice, mask: Mask, spec: CallSpec, traits: Traits, limits: Limits, build: Build
+    ) -> None:
+        from fa4_prefixlm.kernels.row_update import RowBuffers
+
+        self.choice, name = choice, choice.name
+        assert traits.closed_form is not None
+        self._mask, self._form, self._limits, self._device = mask, traits.closed_form, limits, spec.device
+        kernel = native_kernel(spec, traits, limits.tokens) if name == "native" else None
+        tile = (kernel.tokens, kernel.tile.n) if kernel is not None else (128, 128)
+        self._rows = RowBuffers.allocate(
+            limits.tokens, limits.sequences, *tile, limits.pages, device=spec.device, padding=PADDING
+        )
+        cu_seqlens_q = self._rows.cu_seqlens_q
+        keys = Keys(limits.keys, seqused_k=self._rows.seqused_k, page_table=self._rows.page_table)
+        window = None if traits.causal_part is None else traits.causal_part.window
+        self._causal = CausalCall(build, cu_seqlens_q, limits.tokens, keys, window)
+        self._for_any_batch: Prepared = self._causal
+        if kernel is not None:
+            self._for_any_batch = NativeCall(build, kernel, self._rows.bounds, self._rows.tiles, cu_seqlens_q, keys)
+        elif name == "two_pass":
+            self._for_any_batch = TwoPasses(self._causal, self._rows.bounds)
+        self._text_only = False
+
+    def take(self, batch: Update) -> None:
+        from fa4_prefixlm.kernels.row_update import update_rows
+
+        spans, self._text_only = self._read(batch)
+        update_rows(
+            self._form,
+            self._rows,
+            _int32(batch.cu_seqlens_q, self._device),
+            _int32(batch.seqused_k, self._device),
+            spans,
+            page_table=_int32(batch.page_table, self._device),
+            max_rows=batch.rows,
+            max_keys=self._room(batch),
+        )
+
+    def _room(self, batch: Update) -> int:
+        """Keys that this batch's page table has room for; past it there are pages of an earlier batch."""
+        return batch.page_table.shape[1] * self._limits.page_size
+
+    def _read(self, batch: Update) -> tuple[torch.Tensor | None, bool]:
+        """(the spans on the device, whether the host knows that no query token is in one)."""
+        causal_outside = self._form.is_causal_outside
+        if batch.lengths_on_host and not ranges.on_device(batch.ranges):
+            sizes = batch.host_lengths(self._room(batch))
+            own = next(iter(ranges.parse(self._mask, batch.ranges, sizes).values()), None)
+            if own is None or own.host is None or own.values.shape[1] == 0:
+                return None, causal_outside
+            known = sizes.on_host()
+            return to_device(own.values, self._device), causal_outside and text_only(own.host, *known)
+        if batch.lengths_on_host:
+            batch.host_lengths(self._room(batch))  # which checks them
+        spans = ranges.to_tensor(self._mask, batch.ranges, batch.size, self._device)
+        return spans, causal_outside and spans is None
+
+    def describe(self) -> list[tuple[str, str]]:
+        return self._for_any_batch.describe()
+
+    def prepared(self) -> Prepared:
+        # A graph outlives this batch: it has to capture the kernel that is right for every batch.
+        alone = self._text_only and not is_capturing()
+        return self._causal if alone else self._for_any_batch
+
+
+class _Rebuilt(_State):
+    """A new plan for every batch, on the backends that are not native."""
+
+    def __init__(self, mask: Mask, spec: CallSpec, choice: Choice, build: Build | None) -> None:
+        self._mask, self._spec, self._build, self.choice = mask, spec, build, choice
+        self._plan: Plan | None = None
+
+    def take(self, batch: Update) -> None:
+        if batch.rows is None:
+            raise InputError("total_q", "the number of query tokens, which this backend has to know", None)
+        known = _last(batch.cu_seqlens_q)
+        if known is not None and known != batch.rows:
+            raise InputError("total_q", f"{known}, cu_seqlens_q[-1]: this backend takes no rows past it", batch.rows)
+        # The cache may have any number of pages: `like` was there for the shape of one.
+        spec = dataclasses.replace(self._spec, shape_q=(batch.rows,), shape_k=(END_OF_KEYS, *self._spec.shape_k[1:]))
+        self._plan = plan_for(
+            spec,
+            BatchArguments(
+                batch.ranges,
+                cu_seqlens_q=batch.cu_seqlens_q,
+                seqused_k=batch.seqused_k,
+                page_table=batch.page_table,
+            ),
+            self._mask,
+            self._build,
+        )
+        self.choice = self._plan.choice
+
+    def describe(self) -> list[tuple[str, str]]:
+        return [] if self._plan is None else self._plan.prepared.describe()
+
+    def prepared(self) -> Prepared:
+        if self._plan is None:
+            raise InputError("plan", "a batch, by plan.update(...)", "none yet")
+        if is_capturing():
+            expected = "no CUDA graph capture: this backend does not read buffers that update() writes in place"
+            raise UnsupportedError("plan", expected, f"backend {self.choice.name}")
+        return self._plan.prepared
+
+
+def _checked(
+    spans: NamedRanges,
+    cu_seqlens_q: CuSeqlens,
+    seqused_k: CuSeqlens,
+    page_table: torch.Tensor,
+    total_q: int | None,
+    own: ServingPlan,
+) -> Update:
+    """Shapes and what the host knows by itself."""
+    for name, values in (("cu_seqlens_q", cu_seqlens_q), ("seqused_k", seqused_k)):
+        if not hasattr(values, "__len__") or (isinstance(values, torch.Tensor) and values.ndim != 1):
+            raise InputError(name, "a 1-D int32 tensor or a list of integers", values)
+        if isinstance(values, torch.Tensor) and values.dtype != torch.int32:
+            raise InputError(name, "dtype torch.int32", values.dtype)
+    batch, limits = len(cu_seqlens_q) - 1, own.limits
+    if not 0 <= batch <= limits.sequences:
+        raise InputError("cu_seqlens_q", f"1 to {limits.sequences + 1} entries, as max_sequences allows", batch + 1)
+    if len(seqused_k) != batch:
+        raise InputError("seqused_k", f"{batch} entries, one per sequence of cu_seqlens_q", f"{len(seqused_k)}")
+    table = check_table(page_table, batch, own.spec.device)
+    if table.shape[1] > limits.pages:
+        raise InputError("page_table", f"at most {limits.pages} pages a sequence, the plan's max_pages", table.shape[1])
+    known = _last(cu_seqlens_q)
+    rows = known if total_q is None else total_q
+    if rows is not None and not (known or 0) <= rows <= limits.tokens:
+        expected = f"{known or 0} to {limits.tokens} tokens, the plan's max_tokens"
+        raise InputError("cu_seqlens_q" if total_q is None else "total_q", expected, rows)
+    return Update(spans, cu_seqlens_q, seqused_k, table, rows)
+
+
+def _last(values: CuSeqlens) -> int | None:
+    return None if not host_knows(values) or len(values) == 0 else int(values[-1])
+
+
+def _on_host(values: CuSeqlens) -> CuSeqlens:
+    return values.cpu() if isinstance(values, torch.Tensor) else values
+
+
+def _int32(values: CuSeqlens, device: torch.device) -> torch.Tensor:
+    return values if isinstance(values, torch.Tensor) and values.device == device else to_device(values, device)

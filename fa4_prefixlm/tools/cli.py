@@ -1,0 +1,24 @@
+"""The command `fa4-prefixlm`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from fa4_prefixlm.tools import doctor
+from fa4_prefixlm.tools.check import command as check
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="fa4-prefixlm", description="Exact PrefixLM attention on FlashAttention-4.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, module, what in (
+        ("doctor", doctor, "show the FA4 builds found, what each can do, and which backend each call would take"),
+        ("check", check, "check that the FA4 builds compute these masks right, against float64"),
+    ):
+        own = commands.add_parser(name, help=what, description=module.__doc__)
+        module.add_arguments(own)
+        own.set_defaults(run=module.main)
+    arguments = parser.parse_args(argv)
+    result: int = arguments.run(arguments)
+    return result

@@ -1,0 +1,255 @@
+"""`fa4-prefixlm doctor`: the machine, the FA4 builds found, what each can do, and which backend each call would take.
+
+Everything is read from the builds' source, so it works without a GPU and imports none of them. `--trace` compiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import platform
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fa4_prefixlm.backends.select import Choice, choose
+from fa4_prefixlm.batch import lengths
+from fa4_prefixlm.batch.tensors import CallSpec, device_arch
+from fa4_prefixlm.errors import InputError, UnsupportedError
+from fa4_prefixlm.fa4.build.describe import MASKED_ARGUMENTS, PAGED_ARGUMENTS, Build
+from fa4_prefixlm.fa4.build.locate import GivenBuild, all_installed, given
+from fa4_prefixlm.geometry.traits import traits_of_any
+from fa4_prefixlm.masks import PrefixLM, causal, one_block, prefix, window
+from fa4_prefixlm.masks.base import Mask
+from fa4_prefixlm.testing.machine import versions
+from fa4_prefixlm.tools.crosscompile import TARGETS, Variant, compile_in_subprocess
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of call. spans: of a sequence, at most; a span has at most 256 tokens."""
+
+    name: str
+    mask: Mask = PrefixLM()  # noqa: RUF009 (an immutable value)
+    spans: int = 4
+    head_dim: int = 128
+    dtype: torch.dtype = torch.bfloat16
+    page_size: int | None = None
+    needs_grad: bool = False
+
+    def choose(self, build: Build | None, arch: int, backend: str = "auto") -> Choice:
+        """The choice on a GPU of this architecture. Raises `UnsupportedError` if the named backend does not run it."""
+        names = self.mask.names if self.spans else ()
+        found = traits_of_any(self.mask, dict.fromkeys(names, 256), dict.fromkeys(names, self.spans))
+        tokens = 8192
+        spec = CallSpec(
+            batched=False,
+            shape_q=(tokens,),
+            shape_k=(tokens,) if self.page_size is None else (tokens // self.page_size, self.page_size),
+            heads_q=16,
+            heads_kv=8,
+            head_dim=self.head_dim,
+            head_dim_v=self.head_dim,
+            dtype=self.dtype,
+            device=torch.device("cuda"),
+            needs_grad=self.needs_grad,
+            arch=arch,
+            page_size=self.page_size,
+        )
+        sizes = lengths.batched(1, tokens, tokens, torch.device("cpu"))
+        return choose(backend, spec, found, sizes, build)
+
+
+KINDS = (
+    Kind("text only", causal, spans=0),
+    Kind("spans"),
+    Kind("spans, window 1024", PrefixLM(1024)),
+    Kind("spans, head dim 256", head_dim=256),
+    Kind("spans, pages of 16", page_size=16),
+    Kind("spans, window, pages of 128", PrefixLM(1024), page_size=128),
+    Kind("spans, head dim 512", head_dim=512),
+    Kind("two intervals a row", causal & (prefix("image") | window(1024)), spans=1),
+    Kind("many images, one block", causal | one_block("image"), spans=8),
+    Kind("gradients", needs_grad=True),
+    Kind("float32", dtype=torch.float32),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """machine: what there is, by name. builds: the FA4s found, the default first.
+
+    takes: by architecture and kind of call, the choice on each build, in the order of `builds`.
+    traces: by build, what compiled ("backend: kernel or error"), empty unless it was asked for.
+    """
+
+    machine: Mapping[str, str]
+    builds: Sequence[Build]
+    takes: Mapping[str, Mapping[str, Sequence[Choice]]]
+    traces: Mapping[str, Sequence[str]]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "machine": dict(self.machine),
+            "builds": [_as_json(build) for build in self.builds],
+            "takes": {
+                arch: {
+                    kind: {build.name: _choice_as_json(own) for build, own in zip(self.builds, choices, strict=True)}
+                    for kind, choices in kinds.items()
+                }
+                for arch, kinds in self.takes.items()
+            },
+            "traces": {name: list(lines) for name, lines in self.traces.items()},
+        }
+
+    def __str__(self) -> str:
+        parts = [_columns("machine", ["", ""], [[name, value] for name, value in self.machine.items()])]
+        if not self.builds:
+            parts.append('No FA4 found. `pip install "fa4_prefixlm[fa4]"` brings one.')
+        names = [build.name for build in self.builds]
+        facts = [[label, *(fact(build) for build in self.builds)] for label, fact in FACTS.items()]
+        parts.append(_columns("builds", ["", *names], facts))
+        defects = [
+            f"  {build.name}: {own.name}\n    {own.effect}\n    {own.cure}"
+            for build in self.builds
+            for own in build.defects
+        ]
+        parts.append("\n".join(["defects known, and what is done about them", *(defects or ["  none"])]))
+        for arch, kinds in self.takes.items():
+            rows = [[kind, *map(_in_short, choices)] for kind, choices in kinds.items()]
+            parts.append(_columns(f"backend of a call on {arch}", ["", *names], rows))
+        for name, lines in self.traces.items():
+            parts.append("\n".join([f"compiled, not run: {name}", *(f"  {line}" for line in lines)]))
+        return "\n\n".join(parts)
+
+
+FACTS: dict[str, Callable[[Build], str]] = {
+    "imported as": lambda build: build.module,
+    "varlen mask_mod": lambda build: _yes(build.varlen_mask and not build.lacks(MASKED_ARGUMENTS)),
+    "aux_tensors": lambda build: _yes("aux_tensors" in build.arguments),
+    "block lists, fixed length": lambda build: _yes("block_sparse_tensors" in build.arguments),
+    "block lists, varlen": lambda build: _yes(build.varlen_lists),
+    "paged KV": lambda build: _yes(not build.lacks(PAGED_ARGUMENTS)) + ("" if build.sm90_pages else ", not on SM90"),
+    "paged KV with a mask_mod": lambda build: _yes(build.varlen_mask and not build.lacks(PAGED_ARGUMENTS)),
+    "backward": lambda build: _yes(bool(build.backward_arguments)),
+    "backward, mask_mod": lambda build: _yes("mask_mod" in build.backward_arguments),
+    "backward, block lists": lambda build: _backward_lists(build),
+    "head dims, SM90": lambda build: ", ".join(
+        [f"up to {build.head_dims.sm90}", *(str(pair[0]) for pair in sorted(build.head_dims.sm90_pairs))]
+    ),
+    "head dims, SM100": lambda build: ", ".join(
+        [f"up to {build.head_dims.sm100}", *map(str, sorted(build.head_dims.sm100_pairs))]
+    ),
+    "head dim 256 masked, SM100": lambda build: _yes(build.head_dims.sm100_masked_256),
+    "causal beside a mask_mod": lambda build: build.causal_with_mask,
+    "sinks": lambda build: ", ".join(str(dtype).removeprefix("torch.") for dtype in build.sink_dtypes),
+    "native lane": lambda build: "no: not run on it" if build.native_refusal else "yes",
+}
+
+
+def examine(given_builds: Sequence[GivenBuild] = (), archs: Sequence[str] = (), *, trace: bool = False) -> Report:
+    """Look at the builds given, or at all that are installed. archs: "sm_90"; without any, that of this machine."""
+    sources = given_builds or [given(build.module) for build in all_installed()]
+    found = [own.describe() for own in sources]
+    here = device_arch(torch.device("cuda"))
+    archs = archs or ([f"sm_{here}"] if here else ["sm_90", "sm_100"])
+    takes = {}
+    for arch in archs:
+        takes[arch] = {kind.name: [kind.choose(build, _number(arch)) for build in found] for kind in KINDS}
+    traces: dict[str, list[str]] = {}
+    if trace:
+        for build, own in zip(found, sources, strict=True):
+            traces[build.name] = [line for arch in archs for line in _traced(build, own, arch)]
+    return Report(_machine(), found, takes, traces)
+
+
+def _traced(build: Build, source: GivenBuild, arch: str) -> Iterator[str]:
+    """Compile a kernel of each backend that the build offers."""
+    if arch not in TARGETS:
+        yield f"{arch}: cannot be compiled for, only {', '.join(TARGETS)}"
+        return
+    variants = []
+    for name in ("native", "varlen", "packed", "two_pass"):
+        with contextlib.suppress(UnsupportedError):
+            Kind("spans").choose(build, _number(arch), name)
+            variants.append(Variant(name, 128, 128))
+    with tempfile.TemporaryDirectory() as scratch:
+        environment = source.environment(Path(scratch))
+        for report in compile_in_subprocess(arch, variants, build=build.module, environment=environment):
+            yield f"{report['backend']}: {report['error'] or report['kernel']}"
+
+
+def _number(arch: str) -> int:
+    """90 of "sm_90"."""
+    return int(arch.removeprefix("sm_"))
+
+
+def _machine() -> dict[str, str]:
+    cuda = torch.cuda.is_available()
+    machine = {"python": platform.python_version(), "CUDA of torch": torch.version.cuda or "none"}
+    devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())] if cuda else []
+    machine["GPUs"] = ", ".join(f"{own.name} (sm_{own.major}{own.minor})" for own in devices) or "none"
+    return {**machine, **versions()}
+
+
+def _as_json(build: Build) -> dict[str, Any]:
+    return {
+        "name": build.name,
+        "facts": {label: fact(build) for label, fact in FACTS.items()},
+        "native_refusal": build.native_refusal,
+        "defects": [dataclasses.asdict(defect) for defect in build.defects],
+    }
+
+
+def _choice_as_json(choice: Choice) -> dict[str, Any]:
+    return {"backend": choice.name, "gathered": choice.gathered, "passed_over": dict(choice.passed_over)}
+
+
+def _in_short(choice: Choice) -> str:
+    return choice.name + " (keys gathered)" * choice.gathered
+
+
+def _backward_lists(build: Build) -> str:
+    if "block_sparse_tensors" not in build.backward_arguments:
+        return "no"
+    return "fixed length" if build.refuses_varlen_backward_lists else "fixed length; varlen not told by its source"
+
+
+def _yes(fact: bool) -> str:
+    return "yes" if fact else "no"
+
+
+def _columns(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    table = [header, *rows] if any(header) else list(rows)
+    widths = [max(len(row[column]) for row in table) for column in range(len(header))] if table else []
+    lines = ["  " + "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)) for row in table]
+    return "\n".join([title, *(line.rstrip() for line in lines)])
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--build",
+        action="append",
+        default=[],
+        metavar="MODULE_OR_PATH",
+        help="look at this FA4 (a module, or a checkout of flash_attn/cute); default: all that are installed",
+    )
+    parser.add_argument("--arch", action="append", default=[], metavar="sm_90", help="as if on this GPU")
+    parser.add_argument("--trace", action="store_true", help="compile a kernel of each backend (half a minute a build)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    try:
+        report = examine([given(text) for text in arguments.build], arguments.arch, trace=arguments.trace)
+    except InputError as error:
+        print(f"fa4-prefixlm doctor: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(report.as_json(), indent=1) if arguments.json else report)
+    return 0

@@ -1,0 +1,231 @@
+"""The atoms that masks are written with.
+
+For the row at position `p`, window `w`, and the span `[s, e)` that holds `p`:
+
+| atom | keys it sees |
+| --- | --- |
+| `causal` | `[0, p + 1)` |
+| `window(w)` | `[p - w + 1, ...)`: it looks left only, and counts the row's own key |
+| `same_span(name)` | `[s, e)`; nothing outside of spans |
+| `prefix(name)` | `[0, e')`, `e'` the end of the last span that starts at or before `p` |
+| `key_in(name)` | all spans of the sequence |
+| `query_in(name)` | everything if `p` is in a span, else nothing |
+| `one_block(name)` | `query_in(name) & key_in(name)`: all spans of the sequence are one block |
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from fa4_prefixlm.errors import InputError
+from fa4_prefixlm.masks.base import Mask
+from fa4_prefixlm.masks.closed_form import Edges, RowEdges
+from fa4_prefixlm.masks.interval_lists import EMPTY_HI, EMPTY_LO, END_OF_KEYS, Intervals, normalised
+from fa4_prefixlm.masks.protocols import Pairs, Reach, Rows
+
+INT32_MAX = torch.iinfo(torch.int32).max
+
+
+class Atom(Mask):
+    """A mask that reads at most one span set, `name`."""
+
+    name: str = ""
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset({self.name}) if self.name else frozenset()
+
+    def count(self, spans: Mapping[str, int]) -> int:
+        return 1
+
+
+class _Named(Atom):
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise InputError("name", "the name of a span set, such as 'image'", repr(self.name))
+
+    def __repr__(self) -> str:
+        return f"{self._call}({self.name!r})"
+
+    _call = ""
+
+
+@dataclass(frozen=True, repr=False)
+class Causal(Atom):
+    around_position = no_empty_rows = True
+
+    def intervals(self, rows: Rows) -> Intervals:
+        return _column(torch.zeros_like(rows.position)), _column(rows.position + 1)
+
+    def edges(self) -> RowEdges:
+        return RowEdges(Edges("keys", "row"), Edges("keys", "row"))
+
+    def visible(self, pairs: Pairs) -> torch.Tensor:
+        return pairs.key <= pairs.query
+
+    def reach(self, longest: Mapping[str, int]) -> Reach:
+        return Reach(None, 1)
+
+    def __repr__(self) -> str:
+        return "causal"
+
+
+@dataclass(frozen=True, repr=False)
+class Window(Atom):
+    tokens: int
+    around_position = no_empty_rows = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.tokens, int) or isinstance(self.tokens, bool) or self.tokens < 1:
+            raise InputError("window", "a positive number of tokens, a Python int", repr(self.tokens))
+
+    def intervals(self, rows: Rows) -> Intervals:
+        lo = rows.position - min(self.tokens - 1, INT32_MAX)  # no wider than any sequence, and no overflow
+        return _column(lo.clamp(min=0)), _column(torch.full_like(lo, END_OF_KEYS))
+
+    def edges(self) -> RowEdges:
+        return RowEdges(Edges("window", "keys"), Edges("window", "keys"), windows=frozenset({self.tokens}))
+
+    def visible(self, pairs: Pairs) -> torch.Tensor:
+        return pairs.query - pairs.key < self.tokens
+
+    def reach(self, longest: Mapping[str, int]) -> Reach:
+        return Reach(self.tokens - 1, None)
+
+    def __repr__(self) -> str:
+        return f"window({self.tokens})"
+
+
+@dataclass(frozen=True, repr=False)
+class SameSpan(_Named):
+    name: str
+    around_position = True
+    _call = "same_span"
+
+    def intervals(self, rows: Rows) -> Intervals:
+        start, end = rows.span_of(self.name)
+        return _column(start), _column(end)
+
+    def edges(self) -> RowEdges:
+        return RowEdges(None, Edges("window or span", "span"), spans=self.names)
+
+    def visible(self, pairs: Pairs) -> torch.Tensor:
+        return pairs.same_span(self.name)
+
+    def reach(self, longest: Mapping[str, int]) -> Reach:
+        return Reach(longest[self.name], longest[self.name])
+
+
+@dataclass(frozen=True, repr=False)
+class Prefix(_Named):
+    name: str
+    _call = "prefix"
+
+    def intervals(self, rows: Rows) -> Intervals:
+        _, end = rows.latest_span(self.name)
+        return _column(torch.where(end > 0, 0, EMPTY_LO).to(torch.int32)), _column(end)
+
+    def visible(self, pairs: Pairs) -> torch.Tensor:
+        return pairs.before_end_of_latest(self.name)
+
+
+@dataclass(frozen=True, repr=False)
+class QueryIn(_Named):
+    name: str
+    around_position = True
+    _call = "query_in"
+
+    def intervals(self, rows: Rows) -> Intervals:
+        inside = rows.span_of(self.name)[1] > 0
+        lo, hi = torch.where(inside, 0, EMPTY_LO), torch.where(inside, END_OF_KEYS, EMPTY_HI)
+        return _column(lo.to(torch.int32)), _column(hi.to(torch.int32))
+
+    def edges(self) -> RowEdges:
+        return RowEdges(None, Edges("keys", "keys"), spans=self.names)
+
+    def visible(self, pairs: Pairs) -> torch.Tensor:
+        return pairs.query_in(self.name)
+
+
+@dataclass(frozen=True, repr=False)
+class KeyIn(_Named):
+    name: str
+    _call = "key_in"
+
+    def count(self, spans: Mapping[str, int]) -> int:
+        return max(1, spans[self.name])
+
+    def intervals(self, rows: Rows) -> Intervals:
+        return normalised(*rows.spans_of(self.name))
+
+    def visible(self, pairs: Pairs) -> torch.Tensor:
+        return pairs.key_in(self.name)
+
+
+@dataclass(frozen=True, repr=False)
+class OneBlock(_Named):
+    name: str
+    _call = "one_block"
+
+    @property
+    def block_of(self) -> str:  # type: ignore[override]
+        return self.name
+
+    def count(self, spans: Mapping[str, int]) -> int:
+        return max(1, spans[self.name])
+
+    def intervals(self, rows: Rows) -> Intervals:
+        return (QueryIn(self.name) & KeyIn(self.name)).intervals(rows)
+
+    def visible(self, pairs: Pairs) -> torch.Tensor:
+        return pairs.query_in(self.name) & pairs.key_in(self.name)
+
+
+def _column(values: torch.Tensor) -> torch.Tensor:
+    return values.unsqueeze(1)
+
+
+causal = Causal()
+
+
+def window(tokens: int) -> Mask:
+    """Keys less than `tokens` before the query: `query - key < tokens`. It looks left only, so combine it."""
+    if not isinstance(tokens, bool):
+        with contextlib.suppress(TypeError):
+            tokens = operator.index(tokens)  # NumPy's integers are integers
+    return Window(tokens)
+
+
+def same_span(name: str = "image") -> Mask:
+    """Tokens of one span of `name` see each other, in both directions."""
+    return SameSpan(name)
+
+
+def prefix(name: str = "prompt") -> Mask:
+    """Keys before the end of the last span of `name` that starts at or before the query: all of it and what is left of
+    it. One span at 0 is a prompt that every later token keeps in sight.
+    """
+    return Prefix(name)
+
+
+def key_in(name: str) -> Mask:
+    """Keys in any span of `name`. A row sees as many intervals as the sequence has spans."""
+    return KeyIn(name)
+
+
+def query_in(name: str) -> Mask:
+    """Queries in any span of `name` see everything, others nothing. Combine it by `&`."""
+    return QueryIn(name)
+
+
+def one_block(name: str = "image") -> Mask:
+    """All spans of `name` in a sequence are one block, whose tokens see each other.
+
+    Written as `mask | one_block(name)` it costs one tag per token, however many spans there are.
+    """
+    return OneBlock(name)

@@ -1,0 +1,226 @@
+"""What a mask is: an immutable value that says the same thing twice, and tests hold the two together.
+
+- `intervals`: per query row, the few half-open intervals of keys it sees. This is what kernels read.
+- `visible`: per (query, key) pair, whether the query sees the key, written as the mask is said. The reference backend,
+  the FlexAttention form and the tests evaluate it.
+
+`And` and `Or` are interval algebra per query row; `atoms` has what they combine. A mask of your own subclasses `Mask`.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from fa4_prefixlm.batch.ranges import NamedRanges, one_sequence
+from fa4_prefixlm.errors import InputError
+from fa4_prefixlm.masks.closed_form import RowEdges, edges_of
+from fa4_prefixlm.masks.dense import dense_mask
+from fa4_prefixlm.masks.flex_export import to_flex
+from fa4_prefixlm.masks.interval_lists import Intervals, emptied, normalised
+from fa4_prefixlm.masks.picture import MaskPicture
+from fa4_prefixlm.masks.protocols import CustomKernel, MaskMod, Pairs, Reach, Rows
+
+
+class Mask(abc.ABC):
+    """Which keys each query sees. Immutable: equality, hash and repr are by value.
+
+    Attributes:
+        around_position: each row sees one interval, which holds the row's own position, or nothing.
+        no_empty_rows: every row sees some key.
+        evaluated: `intervals` looks at values and synchronises.
+        block_of: the span set of which the mask is `one_block`; None for any other mask.
+    """
+
+    around_position: bool = False
+    no_empty_rows: bool = False
+    evaluated: bool = False
+    block_of: str | None = None
+
+    @property
+    @abc.abstractmethod
+    def names(self) -> frozenset[str]:
+        """Names of the span sets the mask reads."""
+
+    @abc.abstractmethod
+    def count(self, spans: Mapping[str, int]) -> int:
+        """Upper bound of the number of intervals of a row, where `spans[name]` is the most spans of a sequence."""
+
+    @abc.abstractmethod
+    def intervals(self, rows: Rows) -> Intervals:
+        """`(lo, hi)`, each int32 `(total_q, K)`: the row sees keys `[lo[k], hi[k])` of its sequence, `lo >= hi` none.
+
+        The K intervals of a row are disjoint and ascending, empty ones last. `hi = END_OF_KEYS` is the end of the
+        sequence's keys; any other key outside of them is an error.
+        """
+
+    @abc.abstractmethod
+    def visible(self, pairs: Pairs) -> torch.Tensor:
+        """Boolean, in the shape that the pairs broadcast to."""
+
+    def reach(self, longest: Mapping[str, int]) -> Reach:
+        """Upper bound over all rows, for spans of at most `longest[name]` tokens. It sizes buffers, nothing else."""
+        return Reach(None, None)
+
+    def split_block(self) -> tuple[Mask, str] | None:
+        """`(rest, name)` if the mask is written as `rest | one_block(name)`; None if it is not."""
+        return None
+
+    def edges(self) -> RowEdges | None:
+        """What rows see, for masks that have a closed form (see `closed_form`); None for all others.
+
+        A subclass that overrides `intervals` or `visible` and not this one is taken to have none.
+        """
+        return None
+
+    @property
+    def custom_kernel(self) -> CustomKernel | None:
+        """Kernel code that the mask brings itself (`from_cute`); None: the library's mask_mods run it."""
+        return None
+
+    def __and__(self, other: Mask) -> Mask:
+        return And(self, other) if isinstance(other, Mask) else NotImplemented
+
+    def __bool__(self) -> bool:
+        raise TypeError("a mask is neither true nor false: combine masks with & and |, not with `and`, `or`, `not`")
+
+    def __or__(self, other: Mask) -> Mask:
+        return Or(self, other) if isinstance(other, Mask) else NotImplemented
+
+    def dense(self, *, seqlen: int, ranges: NamedRanges = None, seqlen_q: int | None = None) -> torch.Tensor:
+        """The mask of one sequence as a dense tensor.
+
+        Args:
+            seqlen: keys of the sequence, in tokens.
+            ranges: `[(8, 24), (40, 56)]`, or by name: `{"image": [(8, 24)], "prompt": [(0, 8)]}`.
+            seqlen_q: the queries are the last `seqlen_q` positions; None: all of them.
+
+        Returns:
+            bool `(seqlen_q, seqlen)` on the CPU, True attends.
+        """
+        return dense_mask(self, seqlen if seqlen_q is None else seqlen_q, seqlen, one_sequence(self, ranges, seqlen))
+
+    def show(self, *, seqlen: int, ranges: NamedRanges = None, seqlen_q: int | None = None) -> MaskPicture:
+        """A picture of the mask of one sequence: text in a terminal (`print` it), an image in a notebook.
+
+        Args:
+            seqlen, ranges, seqlen_q: as for `dense`.
+        """
+        return MaskPicture(self, seqlen, ranges, seqlen_q)
+
+    def flex(
+        self, *, seqlen: int, ranges: NamedRanges = None, seqlen_q: int | None = None, device: str = "cpu"
+    ) -> MaskMod:
+        """The mask as a `torch.nn.attention.flex_attention` mask_mod `(b, h, q_idx, kv_idx)`.
+
+        Args:
+            seqlen, seqlen_q: as for `dense`; `q_idx` counts from the first query.
+            ranges: per batch entry, as `plan` takes them for batched tensors.
+            device: where the mask_mod will be evaluated.
+        """
+        return to_flex(self, seqlen=seqlen, ranges=ranges, seqlen_q=seqlen_q, device=device)
+
+
+@dataclass(frozen=True, repr=False)
+class _Two(Mask):
+    """Two masks, combined."""
+
+    left: Mask
+    right: Mask
+
+    def __post_init__(self) -> None:
+        for part in (self.left, self.right):
+            if part.custom_kernel is not None:
+                expected = "masks without a kernel of their own (from_cute): the kernel has to say the whole mask"
+                raise InputError("mask", expected, repr(part))
+
+    @property
+    def evaluated(self) -> bool:  # type: ignore[override]
+        return self.left.evaluated or self.right.evaluated
+
+    @property
+    def names(self) -> frozenset[str]:
+        return self.left.names | self.right.names
+
+    @property
+    def around_position(self) -> bool:  # type: ignore[override]
+        # Intervals that hold the row's own position meet in one, and join to one.
+        return self.left.around_position and self.right.around_position
+
+
+class And(_Two):
+    @property
+    def total(self) -> bool:
+        return self.around_position and self.left.no_empty_rows and self.right.no_empty_rows
+
+    def count(self, spans: Mapping[str, int]) -> int:
+        return self.left.count(spans) + self.right.count(spans) - 1
+
+    def intervals(self, rows: Rows) -> Intervals:
+        lo_a, hi_a = self.left.intervals(rows)
+        lo_b, hi_b = self.right.intervals(rows)
+        lo = torch.maximum(lo_a.unsqueeze(2), lo_b.unsqueeze(1)).flatten(1)
+        hi = torch.minimum(hi_a.unsqueeze(2), hi_b.unsqueeze(1)).flatten(1)
+        # Two disjoint lists of k and l intervals meet in at most k + l - 1.
+        most = lo_a.shape[1] + lo_b.shape[1] - 1
+        lo, hi = emptied(lo, hi) if lo.shape[1] == 1 else normalised(lo, hi)
+        return lo.narrow(1, 0, most), hi.narrow(1, 0, most)
+
+    def visible(self, pairs: Pairs) -> torch.Tensor:
+        return self.left.visible(pairs) & self.right.visible(pairs)
+
+    def reach(self, longest: Mapping[str, int]) -> Reach:
+        a, b = self.left.reach(longest), self.right.reach(longest)
+        return Reach(_least(a.left, b.left), _least(a.right, b.right))
+
+    def edges(self) -> RowEdges | None:
+        left, right = edges_of(self.left), edges_of(self.right)
+        return None if left is None or right is None else left.met(right)
+
+    def __repr__(self) -> str:
+        return " & ".join(f"({part!r})" if isinstance(part, Or) else repr(part) for part in (self.left, self.right))
+
+
+class Or(_Two):
+    @property
+    def total(self) -> bool:
+        return self.left.no_empty_rows or self.right.no_empty_rows
+
+    def count(self, spans: Mapping[str, int]) -> int:
+        return 1 if self.around_position else self.left.count(spans) + self.right.count(spans)
+
+    def intervals(self, rows: Rows) -> Intervals:
+        lo_a, hi_a = self.left.intervals(rows)
+        lo_b, hi_b = self.right.intervals(rows)
+        if self.around_position:  # both hold the row's own position, or are empty, which min and max pass over
+            return torch.minimum(lo_a, lo_b), torch.maximum(hi_a, hi_b)
+        return normalised(torch.cat([lo_a, lo_b], dim=1), torch.cat([hi_a, hi_b], dim=1))
+
+    def visible(self, pairs: Pairs) -> torch.Tensor:
+        return self.left.visible(pairs) | self.right.visible(pairs)
+
+    def reach(self, longest: Mapping[str, int]) -> Reach:
+        a, b = self.left.reach(longest), self.right.reach(longest)
+        left = None if a.left is None or b.left is None else max(a.left, b.left)
+        right = None if a.right is None or b.right is None else max(a.right, b.right)
+        return Reach(left, right)
+
+    def edges(self) -> RowEdges | None:
+        left, right = edges_of(self.left), edges_of(self.right)
+        return None if left is None or right is None else left.joined(right)
+
+    def split_block(self) -> tuple[Mask, str] | None:
+        for block, rest in ((self.right, self.left), (self.left, self.right)):
+            if block.block_of is not None:
+                return rest, block.block_of
+        return None
+
+    def __repr__(self) -> str:
+        return f"{self.left!r} | {self.right!r}"
+
+
+def _least(a: int | None, b: int | None) -> int | None:
+    return b if a is None else a if b is None else min(a, b)

@@ -1,0 +1,44 @@
+"""A mask with kernel code of its own: a CuTe mask_mod, the tensors it reads, and an eager twin that says the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fa4_prefixlm.errors import InputError
+from fa4_prefixlm.masks.base import Mask
+from fa4_prefixlm.masks.flex import EvaluatedMask
+from fa4_prefixlm.masks.protocols import CustomKernel, MaskMod
+
+
+@dataclass(frozen=True)
+class CuteMask(EvaluatedMask):
+    kernel: CustomKernel
+
+    @property
+    def custom_kernel(self) -> CustomKernel:
+        return self.kernel
+
+
+def from_cute(mask_mod: Callable[..., Any], *, aux_tensors: Sequence[torch.Tensor] = (), twin: MaskMod) -> Mask:
+    """A mask that runs your own CuTe mask_mod in the varlen backend; block lists come from its eager twin.
+
+    Args:
+        mask_mod: a module-level (or cached) `@cute.jit` function `(batch_idx, head_idx, q_idx, kv_idx, seqlen_info,
+            aux_tensors)` of one-element TensorSSA indices that returns a boolean TensorSSA. `q_idx` and `kv_idx` are
+            local to the sequence; the absolute position of the query is `q_idx + seqlen_k - seqlen_q`, its row in the
+            packed queries `q_idx + seqlen_info.offset_q`. It is also called for rows and keys past the end of a
+            sequence, up to a tile.
+        aux_tensors: CUDA tensors it reads, padded by 256 entries where it indexes them by row or by key.
+        twin: the same mask as a FlexAttention mask_mod of absolute positions `(b, h, q_idx, kv_idx)`. The reference
+            backend runs it, and every block list is derived from it, so where the two disagree the output is wrong:
+            compare `attention(..., backend="varlen")` with `backend="reference"` in a test of yours. A plan holds the
+            twin's runs of keys: memory in proportion to the tokens times the most runs that a row has.
+    """
+    for name, function in (("mask_mod", mask_mod), ("twin", twin)):
+        if not callable(function):
+            raise InputError(name, "a function", type(function).__name__)
+    return CuteMask(twin, None, CustomKernel(mask_mod, tuple(aux_tensors)))

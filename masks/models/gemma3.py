@@ -1,0 +1,57 @@
+"""Gemma 3: causal text, the tokens of an image see each other; five local layers to a global one.
+
+`text_config.layer_types` says which layer is which, `w` is `text_config.sliding_window`.
+
+- "full_attention": `causal | same_span("image")`.
+- "sliding_attention": `(causal | same_span("image")) & window(w)` in transformers, `(causal & window(w)) |
+  same_span("image")` in vLLM. They differ where a span is longer than the window.
+
+Spans: the runs of 1 in `token_type_ids`. The processor puts text tokens around each image, so images do not touch; if
+they did, transformers would make one span of them. Decoding adds text alone: the spans of the prompt stay as they are.
+vLLM leaves out spans longer than the window, on all layers: give its masks `drop_longer(spans, window)`. On the spans
+it keeps, the two local rules are one mask. So what differs is an image longer than the window: transformers clips it,
+vLLM reads it as text. (An image has `mm_tokens_per_image` tokens, 256.)
+
+Source: `create_masks_for_vision_model` and `get_block_sequence_ids_for_mask` in `models/gemma3/modeling_gemma3.py` of
+transformers 5.23.0 (tests/test_catalogue.py runs them). vLLM 0.33.0, read: `compute_mm_prefix_ranges` in
+`v1/attention/backends/utils.py` (what is dropped), `_make_mm_prefix_mask_mod` in `v1/attention/backends/flash_attn.py`
+(the mask), `get_image_repl` in `model_executor/models/gemma3_mm.py` (the spans), `Gemma3Attention` in `gemma3.py` (the
+window). Not this mask: `use_bidirectional_attention=True`, which drops causality.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from fa4_prefixlm.masks.atoms import causal, same_span
+from fa4_prefixlm.masks.atoms import window as within
+from fa4_prefixlm.masks.base import Mask
+from fa4_prefixlm.masks.models._like import variant
+from fa4_prefixlm.masks.spans import BatchSpans, drop_longer, runs_of
+
+__all__ = ["drop_longer", "global_layers", "local_layers", "spans_from_token_types"]
+
+
+def global_layers() -> Mask:
+    """Layers of type "full_attention". transformers and vLLM agree on the mask; vLLM's spans are `drop_longer`'s."""
+    return causal | same_span("image")
+
+
+def local_layers(window: int, *, like: Literal["transformers", "vllm"]) -> Mask:
+    """Layers of type "sliding_attention". transformers clips a span to the window; vLLM keeps it whole, and leaves out
+    those that are longer: give that mask the spans of `drop_longer`.
+    """
+    return variant(
+        like,
+        {
+            "transformers": (causal | same_span("image")) & within(window),
+            "vllm": (causal & within(window)) | same_span("image"),
+        },
+    )
+
+
+def spans_from_token_types(token_types: torch.Tensor) -> BatchSpans:
+    """The images in `token_type_ids` `(batch, seqlen)`. Reads the tensor on the host, see `spans.runs_of`."""
+    return runs_of(token_types, {1})

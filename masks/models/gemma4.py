@@ -1,0 +1,72 @@
+"""Gemma 4 and Gemma 4 unified, where `text_config.use_bidirectional_attention` is "vision". (With None, the default of
+Gemma 4's configuration, layers are `causal` and `causal & window(w)`.)
+
+`text_config.layer_types` says which layer is which, `w` is `text_config.sliding_window`.
+
+Gemma 4, in transformers and in vLLM:
+- "full_attention": `causal`, and no spans to give.
+- "sliding_attention": `(causal | same_span("image")) & window(w)`. Unlike Gemma 3's in vLLM, no span is dropped.
+
+Gemma 4 unified has two masks in transformers. Name the one you mean:
+- "transformers-static-cache", `generate` with a static cache: Gemma 4's two rules. "vllm" is the same.
+- "transformers-forward", training and `generate` with its default cache: `causal | same_span("image")` and `(causal &
+  window(w)) | same_span("image")`. In a chunk after a cache that keeps a window alone, transformers lacks the keys of a
+  span that the cache dropped; this mask has them.
+
+Spans: the runs of 1 (image) and 2 (video) in `mm_token_type_ids`; runs that touch are one span. 3 (audio) is causal.
+vLLM has the runs of each image and of each frame of a video by themselves; its processor puts text tokens between them.
+
+Source: `create_masks_for_vision_model` in `models/gemma4/modeling_gemma4.py`, `Gemma4UnifiedModel.forward` and
+`create_masks_for_generate` in `models/gemma4_unified/modeling_gemma4_unified.py` of transformers 5.23.0
+(tests/test_catalogue.py runs them). vLLM 0.33.0, read: `mm_prefix_clamp_sliding_window` and
+`_clear_mm_prefix_for_full_attn_layers` in `model_executor/models/gemma4_mm.py`, which `gemma4_unified.py` inherits,
+`Gemma4Attention` in `gemma4.py`, `_make_mm_prefix_mask_mod` in `v1/attention/backends/flash_attn.py`,
+`compute_kv_seq_mask` in `v1/attention/ops/triton_attention_helpers.py`. Its FlexAttention backend ignores the clamp:
+there a local layer is `(causal & window(w)) | same_span("image")` (`get_mask_mod` in `flex_attention.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from fa4_prefixlm.masks.atoms import causal, same_span
+from fa4_prefixlm.masks.atoms import window as within
+from fa4_prefixlm.masks.base import Mask
+from fa4_prefixlm.masks.models._like import variant
+from fa4_prefixlm.masks.spans import BatchSpans, runs_of
+
+UnifiedLike = Literal["transformers-forward", "transformers-static-cache", "vllm"]
+
+
+def global_layers(*, like: Literal["transformers", "vllm"] = "transformers") -> Mask:
+    """Gemma 4's layers of type "full_attention". like: one mask for both, so it need not be given."""
+    return variant(like, dict.fromkeys(("transformers", "vllm"), causal))
+
+
+def local_layers(window: int, *, like: Literal["transformers", "vllm"] = "transformers") -> Mask:
+    """Gemma 4's layers of type "sliding_attention". like: one mask for both, so it need not be given."""
+    return variant(like, dict.fromkeys(("transformers", "vllm"), _clipped(window)))
+
+
+def unified_global_layers(*, like: UnifiedLike) -> Mask:
+    """Gemma 4 unified's layers of type "full_attention"."""
+    joined = causal | same_span("image")
+    return variant(like, {"transformers-forward": joined, "transformers-static-cache": causal, "vllm": causal})
+
+
+def unified_local_layers(window: int, *, like: UnifiedLike) -> Mask:
+    """Gemma 4 unified's layers of type "sliding_attention"."""
+    clipped = _clipped(window)
+    whole = (causal & within(window)) | same_span("image")
+    return variant(like, {"transformers-forward": whole, "transformers-static-cache": clipped, "vllm": clipped})
+
+
+def spans_from_token_types(token_types: torch.Tensor) -> BatchSpans:
+    """Images and videos in `mm_token_type_ids` `(batch, seqlen)`. Reads the tensor on the host, see `spans.runs_of`."""
+    return runs_of(token_types, {1, 2})
+
+
+def _clipped(window: int) -> Mask:
+    return (causal | same_span("image")) & within(window)

@@ -1,0 +1,34 @@
+"""Molmo 2: causal text; image and video tokens see each other in both directions. All layers are global and alike.
+
+- transformers: `causal | one_block("image")`. All images and frames of a sequence are one block.
+- vLLM: `causal | same_span("image")`. Each image and each frame of a video is by itself.
+
+Spans: the runs of 1 in `mm_token_type_ids` (patches, and the column, start and end tokens of an image or a frame).
+Images that touch make one run, which is the same to `one_block`; for vLLM give them to `plan` as spans of their own.
+In transformers a pass after the first applies the block only if it brings image features.
+
+Source: `Molmo2Model.forward` in `models/molmo2/modeling_molmo2.py` of transformers 5.23.0 (tests/test_catalogue.py runs
+it). vLLM 0.33.0, read: `emb_tok_ids` in `model_executor/models/molmo2.py` (a run of these tokens is a span),
+`compute_mm_prefix_ranges` in `v1/attention/backends/utils.py`, `_make_mm_prefix_mask_mod` in `flash_attn.py` there.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from fa4_prefixlm.masks.atoms import causal, one_block, same_span
+from fa4_prefixlm.masks.base import Mask
+from fa4_prefixlm.masks.models._like import variant
+from fa4_prefixlm.masks.spans import BatchSpans, runs_of
+
+
+def all_layers(*, like: Literal["transformers", "vllm"]) -> Mask:
+    """One block of all images of a sequence in transformers, one of each image or frame in vLLM."""
+    return variant(like, {"transformers": causal | one_block("image"), "vllm": causal | same_span("image")})
+
+
+def spans_from_token_types(token_types: torch.Tensor) -> BatchSpans:
+    """Image runs in `mm_token_type_ids` `(batch, seqlen)`. Reads the tensor on the host, see `spans.runs_of`."""
+    return runs_of(token_types, {1})

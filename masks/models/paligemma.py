@@ -1,0 +1,59 @@
+"""PaliGemma 1 and 2: the prefix (image and prompt) sees itself in both directions, the suffix (answer) is causal.
+
+- All layers of PaliGemma 1, and those of PaliGemma 2 that `text_config.layer_types` calls "full_attention": `causal |
+  same_span("prefix")` in transformers. `causal | same_span("image")` in vLLM: there the prompt is causal.
+- "sliding_attention" of PaliGemma 2, `w` is `text_config.sliding_window`: `(causal & window(w)) | same_span("prefix")`
+  in transformers. `(causal & window(w)) | same_span("image")` in vLLM.
+
+Spans in transformers: the 0s of `token_type_ids`; the suffix is 1. The 0s of a row are one block however they lie. The
+processor writes them as one run, and then `same_span` says it; with `gaps=True` the masks have `one_block("prefix")`
+instead, which takes any row and costs more. Padding is 0 as well: give `attention_mask` to leave it out.
+Only the first pass reads the types: with a cache, transformers is causal, so later passes get no spans.
+Spans in vLLM: the range of the tokens of each image, for a single one `(0, n)`, or `(1, 1 + n)` where the tokenizer
+adds BOS. For PaliGemma 2, on all layers, without those longer than the window: `drop_longer(spans, window)`.
+
+Source: `PaliGemmaModel.forward` in `models/paligemma/modeling_paligemma.py` of transformers 5.23.0
+(tests/test_catalogue.py runs it). vLLM 0.33.0, read: `PaliGemmaMultiModalProcessor` in
+`model_executor/models/paligemma.py` (the spans), `Gemma2Attention` in `gemma2.py` (the window),
+`compute_mm_prefix_ranges` in `v1/attention/backends/utils.py`, `_make_mm_prefix_mask_mod` in `flash_attn.py` there.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from fa4_prefixlm.masks.atoms import causal, one_block, same_span
+from fa4_prefixlm.masks.atoms import window as within
+from fa4_prefixlm.masks.base import Mask
+from fa4_prefixlm.masks.models._like import variant
+from fa4_prefixlm.masks.spans import BatchSpans, runs_of
+
+
+def global_layers(*, like: Literal["transformers", "vllm"], gaps: bool = False) -> Mask:
+    """All layers of PaliGemma 1, and those of type "full_attention" of PaliGemma 2. gaps: for transformers alone."""
+    return variant(like, {"transformers": causal | _prefix(gaps), "vllm": causal | same_span("image")})
+
+
+def local_layers(window: int, *, like: Literal["transformers", "vllm"], gaps: bool = False) -> Mask:
+    """Layers of type "sliding_attention" of PaliGemma 2. gaps: for transformers alone."""
+    near = causal & within(window)
+    return variant(like, {"transformers": near | _prefix(gaps), "vllm": near | same_span("image")})
+
+
+def spans_from_token_types(
+    token_types: torch.Tensor, *, attention_mask: torch.Tensor | None = None, gaps: bool = False
+) -> BatchSpans:
+    """The prefix of each row of `token_type_ids` `(batch, seqlen)`. Reads it on the host, see `spans.runs_of`.
+
+    attention_mask: `(batch, seqlen)`, 0 is padding, which is then in no span.
+    gaps: take a row with several runs, for masks made with `gaps=True`; False: such a row is an `InputError`.
+    """
+    if attention_mask is not None:
+        token_types = token_types.masked_fill(attention_mask == 0, -1)
+    return runs_of(token_types, {0}, joined=not gaps)
+
+
+def _prefix(gaps: bool) -> Mask:
+    return one_block("prefix") if gaps else same_span("prefix")

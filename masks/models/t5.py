@@ -1,0 +1,32 @@
+"""The prefix language model of the T5 paper: `causal | same_span("prefix")` on all layers.
+
+The input sees itself in both directions, the target is causal and sees all of the input. One decoder, one sequence:
+input, then target. (The released T5 is an encoder and a decoder; its paper compares that with this.)
+
+Spans: one of name "prefix" per sequence, `(0, input length)`: `spans_from_lengths`.
+
+Source: Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer", section
+3.2.1 (arXiv 1910.10683). No model of transformers 5.23.0 is compared with it here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fa4_prefixlm.errors import InputError
+from fa4_prefixlm.masks.atoms import causal, same_span
+from fa4_prefixlm.masks.base import Mask
+from fa4_prefixlm.masks.spans import BatchSpans
+
+
+def prefix_lm() -> Mask:
+    """Bidirectional input, causal target."""
+    return causal | same_span("prefix")
+
+
+def spans_from_lengths(input_lengths: Sequence[int]) -> BatchSpans:
+    """`[5, 0, 9]` gives `[[(0, 5)], [], [(0, 9)]]`."""
+    for index, length in enumerate(input_lengths):
+        if not isinstance(length, int) or length < 0:
+            raise InputError(f"input_lengths[{index}]", "a number of tokens", length)
+    return [[(0, length)] if length else [] for length in input_lengths]
