@@ -223,6 +223,25 @@ def rswa_generate(seqlen_k: int, *, prompt: int, window: int, chunk: int | None 
     return torch.cat([torch.nn.functional.pad(own, (0, seqlen_k - own.shape[2])) for own in rows], dim=1)
 
 
+def mask_of_flash_attention(name: str, token_types: torch.Tensor, *, window: int | None) -> torch.Tensor | None:
+    """What the attention of a model gets whose text configuration says flash attention, which does not run here."""
+
+    class Stop(Exception): ...
+
+    def stop(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+        seen.append(kwargs["attention_mask"])
+        raise Stop
+
+    seen: list[torch.Tensor | None] = []
+    model = from_configuration(configuration(name, window), "eager")
+    model.config.text_config._attn_implementation = "flash_attention_4"
+    model.model.language_model.layers[0].self_attn.register_forward_pre_hook(stop, with_kwargs=True)
+    types = {_TOKEN_TYPES.get(name, "mm_token_type_ids"): token_types}
+    with torch.no_grad(), pytest.raises(Stop):
+        model(**types, **_tokens(model, token_types), use_cache=False)
+    return seen[0]
+
+
 def configuration(name: str, window: int | None = None) -> Any:
     """The tiny configuration of a model, a key of `_CONFIGS`."""
     model_type, own, rest = _CONFIGS[name]
