@@ -8,8 +8,11 @@ Two things follow from the rule. Tokens outside of all documents see nothing and
 side. And `mask | one_block(name)` makes a block of its own in each document, but no longer costs one tag per token: a
 row may see as many intervals as the sequence has spans, and above 4 the mask runs on the reference.
 
-Source: this library. For causal text it is what transformers 5.23.0 builds from `position_ids` that restart
-(`find_packed_sequence_indices` in `masking_utils.py`; not compared here).
+Source: this library. It is what transformers 5.24.0 builds from `position_ids` that restart, given neither an attention
+mask nor a cache (`find_packed_sequence_indices` in `masking_utils.py`; tests/test_catalogue.py runs its models), but
+for the sliding layers of Gemma 3 and Gemma 4. Those read the token types of every document from the start of the row,
+in 5.23.0 as well: a defect. In 5.23.0 spans cross the borders of documents, `in_documents(causal) | one_block(name)`:
+the images of all documents of a row see each other in Molmo 2, and so do the prefixes in PaliGemma.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Dense masks as Hugging Face transformers builds them, one function a model. Written against transformers 5.23.0.
+"""Dense masks as Hugging Face transformers builds them, one function a model. Written against transformers 5.24.0.
+
+Runs on 5.23.0 too, which has no model with R-SWA and another rule for packed rows.
 
 Nothing here knows a mask rule. Each oracle makes a model with a tiny random configuration on the CPU, runs its own
 forward with eager attention, and returns the mask that reached the attention of a local or a global layer.
@@ -18,15 +20,21 @@ Result: `(batch, seqlen_k - cached, seqlen_k)` bool, True attends. Column j is p
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
 import torch
+from packaging.version import Version
 
 transformers = pytest.importorskip("transformers", minversion="5.23")
 
+SINCE_5_24 = Version(transformers.__version__).release >= (5, 24)
+
 Layer = Literal["local", "global"]
+
+_CACHE = "cache" if SINCE_5_24 else "past_key_values"  # the argument's name
 
 _IMAGE_TOKEN = 5  # Molmo 2's image patch in the tiny vocabulary
 _SIZES = {
@@ -43,6 +51,17 @@ _MOLMO2 = {
     "adapter_config": _SIZES | {"text_hidden_size": 16, "vision_feature_layer": [0]},
     "image_patch_id": _IMAGE_TOKEN,
 }
+_UNLIMITED_OCR = {
+    "vision_config": {
+        "sam_config": _SIZES | {"num_hidden_layers": 1, "output_channels": 4, "downsample_channels": [8, 8]},
+        "encoder_config": _SIZES | {"num_hidden_layers": 1, "image_size": 28},
+    },
+    "image_token_id": _IMAGE_TOKEN,
+}
+_UNLIMITED_OCR_TEXT = {
+    "layer_types": ["reference_sliding_attention", "full_attention"],
+    "mlp_layer_types": ["dense", "dense"],
+}
 # Per model: transformers' model type, what its text configuration adds to the common one, the other configurations.
 _CONFIGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gemma3": ("gemma3", {}, _SIGLIP),
@@ -51,7 +70,9 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "paligemma1": ("paligemma", {"model_type": "gemma"}, _SIGLIP),
     "paligemma2": ("paligemma", {"model_type": "gemma2"}, _SIGLIP),
     "molmo2": ("molmo2", {}, _MOLMO2),
+    "unlimited_ocr": ("unlimited_ocr", _UNLIMITED_OCR_TEXT, _UNLIMITED_OCR),
 }
+_TOKEN_TYPES = {"gemma3": "token_type_ids", "paligemma1": "token_type_ids", "paligemma2": "token_type_ids"}
 
 
 def gemma3(
@@ -95,7 +116,8 @@ def gemma4_unified(
         default DynamicCache. True is `Gemma4UnifiedForConditionalGeneration.create_masks_for_generate`, which generate
         calls for a compilable cache only (`cache_implementation="static"`).
     cached: with generate=True the function gets the whole sequence's token types, which is what it needs. `generate`
-        itself cuts them to the chunk first, and they are then read from position 0: a defect of transformers 5.23.
+        itself cuts them to the chunk first, and they are then read from position 0: a defect of transformers 5.23
+        and 5.24.
         With generate=False a local layer lacks the span's keys that its cache dropped.
     """
     model = _model("gemma4_unified", window)
@@ -137,15 +159,107 @@ def molmo2(token_types: torch.Tensor, *, padding: torch.Tensor | None = None, ca
     return _rows(model, "global", {"mm_token_type_ids": token_types}, padding, cached)
 
 
+def packed(
+    name: str, token_types: torch.Tensor, positions: torch.Tensor, *, layer: Layer, window: int | None = None
+) -> torch.Tensor:
+    """Documents packed into each row, as in training: no attention mask, no cache, and position ids that restart.
+
+    name: a key of `_CONFIGS` other than "unlimited_ocr".
+    token_types: as for the oracle of that name.
+    positions: `(batch, seqlen_k)` int64, the model's `position_ids`. A document starts where a position is not the one
+        before plus 1 (`find_packed_sequence_indices` in `masking_utils.py`).
+    """
+    types = {_TOKEN_TYPES.get(name, "mm_token_type_ids"): token_types}
+    return _rows(_model(name, window), layer, types, None, 0, positions=positions)
+
+
+def rswa(
+    seqlen_k: int, *, prompt: int, window: int, padding: torch.Tensor | None = None, cached: int = 0
+) -> torch.Tensor:
+    """R-SWA: `create_reference_sliding_window_causal_mask` in `models/unlimited_ocr/modeling_unlimited_ocr.py`.
+
+    prompt: how many tokens, padding included, are the prompt. The cache is told, as `generate` tells it.
+    Result: a key of the output that the cache no longer has is False; the prompt is always there.
+    """
+    model = _model("unlimited_ocr", window)
+    batch = 1 if padding is None else padding.shape[0]
+    cache = transformers.DynamicCache(config=model.config)
+    cache.layers[0].set_prefill_length(prompt)
+    mask = torch.empty(0)
+    for start, end in ((0, cached), (cached, seqlen_k)) if cached else ((0, seqlen_k),):
+        inputs: dict[str, Any] = {
+            "attention_mask": None if padding is None else padding[:, :end].long(),
+            "input_ids": torch.ones(batch, end - start, dtype=torch.long),
+            _CACHE: cache,
+        }
+        mask = _run(model, "local", inputs)
+    return _with_prompt(mask, prompt, seqlen_k)
+
+
+def rswa_without_cache(seqlen_k: int, *, window: int) -> torch.Tensor:
+    """As `rswa`, of a forward that has no cache to tell it the prompt."""
+    inputs = {"attention_mask": None, "input_ids": torch.ones(1, seqlen_k, dtype=torch.long), _CACHE: None}
+    return _run(_model("unlimited_ocr", window), "local", inputs)[:, 0] == 0
+
+
+def rswa_generate(seqlen_k: int, *, prompt: int, window: int, chunk: int | None = None) -> torch.Tensor:
+    """As `rswa`, of all passes of one `generate`: the prompt (in chunks of `chunk` tokens), then token by token."""
+    model = _model("unlimited_ocr", window)
+    new = seqlen_k - prompt + 1  # the last one is not run
+    masks = _masks(
+        model,
+        "local",
+        lambda: model.generate(
+            torch.ones(1, prompt, dtype=torch.long),
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+            prefill_chunk_size=chunk,
+        ),
+    )
+    ends = torch.tensor([mask.shape[2] for mask in masks]).cumsum(0).tolist()
+    assert ends[-1] == seqlen_k
+    rows = [_with_prompt(mask, prompt, end) for mask, end in zip(masks, ends, strict=True)]
+    return torch.cat([torch.nn.functional.pad(own, (0, seqlen_k - own.shape[2])) for own in rows], dim=1)
+
+
+def mask_of_flash_attention(name: str, token_types: torch.Tensor, *, window: int | None) -> torch.Tensor | None:
+    """What the attention of a model gets whose text configuration says flash attention, which does not run here."""
+
+    class Stop(Exception): ...
+
+    def stop(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+        seen.append(kwargs["attention_mask"])
+        raise Stop
+
+    seen: list[torch.Tensor | None] = []
+    model = from_configuration(configuration(name, window), "eager")
+    model.config.text_config._attn_implementation = "flash_attention_4"
+    model.model.language_model.layers[0].self_attn.register_forward_pre_hook(stop, with_kwargs=True)
+    types = {_TOKEN_TYPES.get(name, "mm_token_type_ids"): token_types}
+    with torch.no_grad(), pytest.raises(Stop):
+        model(**types, **_tokens(model, token_types), use_cache=False)
+    return seen[0]
+
+
+def configuration(name: str, window: int | None = None) -> Any:
+    """The tiny configuration of a model, a key of `_CONFIGS`."""
+    model_type, own, rest = _CONFIGS[name]
+    text = _SIZES | {"vocab_size": 16, "num_hidden_layers": 2}
+    if window is not None:
+        text |= {"sliding_window": window, "layer_types": ["sliding_attention", "full_attention"]}
+    return transformers.AutoConfig.for_model(model_type, text_config=text | own, **rest)
+
+
+def from_configuration(config: Any, attention: str) -> Any:
+    """A model with random weights; `attention` is what transformers calls `attn_implementation`."""
+    return transformers.AutoModelForImageTextToText.from_config(config, attn_implementation=attention).eval()
+
+
 @functools.cache
 def _model(name: str, window: int | None) -> Any:
     """A tiny random model. Layer 0 is local and layer 1 global; without a window both are global."""
-    model_type, text, rest = _CONFIGS[name]
-    text = _SIZES | {"vocab_size": 16, "num_hidden_layers": 2} | text
-    if window is not None:
-        text |= {"sliding_window": window, "layer_types": ["sliding_attention", "full_attention"]}
-    config = transformers.AutoConfig.for_model(model_type, text_config=text, **rest)
-    return transformers.AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
+    return from_configuration(configuration(name, window), "eager")
 
 
 def _rows(
@@ -155,6 +269,7 @@ def _rows(
     padding: torch.Tensor | None,
     cached: int,
     for_generate: bool = False,
+    positions: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Put the first `cached` tokens into a cache, run the rest, and give the rest's mask as the result of an oracle."""
     ((name, types),) = token_types.items()
@@ -164,9 +279,11 @@ def _rows(
     for start, end in ((0, cached), (cached, seqlen_k)) if cached else ((0, seqlen_k),):
         inputs: dict[str, Any] = {
             "attention_mask": None if padding is None else padding[:, :end].long(),
-            "past_key_values": cache,
+            _CACHE: cache,
             name: types[:, :end],
         }
+        if positions is not None:
+            inputs["position_ids"] = positions[:, start:end]
         if for_generate:
             shape_only = torch.empty(batch, end - start, 0)
             masks = model.create_masks_for_generate(model.config, shape_only, position_ids=None, **inputs)
@@ -187,16 +304,35 @@ def _tokens(model: Any, types: torch.Tensor) -> dict[str, Any]:
     return {"input_ids": ids, "mm_encoder_outputs": {"image": SimpleNamespace(pooler_output=[features])}}
 
 
-@torch.no_grad()
+def _with_prompt(mask: torch.Tensor, prompt: int, seqlen_k: int) -> torch.Tensor:
+    """The result of an oracle, from a mask whose keys are the prompt and the last of the other tokens."""
+    result = torch.zeros(mask.shape[0], mask.shape[2], seqlen_k, dtype=torch.bool)
+    kept = mask.shape[3] - prompt
+    visible = mask[:, 0] == 0
+    if kept <= 0:  # not yet all of the prompt
+        result[:, :, : mask.shape[3]] = visible
+        return result
+    result[:, :, :prompt] = visible[:, :, :prompt]
+    result[:, :, seqlen_k - kept :] = visible[:, :, prompt:]
+    return result
+
+
 def _run(model: Any, layer: Layer, inputs: dict[str, Any]) -> torch.Tensor:
     """The mask that the layer's attention gets in a forward of the model: `(batch, 1, seqlen_q, keys)` float."""
+    (mask,) = _masks(model, layer, lambda: model(**inputs, use_cache=inputs[_CACHE] is not None))
+    return mask
+
+
+@torch.no_grad()
+def _masks(model: Any, layer: Layer, call: Callable[[], object]) -> list[torch.Tensor]:
+    """What the layer's attention gets in all passes of `call`."""
     seen: list[torch.Tensor] = []
     attention = model.model.language_model.layers[0 if layer == "local" else 1].self_attn
     hook = attention.register_forward_pre_hook(
         lambda _module, _args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
     )
     try:
-        model(**inputs, use_cache=inputs["past_key_values"] is not None)
+        call()
     finally:
         hook.remove()
-    return seen[0]
+    return seen

@@ -3,7 +3,7 @@
 Spans: the token range of each image, from the program that lays out the sequence.
 
 Source: vLLM 0.33.0, read: `model_executor/models/bagel.py` (the spans), `compute_mm_prefix_ranges` in
-`v1/attention/backends/utils.py`, `_make_mm_prefix_mask_mod` in `flash_attn.py` there. transformers 5.23.0 does not have
+`v1/attention/backends/utils.py`, `_make_mm_prefix_mask_mod` in `flash_attn.py` there. transformers 5.24.0 does not have
 the model. What BAGEL's training code does beyond that (it hides a noised image from later tokens) is not in this mask.
 """
 

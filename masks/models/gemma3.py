@@ -13,10 +13,12 @@ it keeps, the two local rules are one mask. So what differs is an image longer t
 vLLM reads it as text. (An image has `mm_tokens_per_image` tokens, 256.)
 
 Source: `create_masks_for_vision_model` and `get_block_sequence_ids_for_mask` in `models/gemma3/modeling_gemma3.py` of
-transformers 5.23.0 (tests/test_catalogue.py runs them). vLLM 0.33.0, read: `compute_mm_prefix_ranges` in
-`v1/attention/backends/utils.py` (what is dropped), `_make_mm_prefix_mask_mod` in `v1/attention/backends/flash_attn.py`
-(the mask), `get_image_repl` in `model_executor/models/gemma3_mm.py` (the spans), `Gemma3Attention` in `gemma3.py` (the
-window). Not this mask: `use_bidirectional_attention=True`, which drops causality.
+transformers 5.24.0 (tests/test_catalogue.py runs them; 5.23.0 has the same masks, and other packed rows: packing.py).
+5.24.0 refuses flash attention for the model; 5.23.0 ran images causally with it, silently.
+vLLM 0.33.0, read: `compute_mm_prefix_ranges` in `v1/attention/backends/utils.py` (what is dropped),
+`_make_mm_prefix_mask_mod` in `v1/attention/backends/flash_attn.py` (the mask), `get_image_repl` in
+`model_executor/models/gemma3_mm.py` (the spans), `Gemma3Attention` in `gemma3.py` (the window). Not this mask:
+`use_bidirectional_attention=True`, which drops causality.
 """
 
 from __future__ import annotations

@@ -17,9 +17,11 @@ Spans: the runs of 1 (image) and 2 (video) in `mm_token_type_ids`; runs that tou
 vLLM has the runs of each image and of each frame of a video by themselves; its processor puts text tokens between them.
 
 Source: `create_masks_for_vision_model` in `models/gemma4/modeling_gemma4.py`, `Gemma4UnifiedModel.forward` and
-`create_masks_for_generate` in `models/gemma4_unified/modeling_gemma4_unified.py` of transformers 5.23.0
-(tests/test_catalogue.py runs them). vLLM 0.33.0, read: `mm_prefix_clamp_sliding_window` and
-`_clear_mm_prefix_for_full_attn_layers` in `model_executor/models/gemma4_mm.py`, which `gemma4_unified.py` inherits,
+`create_masks_for_generate` in `models/gemma4_unified/modeling_gemma4_unified.py` of transformers 5.24.0
+(tests/test_catalogue.py runs them; 5.23.0 has the same masks, and other packed rows: packing.py). 5.24.0 refuses flash
+attention for both models; 5.23.0 ran images causally with it, silently.
+vLLM 0.33.0, read: `mm_prefix_clamp_sliding_window` and `_clear_mm_prefix_for_full_attn_layers` in
+`model_executor/models/gemma4_mm.py`, which `gemma4_unified.py` inherits,
 `Gemma4Attention` in `gemma4.py`, `_make_mm_prefix_mask_mod` in `v1/attention/backends/flash_attn.py`,
 `compute_kv_seq_mask` in `v1/attention/ops/triton_attention_helpers.py`. Its FlexAttention backend ignores the clamp:
 there a local layer is `(causal & window(w)) | same_span("image")` (`get_mask_mod` in `flex_attention.py`).

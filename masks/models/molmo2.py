@@ -7,8 +7,10 @@ Spans: the runs of 1 in `mm_token_type_ids` (patches, and the column, start and 
 Images that touch make one run, which is the same to `one_block`; for vLLM give them to `plan` as spans of their own.
 In transformers a pass after the first applies the block only if it brings image features.
 
-Source: `Molmo2Model.forward` in `models/molmo2/modeling_molmo2.py` of transformers 5.23.0 (tests/test_catalogue.py runs
-it). vLLM 0.33.0, read: `emb_tok_ids` in `model_executor/models/molmo2.py` (a run of these tokens is a span),
+Source: `Molmo2Model.forward` in `models/molmo2/modeling_molmo2.py` of transformers 5.24.0 (tests/test_catalogue.py runs
+it; 5.23.0 has the same mask, and other packed rows: packing.py). 5.24.0 refuses flash attention for the model; 5.23.0
+ran images causally with it, silently.
+vLLM 0.33.0, read: `emb_tok_ids` in `model_executor/models/molmo2.py` (a run of these tokens is a span),
 `compute_mm_prefix_ranges` in `v1/attention/backends/utils.py`, `_make_mm_prefix_mask_mod` in `flash_attn.py` there.
 """
 

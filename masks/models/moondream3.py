@@ -4,7 +4,7 @@ Spans: one, at the start: the BOS token and the 729 tokens of the image, `IMAGE_
 none.
 
 Source: vLLM 0.33.0, read: `model_executor/models/moondream3.py` (the span), `compute_mm_prefix_ranges` in
-`v1/attention/backends/utils.py`, `_make_mm_prefix_mask_mod` in `flash_attn.py` there. transformers 5.23.0 does not have
+`v1/attention/backends/utils.py`, `_make_mm_prefix_mask_mod` in `flash_attn.py` there. transformers 5.24.0 does not have
 the model.
 """
 

@@ -12,8 +12,10 @@ Only the first pass reads the types: with a cache, transformers is causal, so la
 Spans in vLLM: the range of the tokens of each image, for a single one `(0, n)`, or `(1, 1 + n)` where the tokenizer
 adds BOS. For PaliGemma 2, on all layers, without those longer than the window: `drop_longer(spans, window)`.
 
-Source: `PaliGemmaModel.forward` in `models/paligemma/modeling_paligemma.py` of transformers 5.23.0
-(tests/test_catalogue.py runs it). vLLM 0.33.0, read: `PaliGemmaMultiModalProcessor` in
+Source: `PaliGemmaModel.forward` in `models/paligemma/modeling_paligemma.py` of transformers 5.24.0
+(tests/test_catalogue.py runs it; 5.23.0 has the same masks, and other packed rows: packing.py). 5.24.0 refuses flash
+attention for the model; 5.23.0 ran the prefix causally with it, silently.
+vLLM 0.33.0, read: `PaliGemmaMultiModalProcessor` in
 `model_executor/models/paligemma.py` (the spans), `Gemma2Attention` in `gemma2.py` (the window),
 `compute_mm_prefix_ranges` in `v1/attention/backends/utils.py`, `_make_mm_prefix_mask_mod` in `flash_attn.py` there.
 """

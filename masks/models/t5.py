@@ -6,7 +6,7 @@ input, then target. (The released T5 is an encoder and a decoder; its paper comp
 Spans: one of name "prefix" per sequence, `(0, input length)`: `spans_from_lengths`.
 
 Source: Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer", section
-3.2.1 (arXiv 1910.10683). No model of transformers 5.23.0 is compared with it here.
+3.2.1 (arXiv 1910.10683). No model of transformers 5.24.0 is compared with it here.
 """
 
 from __future__ import annotations
