@@ -33,7 +33,7 @@ check: $(ENVIRONMENT)
 	$(MAKE) --no-print-directory docs
 
 docs: $(ENVIRONMENT)
-	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 
 bench: $(ENVIRONMENT)
 	$(PYTHON) benchmarks/forward.py
