@@ -1,4 +1,4 @@
-# make demo, make test, make check, make bench, make pictures. Each sets up what it needs, in .venv.
+# make demo, test-fast, test, test-gpu, check, docs, bench, pictures. Each sets up what it needs, in .venv.
 # PYTHON=python3 uses an environment that is there already (a GPU host without a network).
 VENV := .venv
 PYTHON ?= $(VENV)/bin/python
@@ -12,10 +12,13 @@ OLD_BUILD := $(OLD_VENV)/.ready
 export OLD_FA4_PYTHON := $(CURDIR)/$(OLD_VENV)/bin/python
 endif
 
-.PHONY: demo test test-gpu check bench pictures
+.PHONY: demo test-fast test test-gpu check docs bench pictures
 
 demo: $(ENVIRONMENT)
 	$(PYTHON) examples/photo.py --out demo.png
+
+test-fast: $(ENVIRONMENT)
+	$(PYTHON) -m pytest -m "not slow and not gpu" -n 2
 
 test: $(ENVIRONMENT) $(OLD_BUILD)
 	$(PYTHON) -m pytest -n 2 --dist loadfile
@@ -27,6 +30,10 @@ check: $(ENVIRONMENT)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+	$(MAKE) --no-print-directory docs
+
+docs: $(ENVIRONMENT)
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 
 bench: $(ENVIRONMENT)
 	$(PYTHON) benchmarks/forward.py

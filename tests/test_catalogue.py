@@ -218,13 +218,13 @@ def test_rswa_is_transformers(oracles_5_24: ModuleType) -> None:
 @pytest.mark.parametrize("chunk", [None, 3])
 def test_rswa_is_what_generate_runs(oracles_5_24: ModuleType, chunk: int | None) -> None:
     wanted = oracles_5_24.rswa_generate(24, prompt=8, window=WINDOW, chunk=chunk)
-    assert torch.equal(rswa.all_layers(WINDOW).dense(seqlen=24, spans=[(0, 8)]), wanted[0])
+    assert torch.equal(rswa.all_layers(WINDOW).dense(seqlen=24, ranges=[(0, 8)]), wanted[0])
 
 
 def test_rswa_without_a_cache_is_causal_in_transformers(oracles_5_24: ModuleType) -> None:
     wanted = oracles_5_24.rswa_without_cache(24, window=WINDOW)[0]
     assert torch.equal(causal.dense(seqlen=24), wanted)
-    assert torch.equal(rswa.all_layers(WINDOW).dense(seqlen=24, spans=[(0, 24)]), wanted)
+    assert torch.equal(rswa.all_layers(WINDOW).dense(seqlen=24, ranges=[(0, 24)]), wanted)
 
 
 Documents = list[tuple[int, int]]
@@ -255,7 +255,7 @@ def dense_packed(mask: fp.Mask, spans: BatchSpans, documents: list[Documents], k
     rows = []
     for own, docs in zip(spans, documents, strict=True):
         named = {name: docs if name == "document" else own for name in mask.names}
-        rows.append(mask.dense(seqlen=keys, spans=named))
+        rows.append(mask.dense(seqlen=keys, ranges=named))
     return torch.stack(rows)
 
 

@@ -390,7 +390,7 @@ def test_device_values_are_asserted_on_the_device(spans: str, message: str | Non
 CURE_SCRIPT = """
 import contextlib, sys, torch
 import fa4_prefixlm as fp
-from fa4_prefixlm.accuracy import exact_attention, relative_error
+from fa4_prefixlm.testing.accuracy import exact_attention, relative_error
 from fa4_prefixlm.fa4.kernels import workarounds
 dim, tokens = 256, 1500
 q, k, v = (torch.randn(tokens, heads, dim, device="cuda", dtype=torch.bfloat16) for heads in (2, 1, 1))
