@@ -7,22 +7,24 @@ the kernel and does not launch it. One process per architecture: FA4 and the CuT
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import importlib
 import itertools
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
-from unittest import mock
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fa4_prefixlm.fa4.kernels.target_hardware import target_hardware
+from fa4_prefixlm.masks import PrefixLM, causal, key_in, one_block, prefix, window
 from fa4_prefixlm.masks.base import Mask
+from fa4_prefixlm.runtime.plans import plan as make_plan
+from fa4_prefixlm.runtime.public_call import attention
 
 TARGETS = {
     "sm_90": {"FLASH_ATTENTION_ARCH": "sm_90", "CUTE_DSL_ARCH": "sm_90a", "FLASH_ATTENTION_NUM_SMS": "132"},
@@ -119,11 +121,7 @@ def compile_variant(variant: Variant, build: str | None = None) -> str:
 
     build: the FA4 to compile, the package it is imported as; None: the one that `plan` would take.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    import fa4_prefixlm as fp
-
-    with _target_hardware(build or "flash_attn.cute"), FakeTensorMode():
+    with target_hardware(build or "flash_attn.cute"), FakeTensorMode():
         cu: object = [0, 700, 1300]
         ranges: object = [[(4, 260)], [(0, 256), (300, 556)]]
         if variant.device_inputs:
@@ -143,7 +141,7 @@ def compile_variant(variant: Variant, build: str | None = None) -> str:
         if variant.page_size is not None:
             used = torch.empty(2, dtype=torch.int32, device="cuda") if variant.device_inputs else [700, 600]
             keys = {"seqused_k": used, "page_table": torch.empty(2, 100, dtype=torch.int32, device="cuda")}
-        plan = fp.plan(
+        plan = make_plan(
             ranges,  # type: ignore[arg-type]
             cu_seqlens_q=cu,  # type: ignore[arg-type]
             mask=_mask(variant),
@@ -152,14 +150,12 @@ def compile_variant(variant: Variant, build: str | None = None) -> str:
             build=build,
             **keys,  # type: ignore[arg-type]
         )
-        fp.attention(q, k, v, plan, softcap=variant.softcap, learnable_sink=sink)
+        attention(q, k, v, plan, softcap=variant.softcap, learnable_sink=sink)
     return dict(plan.prepared.describe())["kernel"]
 
 
 def _mask(variant: Variant) -> Mask:
     """A mask that needs the variant's kernel, its spans named "image"."""
-    from fa4_prefixlm.masks import PrefixLM, causal, key_in, one_block, prefix, window
-
     masks = {
         "prefix_lm": PrefixLM(variant.window),
         "two": causal & (prefix("image") | window(100)),
@@ -168,25 +164,6 @@ def _mask(variant: Variant) -> Mask:
         "block": causal | one_block("image"),
     }
     return masks[variant.mask]
-
-
-@contextlib.contextmanager
-def _target_hardware(module: str) -> Iterator[None]:
-    """FA4's persistent schedulers (SM100) ask the CUDA driver for the number of SMs: answer for the target instead."""
-    import cutlass.utils
-
-    tile_scheduler = importlib.import_module(f"{module}.tile_scheduler")
-
-    class TargetHardware:
-        def get_device_multiprocessor_count(self) -> int:
-            return int(os.environ["FLASH_ATTENTION_NUM_SMS"])
-
-    name = "HardwareInfo"
-    with (
-        mock.patch.object(cutlass.utils, name, TargetHardware),
-        mock.patch.object(tile_scheduler, name, TargetHardware),
-    ):
-        yield
 
 
 def compile_in_subprocess(
