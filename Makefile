@@ -30,6 +30,7 @@ check: $(ENVIRONMENT)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+	$(PYTHON) -c "from importlinter.cli import lint_imports_command as lint; lint()"
 	$(MAKE) --no-print-directory docs
 
 docs: $(ENVIRONMENT)
