@@ -11,7 +11,7 @@ import torch
 
 from fa4_prefixlm.fa4.build import source
 from fa4_prefixlm.fa4.build.defects import Defect, defects
-from fa4_prefixlm.fa4.build.fingerprint import KNOWN, native_refusal
+from fa4_prefixlm.fa4.build.fingerprint import KNOWN, backward_refusal, native_refusal
 from fa4_prefixlm.fa4.build.head_dims import HeadDims
 
 # Arguments of the build's launch function that this library uses: for a causal call, for keys in pages, for a mask_mod.
@@ -26,6 +26,14 @@ MASKED_ARGUMENTS = CAUSAL_ARGUMENTS | {
     *("mask_mod", "aux_tensors", "block_sparse_tensors", "tile_mn", "mma_pv_is_rs", "pack_gqa", "lse")
 }
 VARLEN_LIST_FIELDS = frozenset({"cu_total_m_blocks", "cu_block_idx_offsets", "block_size"})
+# The same of its backward.
+BACKWARD_ARGUMENTS = frozenset(
+    [
+        *("q", "k", "v", "out", "dout", "lse", "softmax_scale", "causal", "softcap", "dlse", "deterministic"),
+        *("window_size_left", "window_size_right", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"),
+    ]
+)
+PACKED_BACKWARD_ARGUMENTS = BACKWARD_ARGUMENTS | {"mask_mod", "aux_tensors", "block_sparse_tensors"}
 SINK_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -46,6 +54,7 @@ class Build:
         applied as it stands, seen in vLLM's fork) or "unknown". This library passes neither.
     sink_dtypes: dtypes of attention sinks that it takes. Others are applied to its output.
     refuses_varlen_backward_lists: its varlen backward says that it takes no block lists.
+    backward_refusal: why the native backward is not offered on it; None if its internals are known.
     """
 
     module: str
@@ -61,6 +70,7 @@ class Build:
     causal_with_mask: str = "ignored"
     sink_dtypes: tuple[torch.dtype, ...] = SINK_DTYPES
     refuses_varlen_backward_lists: bool = True
+    backward_refusal: str | None = "its backward was not looked at"
 
     def __str__(self) -> str:
         return self.name
@@ -69,6 +79,13 @@ class Build:
         """Why a call with these arguments can't be made; None if it can."""
         missing = ", ".join(sorted(arguments - self.arguments))
         return f"the forward of {self} has no argument {missing}" if missing else None
+
+    def lacks_backward(self, arguments: frozenset[str]) -> str | None:
+        """Why a backward with these arguments can't be called; None if it can."""
+        if not self.backward_arguments:
+            return f"{self} has no backward"
+        missing = ", ".join(sorted(arguments - self.backward_arguments))
+        return f"the backward of {self} has no argument {missing}" if missing else None
 
     def masked_head_dims_refusal(self, arch: int, head_dim: int, head_dim_v: int) -> str | None:
         """Why its kernels do not take these head dims with a mask_mod; None if they do."""
@@ -98,12 +115,13 @@ BEST = Build(
     module="flash_attn.cute",
     name=next(name for name in KNOWN.values() if name.startswith("flash-attn-4")),
     arguments=MASKED_ARGUMENTS | PAGED_ARGUMENTS,
-    backward_arguments=frozenset(),
+    backward_arguments=PACKED_BACKWARD_ARGUMENTS,
     varlen_mask=True,
     varlen_lists=True,
     sm90_list_stride="tile",
     native_refusal=None,
     head_dims=HeadDims(),
+    backward_refusal=None,
 )
 
 
@@ -127,6 +145,7 @@ def describe(folder: pathlib.Path, module: str, name: str) -> Build:
         causal_with_mask=_causal_with_mask(interface),
         sink_dtypes=(torch.bfloat16,) if "learnable_sink.dtype == torch.bfloat16" in interface else SINK_DTYPES,
         refuses_varlen_backward_lists="Varlen backward with block sparsity is not yet supported" in interface,
+        backward_refusal=backward_refusal(folder, name),
     )
 
 

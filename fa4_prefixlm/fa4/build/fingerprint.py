@@ -38,6 +38,42 @@ KNOWN = {
 }
 
 
+# The same of the native backward: its kernel, and FA4's own kernels before and after it.
+BACKWARD_PARTS: dict[str, frozenset[str] | None] = {
+    "flash_bwd_sm90.py": None,
+    "flash_bwd_preprocess.py": None,
+    "flash_bwd_postprocess.py": None,
+    "block_info.py": frozenset({"BlockInfo"}),
+    "seqlen_info.py": frozenset({"SeqlenInfoQK"}),
+    "block_sparsity.py": frozenset({"BlockSparseTensors"}),
+    "tile_scheduler.py": frozenset({"SingleTileVarlenScheduler"}),
+    "mask.py": PARTS["mask.py"],
+    "interface.py": frozenset(
+        {
+            "BIN_BATCH_SEARCH_THRESH",
+            "_bwd_postprocess_convert",
+            "_bwd_preprocess",
+            "_compile_bwd_postprocess",
+            "_compile_bwd_preprocess",
+            "_compute_tile_cumsum",
+        }
+    ),
+}
+
+KNOWN_BACKWARD = {"b202037cde1ae934": "flash-attn-4 4.0.0b36"}
+
+
+def backward_refusal(folder: pathlib.Path, name: str) -> str | None:
+    """Why the native backward is not offered on the build in `folder`; None if it was run on this very code."""
+    found = fingerprint(folder, BACKWARD_PARTS)
+    if found is None:
+        return f"{name} lacks parts of the SM90 backward kernel that the native one builds on"
+    if found not in KNOWN_BACKWARD:
+        known = ", ".join(KNOWN_BACKWARD.values())
+        return f"the SM90 backward kernel of {name} is not one that the native one was run on ({known})"
+    return None
+
+
 def native_refusal(folder: pathlib.Path, name: str) -> str | None:
     """Why the native lane is not offered on the build in `folder`; None if it was run on this very code."""
     found = fingerprint(folder)
@@ -48,10 +84,10 @@ def native_refusal(folder: pathlib.Path, name: str) -> str | None:
     return None
 
 
-def fingerprint(folder: pathlib.Path) -> str | None:
-    """The hash of `PARTS` in a build's `cute` package; None if one is missing."""
+def fingerprint(folder: pathlib.Path, parts: dict[str, frozenset[str] | None] = PARTS) -> str | None:
+    """The hash of `parts` in a build's `cute` package; None if one is missing."""
     digest = hashlib.sha256()
-    for file, names in PARTS.items():
+    for file, names in parts.items():
         path = folder / file
         if not path.is_file():
             return None

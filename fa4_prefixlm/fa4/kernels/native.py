@@ -131,12 +131,12 @@ def kernel_class(module: str) -> type:
             self.lower = lower
 
         def load(self, *arguments: Any, **named: Any) -> None:
-            given = _named(upstream.load, arguments, named)
+            given = by_name(upstream.load, arguments, named)
             self._replace(given, None)
             upstream.load(self, **given)
 
         def mma(self, *arguments: Any, **named: Any) -> None:
-            given = _named(upstream.mma, arguments, named)
+            given = by_name(upstream.mma, arguments, named)
             thr_mma = given["tiled_mma_qk"].get_slice(given["tidx"])
             rows = RowBounds(given["blocksparse_tensors"].mask_block_cnt, self, thr_mma, self.lower)
             self._replace(given, rows)
@@ -161,6 +161,6 @@ def kernel_class(module: str) -> type:
     return PrefixLMForwardSm90
 
 
-def _named(method: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
+def by_name(method: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
     names = list(inspect.signature(method).parameters)[1:]
     return {**dict(zip(names, arguments, strict=False)), **named}

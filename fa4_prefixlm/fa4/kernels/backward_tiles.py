@@ -1,0 +1,74 @@
+"""Which tile a backward kernel runs with, and how: given to FA4 explicitly, since the tables are cut with the same tile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class BackwardTile:
+    """The tile of FA4's SM90 backward, and how it is computed.
+
+    Attributes:
+        m, n: query rows and keys of a tile.
+        stages_q, stages_do, stages_pds: how many of Q, dO, and P and dS are in shared memory.
+        swap_sdp: S and dP are computed transposed, so a thread holds few keys and many rows.
+        swap_dkv: dK and dV are.
+        atoms: warp groups along M of S and dP, along N of dK and dV, along M of dQ.
+        dq_by_one: one warp group computes all of dQ.
+        skip_full: query tiles all of whose rows see all keys of the key tile are not masked. It costs a branch, which
+            windows earn back, and without which ptxas serialises the products of head dims up to 64.
+        step: which class computes one query tile, see `native_backward.kernel_class`.
+    """
+
+    m: int
+    n: int
+    stages_q: int = 2
+    stages_do: int = 2
+    stages_pds: int = 2
+    swap_sdp: bool = True
+    swap_dkv: bool = False
+    atoms: tuple[int, int, int] = (1, 2, 1)
+    dq_by_one: bool = False
+    skip_full: bool = True
+    step: str = "fa4"
+
+    # FA4's kernels for these tiles have two warp groups of products beside the one that loads and stores.
+    warp_groups = 2
+
+    @property
+    def head_dim_multiple(self) -> int:
+        """What head dims are rounded up to in the float32 accumulators."""
+        return 64 if self.swap_dkv else 32
+
+    def __str__(self) -> str:
+        return f"{self.m}x{self.n}{', full tiles unmasked' * self.skip_full}"
+
+
+def native_tile(head_dim: int, head_dim_v: int, *, windowed: bool) -> BackwardTile:
+    """The tile of the native backward, FA4's own for a causal or windowed mask.
+
+    windowed: rows see few keys, so the mask is a larger part of the work.
+    """
+    if head_dim <= 64:
+        return BackwardTile(128, 128, atoms=(1, 2, 2))
+    if head_dim <= 96:
+        return BackwardTile(64, 128, dq_by_one=True)
+    if head_dim <= 128:
+        return BackwardTile(64, 128, skip_full=windowed)
+    if head_dim <= 192:
+        stages_do = 2 if head_dim_v <= 128 else 1
+        return BackwardTile(64, 96, stages_do=stages_do, stages_pds=1, swap_sdp=False, swap_dkv=True)
+    # MORE: the step that adds dQ from registers goes here, with its own tile.
+    return BackwardTile(
+        64, 48, stages_do=1, stages_pds=1, swap_sdp=False, swap_dkv=True, atoms=(1, 1, 1), skip_full=windowed
+    )
+
+
+def packed_tile(arch: int, head_dim: int) -> tuple[int, int]:
+    """Query rows and keys of FA4's block-sparse backward."""
+    if arch // 10 != 9 or head_dim <= 64:
+        return 128, 128
+    if head_dim <= 128:
+        return 64, 128
+    return (64, 96) if head_dim <= 192 else (64, 64)
