@@ -68,10 +68,71 @@ class Prepared(abc.ABC):
         return None
 
 
+Grads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """What a forward read and returned, packed, for its backward.
+
+    Attributes:
+        q, k, v, out: `(total, heads, head_dim)`.
+        lse: `(heads, total_q)` float32, the sink included.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    out: torch.Tensor
+    lse: torch.Tensor
+
+
+class Gradients(abc.ABC):
+    """A backward's state for one batch and mask: made when a gradient is first needed, reused by every layer."""
+
+    @abc.abstractmethod
+    def run(self, forward: ForwardPass, dout: torch.Tensor, dlse: torch.Tensor | None, options: Options) -> Grads:
+        """`(dq, dk, dv)`, shaped as `q`, `k`, `v`.
+
+        Args:
+            dout: the gradient of `out`.
+            dlse: of `lse`; None: nobody used it.
+        """
+
+    @abc.abstractmethod
+    def describe(self) -> str:
+        """One line for `print(plan)`."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a backward can't run a batch, where only the values of its mask tell."""
+
+    reason: str
+
+
+class BackwardBackend(abc.ABC):
+    """Computes gradients from what any exact forward returned."""
+
+    name: str
+    summary: str
+
+    @abc.abstractmethod
+    def refusal(self, spec: CallSpec, traits: Traits, build: Build | None, *, deterministic: bool) -> str | None:
+        """Why this backward can't run the call exactly; None if it can.
+
+        Args:
+            deterministic: the gradients must be the same bits in every run.
+        """
+
+    @abc.abstractmethod
+    def prepare(self, batch: MaskedBatch, *, deterministic: bool) -> Gradients | Refusal:
+        """Build the state on the device."""
+
+
 class Backend(abc.ABC):
     name: str
     summary: str
-    differentiable = False
     reads_pages = False
 
     @abc.abstractmethod

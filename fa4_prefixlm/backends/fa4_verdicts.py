@@ -8,9 +8,11 @@ import torch
 
 from fa4_prefixlm.batch.tensors import CallSpec, device_arch
 from fa4_prefixlm.fa4.build.describe import CAUSAL_ARGUMENTS, MASKED_ARGUMENTS, PAGED_ARGUMENTS, Build
+from fa4_prefixlm.fa4.build.head_dims import HeadDims
 from fa4_prefixlm.fa4.kernels.tiles import Tile, forward_tile
 from fa4_prefixlm.geometry.traits import MOST_INTERVALS, Traits
 
+PAGES_NO_GRADIENT = "keys in pages have no backward on FA4"
 DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -25,9 +27,28 @@ def build_refusal(spec: CallSpec, build: Build | None, arguments: frozenset[str]
         return lacking
     if spec.dtype not in DTYPES:
         return f"FA4 takes bfloat16 and float16, not {spec.dtype}"
-    if spec.needs_grad:
-        return "no backward yet: q, k or v requires grad"
+    if spec.needs_grad and spec.page_size is not None:
+        return f"{PAGES_NO_GRADIENT}, and q, k or v requires grad"
     return None
+
+
+def backward_call_refusal(spec: CallSpec, build: Build | None, arguments: frozenset[str]) -> str | None:
+    """What stops a backward that builds on the build's own, called with these arguments, whatever the mask."""
+    if spec.device.type != "cuda":
+        return f"FA4 needs a GPU, the tensors are on {spec.device}"
+    if build is None:
+        return "flash-attn-4 is not installed"
+    if spec.dtype not in DTYPES:
+        return f"FA4 takes bfloat16 and float16, not {spec.dtype}"
+    lacking = build.lacks_backward(arguments)
+    if lacking is not None:
+        return lacking
+    head_dims = spec.head_dim, spec.head_dim_v
+    if head_dims[0] != head_dims[1] and (head_dims != (192, 128) or spec.heads_q != spec.heads_kv):
+        return "FA4's backward takes equal head dims, or (192, 128) with as many key heads as query heads"
+    if spec.arch // 10 == 10 and max(head_dims) > 128:
+        return "FA4's backward of these head dims on SM100 has limits that were not tried"
+    return HeadDims().refusal(spec.arch, *head_dims) or build.head_dims.refusal(spec.arch, *head_dims)
 
 
 def masked_refusal(spec: CallSpec, traits: Traits, build: Build | None) -> str | None:

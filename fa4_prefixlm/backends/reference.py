@@ -6,7 +6,7 @@ O(seqlen_q * seqlen_k) work; the score matrix is made in chunks of rows. Differe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -45,31 +45,43 @@ def dense_attention(
         seqlens: (seqlens_q, seqlens_k).
         starts: (positions of the first queries, of the first keys) by sequence; None: bottom-right alignment.
     """
-    if starts is None:
-        starts = tuple(map(first_query, *seqlens)), (0,) * len(seqlens[1])
     outs = [q.new_zeros(0, q.shape[1], v.shape[2], dtype=accumulate)]
     lses = [q.new_zeros(q.shape[1], 0, dtype=accumulate)]
+    for rows, keys, visible in chunks(q, mask, spans, seqlens, starts):
+        with torch.autocast(q.device.type, enabled=False):  # it would run the products in half precision
+            out, lse = attend(*(own.to(accumulate) for own in (q[rows], k[keys], v[keys])), visible, options)
+        outs.append(out)
+        lses.append(lse)
+    return torch.cat(outs), torch.cat(lses, dim=1)
+
+
+def chunks(
+    q: torch.Tensor,
+    mask: Mask,
+    spans: Mapping[str, HostSpans],
+    seqlens: tuple[tuple[int, ...], tuple[int, ...]],
+    starts: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
+) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    """The batch a few rows at a time: (packed queries, packed keys, which of them see each other)."""
+    if starts is None:
+        starts = tuple(map(first_query, *seqlens)), (0,) * len(seqlens[1])
     row = key = 0
     for index, (seqlen_q, seqlen_k) in enumerate(zip(*seqlens, strict=True)):
         query_start, key_start = starts[0][index], starts[1][index]
         own = {name: sequences[index] for name, sequences in spans.items()}
-        keys, values = k[key : key + seqlen_k].to(accumulate), v[key : key + seqlen_k].to(accumulate)
         step = max(1, CHUNK_SCORES // max(1, q.shape[1] * seqlen_k))
         for begin in range(0, seqlen_q, step):
             end = min(begin + step, seqlen_q)
             position = torch.arange(begin, end, device=q.device) + query_start
             visible = mask_rows(mask, DensePairs(position, seqlen_k, own, index, key_start))
-            with torch.autocast(q.device.type, enabled=False):  # it would run the products in half precision
-                out, lse = _attend(q[row + begin : row + end].to(accumulate), keys, values, visible, options)
-            outs.append(out)
-            lses.append(lse)
+            yield slice(row + begin, row + end), slice(key, key + seqlen_k), visible
         row, key = row + seqlen_q, key + seqlen_k
-    return torch.cat(outs), torch.cat(lses, dim=1)
 
 
-def _attend(
+def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, options: Options
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(out, lse)` of rows of one sequence. visible: `(rows, keys)` bool."""
     rows, heads, _ = q.shape
     grouped = q.reshape(rows, k.shape[1], -1, q.shape[2])  # (rows, kv heads, query heads per kv head, head_dim)
     scores = torch.einsum("qhgd,khd->hgqk", grouped, k).reshape(heads, rows, -1) * options.softmax_scale
@@ -116,7 +128,6 @@ class Dense(Prepared):
 class Reference(Backend):
     name = "reference"
     summary = "dense torch, every pair of tokens"
-    differentiable = True
 
     def refusal(self, spec: CallSpec, traits: Traits, build: Build | None) -> str | None:
         return None

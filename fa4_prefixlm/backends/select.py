@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 from fa4_prefixlm.backends.base import Backend, MaskedBatch, Prepared
 from fa4_prefixlm.backends.causal import Causal
-from fa4_prefixlm.backends.fa4_verdicts import choose_tile
+from fa4_prefixlm.backends.fa4_verdicts import PAGES_NO_GRADIENT, choose_tile
 from fa4_prefixlm.backends.gathered import Gathered, contiguous
 from fa4_prefixlm.backends.native import Native
 from fa4_prefixlm.backends.packed import Packed
 from fa4_prefixlm.backends.reference import Reference
+from fa4_prefixlm.backends.select_backward import Backward, choose_backward
 from fa4_prefixlm.backends.two_pass import TwoPass
 from fa4_prefixlm.backends.varlen import Varlen
 from fa4_prefixlm.batch.lengths import Lengths
@@ -54,18 +55,11 @@ class Forward:
     passed_over: tuple[tuple[str, str], ...] = ()
     gathered: bool = False
 
-
-@dataclass(frozen=True)
-class Backward:
-    """What computes gradients.
-
-    Attributes:
-        name: of the backend; None: nothing does.
-        reason: why.
-    """
-
-    name: str | None
-    reason: str
+    @classmethod
+    def after(cls, passed_over: Mapping[str, str], name: str, *, gathered: bool = False) -> Forward:
+        """The first that runs the call, after those that do not."""
+        why = f"{', '.join(passed_over)} passed over" if passed_over else "the first choice"
+        return cls(name, why, tuple(passed_over.items()), gathered)
 
 
 @dataclass(frozen=True)
@@ -76,17 +70,9 @@ class Choice:
     backward: Backward
 
     @classmethod
-    def of(cls, forward: Forward) -> Choice:
-        """The choice of a forward backend, with the backward that goes with it."""
-        if BACKENDS[forward.name].differentiable:
-            return cls(forward, Backward(forward.name, "autograd through its torch operations"))
-        return cls(forward, Backward(None, f"backend {forward.name} has no backward yet"))
-
-    @classmethod
-    def after(cls, passed_over: Mapping[str, str], name: str, *, gathered: bool = False) -> Choice:
-        """The first that runs the call, after those that do not."""
-        why = f"{', '.join(passed_over)} passed over" if passed_over else "the first choice"
-        return cls.of(Forward(name, why, tuple(passed_over.items()), gathered))
+    def serving(cls, passed_over: Mapping[str, str], name: str) -> Choice:
+        """The first forward that runs a plan for engines, after those that do not."""
+        return cls(Forward.after(passed_over, name), Backward(None, PAGES_NO_GRADIENT))
 
     @property
     def name(self) -> str:
@@ -125,23 +111,30 @@ class Choice:
         return f"{self.name}: {self.backend.summary}{gathered} ({self.reason})"
 
 
-def choose(name: str, spec: CallSpec, traits: Traits, lengths: Lengths, build: Build | None) -> Choice:
-    """Take the named backend, or with "auto" the first that runs the call exactly.
+def choose(
+    name: str, spec: CallSpec, traits: Traits, lengths: Lengths, build: Build | None, backward: str = "auto"
+) -> Choice:
+    """The named backends, or with "auto" the first that run the call exactly.
 
-    Raises `UnsupportedError` if the named backend can't run the call; `InputError` if there is no such backend.
+    Raises `UnsupportedError` if a named backend can't run the call; `InputError` if there is no such backend.
     """
+    forward = _choose_forward(name, spec, traits, lengths, build)
+    return Choice(forward, choose_backward(backward, spec, traits, build, forward=forward.name))
+
+
+def _choose_forward(name: str, spec: CallSpec, traits: Traits, lengths: Lengths, build: Build | None) -> Forward:
     if name not in ("auto", *BACKENDS):
         raise InputError("backend", f"one of {', '.join(['auto', *BACKENDS])}", repr(name))
     paged = spec.page_size is not None
     if lengths.total_q == 0:
-        return Choice.of(Forward(Reference.name, "there are no queries", gathered=paged))
+        return Forward(Reference.name, "there are no queries", gathered=paged)
     copied = dataclasses.replace(spec, page_size=None)
     if name != "auto":
         gathered = paged and (not BACKENDS[name].reads_pages or BACKENDS[name].refusal(spec, traits, build) is not None)
         refusal = BACKENDS[name].refusal(copied if gathered else spec, traits, build)
         if refusal is not None:
             raise UnsupportedError("backend", f"a backend that can run this call ({refusal})", repr(name))
-        return Choice.of(Forward(name, "asked for by name", gathered=gathered))
+        return Forward(name, "asked for by name", gathered=gathered)
     passed_over: dict[str, str] = {}
     for preferred, gathered in IN_PAGES if paged else ((name, False) for name in BACKENDS):
         backend, as_called = BACKENDS[preferred], copied if gathered else spec
@@ -149,7 +142,7 @@ def choose(name: str, spec: CallSpec, traits: Traits, lengths: Lengths, build: B
         if reason is None and backend.name == Varlen.name:
             reason = _too_large(as_called, traits, lengths, build)
         if reason is None:
-            return Choice.after(passed_over, backend.name, gathered=gathered)
+            return Forward.after(passed_over, backend.name, gathered=gathered)
         passed_over.setdefault(backend.name, reason)
     raise AssertionError("the reference runs every call")
 

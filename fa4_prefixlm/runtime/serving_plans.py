@@ -218,7 +218,7 @@ def _state(mask: Mask, spec: CallSpec, limits: Limits, build: Build | None) -> _
         for name in ("causal", "native", "two_pass"):
             refusal = BACKENDS[name].refusal(spec, found, build)
             if refusal is None:
-                choice = Choice.after(passed_over, name)
+                choice = Choice.serving(passed_over, name)
                 warn_of_fallback(choice, spec, found, largest, build)
                 return _InPlace(choice, mask, spec, found, limits, build)
             passed_over[name] = refusal

@@ -1,0 +1,96 @@
+"""native backward: FA4's own SM90 backward main loop over the rows that see each key. No block lists, no mask_mod.
+
+Only on builds whose backward is known (`fa4.build.fingerprint`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fa4_prefixlm.backends.base import BackwardBackend, ForwardPass, Gradients, Grads, MaskedBatch, Refusal
+from fa4_prefixlm.backends.fa4_verdicts import backward_call_refusal
+from fa4_prefixlm.batch.lengths import Lengths
+from fa4_prefixlm.batch.options import Options
+from fa4_prefixlm.batch.tensors import CallSpec
+from fa4_prefixlm.fa4.build.describe import BACKWARD_ARGUMENTS, Build
+from fa4_prefixlm.fa4.kernels.backward_tiles import BackwardTile, native_tile
+from fa4_prefixlm.fa4.kernels.native_backward_launch import KeyTables, native_backward
+from fa4_prefixlm.geometry.key_bounds import KeyBounds, any_key_bounds, rises, rising_key_bounds
+from fa4_prefixlm.geometry.row_tiles import key_tile_ends, row_tiles, visitors_before
+from fa4_prefixlm.geometry.traits import Traits
+
+# Intervals of rows that see one key, at most: each takes registers.
+MOST_ROW_INTERVALS = 4
+
+
+@dataclass(frozen=True)
+class NativeGradients(Gradients):
+    """One launch of each of three kernels, and two more where query heads share key heads."""
+
+    build: Build
+    tile: BackwardTile
+    tables: KeyTables
+    lengths: Lengths
+
+    def run(self, forward: ForwardPass, dout: torch.Tensor, dlse: torch.Tensor | None, options: Options) -> Grads:
+        return native_backward(
+            forward.q,
+            forward.k,
+            forward.v,
+            forward.out,
+            forward.lse,
+            dout,
+            dlse,
+            build=self.build,
+            tile=self.tile,
+            tables=self.tables,
+            lengths=self.lengths,
+            options=options,
+        )
+
+    def describe(self) -> str:
+        count = self.tables.intervals
+        held = f"{count} interval{'s' * (count > 1)} a key, {self.tables.nbytes() / 2**20:.2f} MiB"
+        return f"tile {self.tile}, {held}{', deterministic' * (self.tables.order is not None)}"
+
+
+class NativeBackward(BackwardBackend):
+    name = "native"
+    summary = "FlashAttention-4's SM90 backward main loop over the rows that see each key"
+
+    def refusal(self, spec: CallSpec, traits: Traits, build: Build | None, *, deterministic: bool) -> str | None:
+        if traits.custom or traits.tagged:
+            return "it takes masks of intervals alone"
+        refusal = backward_call_refusal(spec, build, BACKWARD_ARGUMENTS)
+        if refusal is not None or build is None:
+            return refusal
+        if spec.arch // 10 != 9:
+            return f"it is made for SM90, not sm_{spec.arch}"
+        return build.backward_refusal
+
+    def prepare(self, batch: MaskedBatch, *, deterministic: bool) -> NativeGradients | Refusal:
+        spec, traits, lengths = batch.spec, batch.traits, batch.lengths
+        windowed = traits.banded and traits.reach.left is not None
+        tile = native_tile(spec.head_dim, spec.head_dim_v, windowed=windowed)
+        keys = transposed(batch)
+        if isinstance(keys, int):
+            return Refusal(f"a key is seen by {keys} intervals of rows, it takes {MOST_ROW_INTERVALS}")
+        tiles = row_tiles(keys, lengths, tile.m, tile.n)
+        order = None
+        if deterministic and keys.rising:
+            order = key_tile_ends(batch.bounds, lengths, tile.m, tile.n)
+        elif deterministic:
+            order = visitors_before(tiles, lengths, tile.m, tile.n)
+        return NativeGradients(batch.fa4(), tile, KeyTables.of(keys, tiles, order), lengths)
+
+
+def transposed(batch: MaskedBatch) -> KeyBounds | int:
+    """The rows that see each key; how many intervals of rows a key takes, where that is too many.
+
+    Synchronises only where the host can't tell that the rows of the mask rise.
+    """
+    if batch.bounds.count == 1 and rises(batch.traits.closed_form, batch.lengths):
+        return rising_key_bounds(batch.bounds, batch.where.sequence, batch.lengths)
+    return any_key_bounds(batch.bounds, batch.where.sequence, batch.lengths, MOST_ROW_INTERVALS)

@@ -1,0 +1,61 @@
+"""The query tiles of each key tile, for a batch that a kernel sees as one sequence. Nothing synchronises."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from fa4_prefixlm.batch.lengths import Lengths, as_one_sequence
+from fa4_prefixlm.geometry.block_lists import BlockLists
+from fa4_prefixlm.geometry.intervals import Bounds, Tags, tokens
+from fa4_prefixlm.geometry.tiles import TileMap, ceil_div, query_tiles, tile_map
+
+
+def packed_row_lists(bounds: Bounds, lengths: Lengths, tile_m: int, tile_n: int) -> BlockLists:
+    """FA4's block-sparse tensors of a backward: counts `(1, 1, key_tiles)`, indices `(1, 1, key_tiles, query_tiles)`.
+
+    bounds: counting the packed keys of the whole batch.
+    """
+    whole = as_one_sequence(lengths)
+    untagged = dataclasses.replace(bounds, tags=None)
+    seen = tile_map(untagged, query_tiles(whole, tile_m), whole, tokens(whole), tile_m, tile_n)
+    full, partial = seen.is_full, seen.is_partial
+    if bounds.tags is not None:
+        every, some = _tagged(bounds.tags, lengths, tile_m, tile_n)
+        full, partial = full | every, (partial | some) & (full | every).logical_not()
+    rows = TileMap(full.T.contiguous(), partial.T.contiguous())
+    columns = ceil_div(lengths.total_q, tile_m)
+    return BlockLists(
+        partial_count=_as_4d(rows.partial),
+        partial_idx=_as_4d(rows.partial_matrix(columns).contiguous()),
+        full_count=_as_4d(rows.full),
+        full_idx=_as_4d(rows.full_matrix(columns).contiguous()),
+        cu_tiles=None,
+        cu_entries=None,
+        block_size=(tile_m, tile_n),
+    )
+
+
+def _tagged(tags: Tags, lengths: Lengths, tile_m: int, tile_n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(query_tiles, key_tiles)` bool: all pairs share a tag; some may (tags are sequences, and ascend)."""
+    first_row, last_row, rows_whole = _tag_range(tags.row_tag, tile_m, lengths.batch)
+    first_key, last_key, keys_whole = _tag_range(tags.key_tag, tile_n, lengths.batch)
+    some = (first_row.unsqueeze(1) <= last_key) & (first_key <= last_row.unsqueeze(1))
+    # Keys past the last one are masked in a partial tile only.
+    inside = torch.arange(1, len(first_key) + 1, device=first_key.device) * tile_n <= lengths.total_k
+    same = (first_row.unsqueeze(1) == last_key) & (last_row.unsqueeze(1) == first_key)
+    return same & rows_whole.unsqueeze(1) & (keys_whole & inside), some
+
+
+def _tag_range(tag: torch.Tensor, tile: int, batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of each tile: the first and the last tag that its tokens have, and whether all of them have one."""
+    count = ceil_div(len(tag), tile)
+    tiles = torch.nn.functional.pad(tag, (0, count * tile - len(tag)), value=-3).view(count, tile)
+    present = tiles >= 0
+    first = tiles.masked_fill(present.logical_not(), batch).amin(1)
+    return first, tiles.amax(1), (present | (tiles == -3)).all(1)
+
+
+def _as_4d(per_tile: torch.Tensor) -> torch.Tensor:
+    return per_tile.unsqueeze(0).unsqueeze(0)
