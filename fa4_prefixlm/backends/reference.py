@@ -49,7 +49,8 @@ def dense_attention(
     lses = [q.new_zeros(q.shape[1], 0, dtype=accumulate)]
     for rows, keys, visible in chunks(q, mask, spans, seqlens, starts):
         with torch.autocast(q.device.type, enabled=False):  # it would run the products in half precision
-            out, lse = attend(*(own.to(accumulate) for own in (q[rows], k[keys], v[keys])), visible, options)
+            own = q[rows].to(accumulate), k[keys].to(accumulate), v[keys].to(accumulate)
+            out, lse = attend(*own, visible, options)
         outs.append(out)
         lses.append(lse)
     return torch.cat(outs), torch.cat(lses, dim=1)

@@ -29,14 +29,16 @@ class DenseGradients(Gradients):
         spans = {name: own.on_host() for name, own in batch.spans.items()}
         pieces = chunks(q, batch.mask, spans, batch.lengths.on_host(), batch.lengths.starts_on_host())
         for rows, keys, visible in pieces:
-            leaves = [own.to(wide).detach().requires_grad_() for own in (q[rows], k[keys], v[keys])]
+            own = q[rows].to(wide, copy=True), k[keys].to(wide, copy=True), v[keys].to(wide, copy=True)
+            for leaf in own:
+                leaf.requires_grad_()
             with torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
-                out, lse = attend(*leaves, visible, options)
+                out, lse = attend(*own, visible, options)
             wanted, grads = [out], [dout[rows].to(wide)]
             if dlse is not None:
                 wanted.append(lse)
                 grads.append(dlse[:, rows].to(wide).masked_fill(lse == float("-inf"), 0))
-            own_q, own_k, own_v = torch.autograd.grad(wanted, leaves, grads)
+            own_q, own_k, own_v = torch.autograd.grad(wanted, own, grads)
             dq[rows], dk[keys], dv[keys] = own_q, dk[keys] + own_k, dv[keys] + own_v
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 

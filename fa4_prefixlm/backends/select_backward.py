@@ -87,14 +87,14 @@ def choose_backward(
     raise UnsupportedError("backward", expected, repr(name))
 
 
-def prepare_backward(
-    name: str, batch: MaskedBatch, *, forward: str, deterministic: bool
-) -> tuple[Backward, Gradients]:
+def prepare_backward(name: str, batch: MaskedBatch, *, forward: str, deterministic: bool) -> tuple[Backward, Gradients]:
     """The backward of a batch, and its state on the device.
 
     Raises:
         UnsupportedError: as `choose_backward`, or keys in pages.
     """
+    if batch.spec.page_size is not None:
+        raise UnsupportedError("q, k, v", "no gradient of keys in pages, but in eager code on the reference", "one")
     refused: dict[str, str] = {}
     while True:
         chosen = choose_backward(

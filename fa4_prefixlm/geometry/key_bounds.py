@@ -1,4 +1,4 @@
-"""Bounds transposed: for every key the few intervals of query rows that see it. A backward owns keys, and loops over rows.
+"""Bounds transposed: for every key the few intervals of query rows that see it, for a backward, which owns keys.
 
 Where the rows of a sequence rise (no row begins or ends before the row above it), one interval of rows sees each key,
 and two binary searches a key find it: nothing synchronises. The rows of any other mask are spread out key by key
@@ -67,7 +67,7 @@ def rising_key_bounds(bounds: Bounds, sequence: torch.Tensor, lengths: Lengths) 
     key = torch.arange(lengths.total_k, device=lo.device, dtype=torch.int32)
     owner = sequence_of(key, lengths.cu_seqlens_k)
     wanted = (key - lengths.cu_seqlens_k.take(owner)) + (owner << FAR)
-    counted = torch.searchsorted(rows, wanted.expand(2, -1).contiguous(), right=True, out_int32=True)
+    counted = torch.searchsorted(rows, torch.stack([wanted, wanted]), right=True, out_int32=True)
     begin, end = (counted - lengths.cu_seqlens_q.take(owner)).unbind(0)
     return KeyBounds(begin.unsqueeze(1), torch.maximum(begin, end).unsqueeze(1), rising=True)
 
@@ -81,13 +81,13 @@ def any_key_bounds(bounds: Bounds, sequence: torch.Tensor, lengths: Lengths, mos
     if is_fake(bounds.lo):  # cross-compiling
         count, rising = bounds.count, False
     else:
-        asked = torch.stack([spread.intervals_per_key(), _is_rising(bounds, sequence).long()])
-        count, rising = asked[0].item(), bool(asked[1])
+        asked = torch.stack([spread.intervals_per_key(), _is_rising(bounds, sequence).long()]).tolist()
+        count, rising = int(asked[0]), bool(asked[1])
     if rising:
         return rising_key_bounds(bounds, sequence, lengths)
     if count > most:
-        return int(count)
-    begin, end = spread.key_bounds(max(1, int(count)))
+        return count
+    begin, end = spread.key_bounds(max(1, count))
     return KeyBounds(begin, end, rising=False)
 
 
@@ -108,7 +108,7 @@ def _is_rising(bounds: Bounds, sequence: torch.Tensor) -> torch.Tensor:
 
 
 class _Spread:
-    """Where the intervals of each key begin and end: at rows that see the key when the row before, or after, does not."""
+    """Where the intervals of each key begin and end: at rows that see it when the row before, or after, does not."""
 
     def __init__(self, bounds: Bounds, sequence: torch.Tensor, lengths: Lengths) -> None:
         empty = bounds.lo >= bounds.hi

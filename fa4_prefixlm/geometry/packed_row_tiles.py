@@ -24,13 +24,13 @@ def packed_row_lists(bounds: Bounds, lengths: Lengths, tile_m: int, tile_n: int)
     if bounds.tags is not None:
         every, some = _tagged(bounds.tags, lengths, tile_m, tile_n)
         full, partial = full | every, (partial | some) & (full | every).logical_not()
-    rows = TileMap(full.T.contiguous(), partial.T.contiguous())
+    rows = TileMap(_transposed(full), _transposed(partial))
     columns = ceil_div(lengths.total_q, tile_m)
     return BlockLists(
         partial_count=_as_4d(rows.partial),
-        partial_idx=_as_4d(rows.partial_matrix(columns).contiguous()),
+        partial_idx=_as_4d(rows.partial_matrix(columns)),
         full_count=_as_4d(rows.full),
-        full_idx=_as_4d(rows.full_matrix(columns).contiguous()),
+        full_idx=_as_4d(rows.full_matrix(columns)),
         cu_tiles=None,
         cu_entries=None,
         block_size=(tile_m, tile_n),
@@ -55,6 +55,10 @@ def _tag_range(tag: torch.Tensor, tile: int, batch: int) -> tuple[torch.Tensor, 
     present = tiles >= 0
     first = tiles.masked_fill(present.logical_not(), batch).amin(1)
     return first, tiles.amax(1), (present | (tiles == -3)).all(1)
+
+
+def _transposed(flags: torch.Tensor) -> torch.Tensor:
+    return flags.transpose(0, 1).clone(memory_format=torch.contiguous_format)
 
 
 def _as_4d(per_tile: torch.Tensor) -> torch.Tensor:

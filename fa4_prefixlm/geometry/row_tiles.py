@@ -19,7 +19,7 @@ def row_tiles(keys: KeyBounds, lengths: Lengths, tile_m: int, tile_n: int) -> to
     """`(slots, 4)` int32 a key tile: first, full_first, full_end, end, in query tiles of its sequence.
 
     Key tile `n` of sequence `b` has slot `cu_seqlens_k[b] // tile_n + b + n`; no kernel reads any other.
-    It visits the query tiles `[first, end)`. All rows of those in `[full_first, full_end)` see all of its `tile_n` keys.
+    It visits the query tiles `[first, end)`. All rows of those in `[full_first, full_end)` see all `tile_n` keys.
     """
     sides = _rising_tiles if keys.rising else _any_tiles
     return torch.stack(sides(keys, lengths, tile_m, tile_n), dim=1).to(torch.int32)
@@ -28,9 +28,9 @@ def row_tiles(keys: KeyBounds, lengths: Lengths, tile_m: int, tile_n: int) -> to
 def key_tile_ends(bounds: Bounds, lengths: Lengths, tile_m: int, tile_n: int) -> torch.Tensor:
     """`(slots,)` int32 a query tile: one past the last key tile that visits it, for rows that rise.
 
-    Key tile `n` adds to query tile `m` after `ends[m] - 1 - n` others, the later key tiles. That is how many there are:
-    neither `first` nor `end` of `row_tiles` falls from one key tile to the next, so the visitors of `m` are one run; and
-    `first[n] <= m` says that the last row of `m` ends after the first key of `n`.
+    Key tile `n` adds to query tile `m` after `ends[m] - 1 - n` others, the later ones. That is how many there are:
+    neither `first` nor `end` of `row_tiles` falls from one key tile to the next, so the visitors of `m` are one run;
+    and `first[n] <= m` says that the last row of `m` ends after the first key of `n`.
     Query tile `m` of sequence `b` has slot `cu_seqlens_q[b] // tile_m + b + m`.
     """
     _, first_row, own_end = _tile_starts(lengths.cu_seqlens_q, lengths.total_q, tile_m)
@@ -60,12 +60,13 @@ def _rising_tiles(keys: KeyBounds, lengths: Lengths, tile_m: int, tile_n: int) -
     most = max(lengths.total_k - 1, 0)
     last_key = (torch.minimum(first_key + tile_n, own_end) - 1).clamp(0, most)
     corners = torch.stack([first_key.clamp(max=most), last_key])
-    begin, end = keys.begin.take(corners), keys.end.take(corners)
+    begin_first, begin_last = keys.begin.take(corners).unbind()
+    end_first, end_last = keys.end.take(corners).unbind()
     rows = lengths.cu_seqlens_q.diff().take(sequence)
     # Keys that no row has reached begin after the last row: they visit no tile, not even that row's.
-    first = torch.where(begin[0] >= rows, _ceil_div(rows, tile_m), begin[0] // tile_m)
-    last = torch.maximum(first, _ceil_div(end[1], tile_m).masked_fill(first_key >= own_end, 0))
-    full_first, full_end = _ceil_div(begin[1], tile_m), end[0] // tile_m
+    first = torch.where(begin_first >= rows, _ceil_div(rows, tile_m), begin_first // tile_m)
+    last = torch.maximum(first, _ceil_div(end_last, tile_m).masked_fill(first_key >= own_end, 0))
+    full_first, full_end = _ceil_div(begin_last, tile_m), end_first // tile_m
     none = (full_end <= full_first) | (first_key + tile_n > own_end)
     return [first, torch.where(none, first, full_first), torch.where(none, first, full_end), last]
 
@@ -83,15 +84,15 @@ def _any_tiles(keys: KeyBounds, lengths: Lengths, tile_m: int, tile_n: int) -> S
         return empty.scatter_reduce(0, slot, values.to(torch.int32), how)
 
     seen = begin < end
-    end_row = over_keys(end.masked_fill(~seen, 0).amax(1), "amax", 0)
-    first = over_keys(begin.masked_fill(~seen, NEVER).amin(1), "amin", NEVER) // tile_m
+    end_row = over_keys(end.masked_fill(seen.logical_not(), 0).amax(1), "amax", 0)
+    first = over_keys(begin.masked_fill(seen.logical_not(), NEVER).amin(1), "amin", NEVER) // tile_m
     first, last = first.masked_fill(end_row == 0, 0), _ceil_div(end_row, tile_m)
     whole = over_keys(torch.ones_like(slot), "sum", 0) == tile_n
     full_first, full_end = first, first
     for k in range(keys.count):  # the widest run that the k-th intervals of all keys of a tile have in common
-        latest = over_keys(begin.masked_fill(~seen, NEVER).select(1, k), "amax", 0)
+        latest = over_keys(begin.masked_fill(seen.logical_not(), NEVER).select(1, k), "amax", 0)
         common_first = torch.where(latest == NEVER, NEVER, _ceil_div(latest.clamp(max=NEVER - tile_m), tile_m))
-        common_end = over_keys(end.masked_fill(~seen, 0).select(1, k), "amin", NEVER) // tile_m
+        common_end = over_keys(end.masked_fill(seen.logical_not(), 0).select(1, k), "amin", NEVER) // tile_m
         wider = whole & (common_end - common_first > full_end - full_first)
         full_first, full_end = torch.where(wider, common_first, full_first), torch.where(wider, common_end, full_end)
     return [first, full_first, full_end, last]

@@ -8,7 +8,7 @@ from typing import Literal, TypeVar, overload
 
 import torch
 
-from fa4_prefixlm.backends.base import Prepared
+from fa4_prefixlm.backends.base import Gradients, Prepared
 from fa4_prefixlm.backends.select import Choice
 from fa4_prefixlm.batch.tensors import CallSpec
 from fa4_prefixlm.runtime import torch_ops
@@ -50,6 +50,10 @@ class CallablePlan(abc.ABC):
         """The backend's own state."""
 
     @abc.abstractmethod
+    def gradients(self, deterministic: bool) -> Gradients:
+        """The backward's state, made at the first call and reused by every layer."""
+
+    @abc.abstractmethod
     def check(self, spec: CallSpec) -> None:
         """Refuse tensors that the plan was not made for."""
 
@@ -65,6 +69,7 @@ class CallablePlan(abc.ABC):
         softcap: float = ...,
         learnable_sink: torch.Tensor | None = ...,
         out: torch.Tensor | None = ...,
+        deterministic: bool | None = ...,
     ) -> torch.Tensor: ...
 
     @overload
@@ -79,6 +84,7 @@ class CallablePlan(abc.ABC):
         softcap: float = ...,
         learnable_sink: torch.Tensor | None = ...,
         out: torch.Tensor | None = ...,
+        deterministic: bool | None = ...,
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
     def __call__(
@@ -92,9 +98,10 @@ class CallablePlan(abc.ABC):
         softcap: float = 0.0,
         learnable_sink: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
+        deterministic: bool | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Run the plan on tensors like those it was made for: `attention(q, k, v, plan, ...)`, which see."""
-        result, lse = self.pair(q, k, v, softmax_scale, softcap, learnable_sink, out)
+        result, lse = self.pair(q, k, v, softmax_scale, softcap, learnable_sink, out, deterministic)
         return (result, lse) if return_lse else result
 
     def pair(
@@ -106,8 +113,20 @@ class CallablePlan(abc.ABC):
         softcap: float,
         learnable_sink: torch.Tensor | None,
         out: torch.Tensor | None,
+        deterministic: bool | None = None,
     ) -> Pair:
         """`(out, lse)`, in eager code or while `torch.compile` traces."""
         if torch.compiler.is_compiling():
-            return torch_ops.in_graph(q, k, v, self, {}, softmax_scale, softcap, learnable_sink, out)
-        return run(self, q, k, v, softmax_scale=softmax_scale, softcap=softcap, learnable_sink=learnable_sink, out=out)
+            options = (softmax_scale, softcap, learnable_sink, out, deterministic)
+            return torch_ops.in_graph(q, k, v, self, {}, *options)
+        return run(
+            self,
+            q,
+            k,
+            v,
+            softmax_scale=softmax_scale,
+            softcap=softcap,
+            learnable_sink=learnable_sink,
+            out=out,
+            deterministic=deterministic,
+        )

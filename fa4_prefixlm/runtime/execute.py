@@ -6,11 +6,13 @@ from typing import Protocol
 
 import torch
 
-from fa4_prefixlm.backends.base import Prepared
+from fa4_prefixlm.backends.base import ForwardPass, Gradients, Prepared
+from fa4_prefixlm.backends.reference import Reference
 from fa4_prefixlm.backends.select import Choice
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.batch.tensors import CallSpec, check_out, describe
 from fa4_prefixlm.errors import InputError, UnsupportedError
+from fa4_prefixlm.runtime import autograd
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -37,6 +39,9 @@ class Runnable(Protocol):
     def check(self, spec: CallSpec) -> None:
         """Refuse tensors that the plan was not made for."""
 
+    def gradients(self, deterministic: bool) -> Gradients:
+        """The backward's state, made at the first call. Raises `UnsupportedError` where there is none."""
+
 
 def run(
     plan: Runnable,
@@ -49,22 +54,33 @@ def run(
     softcap: float = 0.0,
     learnable_sink: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    deterministic: bool | None = None,
+    needs_grad: bool | None = None,
 ) -> Pair:
     """Check the call and run the plan: `(out, lse)`.
 
     Args:
         spec: what the tensors look like, where that is known and is what the plan was made for.
+        needs_grad: a backward follows that autograd does not see here; None: autograd says.
     """
     if spec is None:
         spec = describe(q, k, v, paged=plan.spec.page_size is not None)
         plan.check(spec)
     check_out(out, spec)
     options = Options.checked(spec, softmax_scale, softcap, learnable_sink)
-    _check_gradients(plan, spec, learnable_sink)
+    wanted = autograd.is_needed(q, k, v, learnable_sink)
+    gradients = None
+    if needs_grad or (wanted and not _through_torch(plan)):
+        # Before the forward: what has no backward is refused, and the kernel of the forward waits for no table of it.
+        gradients = _gradients(plan, spec, learnable_sink, out, deterministic)
     if spec.batched:
         q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
         out = out.flatten(0, 1) if out is not None else None
-    result, lse = plan.prepared.run(q, k, v, options, out)
+    if wanted and gradients is not None:
+        call = autograd.Call(plan.prepared, gradients, options)
+        result, lse = autograd.differentiable(q, k, v, call)
+    else:
+        result, lse = plan.prepared.run(q, k, v, options, out)
     if spec.batched:
         result = result.unflatten(0, spec.shape_q)
         lse = lse.unflatten(1, spec.shape_q).transpose(0, 1)
@@ -82,12 +98,58 @@ def check_same(spec: CallSpec, wanted: CallSpec, fields: tuple[str, ...]) -> Non
 _ARGUMENT = {"shape_k": "k", "heads_kv": "k", "page_size": "k", "head_dim_v": "v"}
 
 
-def _check_gradients(plan: Runnable, spec: CallSpec, learnable_sink: torch.Tensor | None) -> None:
-    if not torch.is_grad_enabled() or plan.choice.backward.name is not None:
-        return
-    reason = plan.choice.backward.reason
-    expected = f"no gradient: {reason} (torch.no_grad(), or backend='reference')"
-    if spec.needs_grad:
-        raise UnsupportedError("q, k, v", expected, "requires_grad")
-    if learnable_sink is not None and learnable_sink.requires_grad:
-        raise UnsupportedError("learnable_sink", expected, "requires_grad")
+def _through_torch(plan: Runnable) -> bool:
+    """Autograd differentiates the forward's own torch operations."""
+    return plan.choice.name == plan.choice.backward.name == Reference.name
+
+
+def _gradients(
+    plan: Runnable,
+    spec: CallSpec,
+    learnable_sink: torch.Tensor | None,
+    out: torch.Tensor | None,
+    deterministic: bool | None,
+) -> Gradients:
+    autograd.refuse_transforms()
+    if plan.choice.backward.name is None:
+        expected = f"no gradient: {plan.choice.backward.reason} (torch.no_grad(), or backend='reference')"
+        raise UnsupportedError("q, k, v" if spec.needs_grad else "learnable_sink", expected, "requires_grad")
+    if out is not None:
+        raise InputError("out", "None where a gradient is needed: autograd keeps the output", "a tensor")
+    return plan.gradients(in_order(deterministic))
+
+
+def in_order(deterministic: bool | None) -> bool:
+    """Gradients must be the same bits in every run: as the call says, or torch's own switch."""
+    if deterministic is None:
+        return torch.are_deterministic_algorithms_enabled()
+    if not isinstance(deterministic, bool):
+        raise InputError("deterministic", "True, False or None", deterministic)
+    return deterministic
+
+
+def run_backward(
+    plan: Runnable,
+    dout: torch.Tensor | None,
+    dlse: torch.Tensor | None,
+    forward: ForwardPass,
+    *,
+    softmax_scale: float | None,
+    softcap: float,
+    learnable_sink: torch.Tensor | None,
+    deterministic: bool | None,
+    of_sink: bool,
+) -> autograd.AllGrads:
+    """`(dq, dk, dv, dsink)` of a call that `run` made, its tensors as they were given and returned."""
+    spec = plan.spec
+    options = Options.checked(spec, softmax_scale, softcap, learnable_sink)
+    gradients = plan.gradients(in_order(deterministic))
+    shapes = [own.shape for own in (forward.q, forward.k, forward.v)]
+    if spec.batched:
+        q, k, v, out = (own.flatten(0, 1) for own in (forward.q, forward.k, forward.v, forward.out))
+        forward = ForwardPass(q, k, v, out, forward.lse.transpose(0, 1).flatten(1))
+        dout = None if dout is None else dout.flatten(0, 1)
+        dlse = None if dlse is None else dlse.transpose(0, 1).flatten(1)
+    *grads, dsink = autograd.all_gradients(gradients, forward, dout, dlse, options, of_sink=of_sink)
+    dq, dk, dv = (grad.view(shape) for grad, shape in zip(grads, shapes, strict=True))
+    return dq, dk, dv, dsink

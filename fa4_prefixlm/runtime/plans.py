@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from fa4_prefixlm.backends.base import MaskedBatch, Prepared
+from fa4_prefixlm.backends.base import Gradients, MaskedBatch, Prepared
 from fa4_prefixlm.backends.select import Choice, choose
+from fa4_prefixlm.backends.select_backward import Backward, prepare_backward
 from fa4_prefixlm.batch.arguments import BatchArguments
 from fa4_prefixlm.batch.keys import Keys
 from fa4_prefixlm.batch.lengths import CuSeqlens, Lengths
@@ -42,8 +43,9 @@ class Plan(CallablePlan):
         prepared: the backend's own state.
     """
 
-    def __init__(self, batch: MaskedBatch, choice: Choice) -> None:
-        self._batch, self._choice = batch, choice
+    def __init__(self, batch: MaskedBatch, choice: Choice, backward: str = "auto") -> None:
+        self._batch, self._choice, self._asked = batch, choice, backward
+        self._gradients: dict[bool, tuple[Backward, Gradients]] = {}
         self._prepared = choice.prepare(batch)
 
     @property
@@ -90,6 +92,14 @@ class Plan(CallablePlan):
     def prepared(self, value: Prepared) -> None:
         self._prepared = value
 
+    def gradients(self, deterministic: bool = False) -> Gradients:
+        """The backward's state, made at the first call and reused by every layer."""
+        if deterministic not in self._gradients:
+            self._gradients[deterministic] = prepare_backward(
+                self._asked, self._batch, forward=self.choice.name, deterministic=deterministic
+            )
+        return self._gradients[deterministic][1]
+
     def check(self, spec: CallSpec) -> None:
         """Refuse tensors that the plan was not made for."""
         fields = ("shape_q", "shape_k", "heads_q", "heads_kv", "head_dim", "head_dim_v", "dtype", "device")
@@ -118,22 +128,33 @@ class Plan(CallablePlan):
 
     def __str__(self) -> str:
         flops, causal, dense = self.flops(), self.causal_flops(), self.dense_flops()
-        size, backward = self.lengths, self.choice.backward
+        size = self.lengths
         lines = [
             ("batch", f"{size.batch} sequences, {size.total_q} queries, {size.total_k} keys"),
             ("mask", f"{self.mask}, {in_words(self.bounds.count, tagged=self.traits.tagged)}"),
             ("heads", f"{self.spec.heads_q} query, {self.spec.heads_kv} key, head dim {_dims(self.spec)}"),
             ("backend", str(self.choice)),
             *[("not", f"{name}: {reason}") for name, reason in self.choice.passed_over],
-            ("backward", f"{backward.name or 'none'}: {backward.reason}"),
             *self.prepared.describe(),
         ]
         tiles = self.tiles()
         if tiles is not None:
             lines.append(("tiles", f"{tiles.full} full, {tiles.partial} partial, {tiles.skipped} skipped (a head)"))
         share = f"{_share(flops, causal)} of plain causal, {_share(flops, dense)} of dense"
+        lines.extend(self._backward_lines())
         lines.append(("work", f"{flops / 1e9:.3f} GFLOP exact, {share}"))
         return "\n".join(f"{label:8} {text}" for label, text in lines)
+
+    def _backward_lines(self) -> list[tuple[str, str]]:
+        """What was chosen, or what ran: the values of a mask may rule out the first choice."""
+        if not self._gradients:
+            return [("backward", str(self.choice.backward))]
+        lines = []
+        for backward, state in self._gradients.values():
+            lines.append(("backward", str(backward)))
+            lines.extend(("not", f"{name}: {reason}") for name, reason in backward.passed_over)
+            lines.append(("kernel", state.describe()))
+        return lines
 
     def __repr__(self) -> str:
         return f"<Plan {self.choice.name}, {self.lengths.batch} sequences, {self.mask}>"
@@ -152,6 +173,7 @@ def plan(
     max_range: MaxRange = None,
     mask: Mask = PrefixLM(),  # noqa: B008 (an immutable value)
     backend: str = "auto",
+    backward: str = "auto",
     build: str | None = None,
 ) -> Plan:
     """Prepare one batch under one mask. Builds on the device of `like`, without synchronising it.
@@ -176,6 +198,8 @@ def plan(
             device.
         mask: what the spans mean: `PrefixLM`, one of `fa4_prefixlm.masks`, or your own.
         backend: "auto", "causal", "native", "varlen", "packed", "two_pass" or "reference".
+        backward: what computes gradients: "auto", "causal", "native", "packed" or "reference". Its tables are made
+            when a gradient is first needed.
         build: the FA4 to run on, the package it is imported as. Default: "flash_attn.cute", or vLLM's
             "vllm.vllm_flash_attn.cute" where that is the only one.
 
@@ -191,22 +215,29 @@ def plan(
         ranges, cu_seqlens_q, cu_seqlens_k, seqused_k, page_table, max_seqlen_q, max_seqlen_k, max_range
     )
     batch.check_together()
-    return plan_for(describe(*three(like), paged=batch.paged), batch, mask, find_build(build), backend)
+    return plan_for(describe(*three(like), paged=batch.paged), batch, mask, find_build(build), backend, backward)
 
 
-def plan_for(spec: CallSpec, arguments: BatchArguments, mask: Mask, build: Build | None, backend: str = "auto") -> Plan:
+def plan_for(
+    spec: CallSpec,
+    arguments: BatchArguments,
+    mask: Mask,
+    build: Build | None,
+    backend: str = "auto",
+    backward: str = "auto",
+) -> Plan:
     """`plan`, for tensors that are already described."""
     sizes = arguments.lengths(spec)
     check_mask(mask)
     spans = parse_ranges(mask, arguments.ranges, sizes, arguments.max_range)
     _refuse_empty(mask, spans, sizes)
     found = intervals.measured(mask, spans, sizes, traits(mask, spans, sizes))
-    choice = choose(backend, spec, found, sizes, build)
+    choice = choose(backend, spec, found, sizes, build, backward)
     warn_of_fallback(choice, spec, found, sizes, build)
     where = intervals.tokens(sizes)
     bounds = intervals.row_bounds(mask, spans, sizes, where, found.intervals if not found.custom else None)
     keys = arguments.keys(spec, sizes)
-    return Plan(MaskedBatch(spec, mask, spans, sizes, found, where, bounds, keys, build), choice)
+    return Plan(MaskedBatch(spec, mask, spans, sizes, found, where, bounds, keys, build), choice, backward)
 
 
 def _refuse_empty(mask: Mask, spans: SpanSets, sizes: Lengths) -> None:

@@ -37,7 +37,9 @@ class _Arguments(TypedDict, total=False):
     learnable_sink: torch.Tensor | None
     out: torch.Tensor | None
     backend: str | None
+    backward: str | None
     build: str | None
+    deterministic: bool | None
 
 
 @overload
@@ -84,7 +86,9 @@ def attention(
     learnable_sink: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     backend: str | None = None,
+    backward: str | None = None,
     build: str | None = None,
+    deterministic: bool | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Exact PrefixLM attention: causal, except that the tokens of a range all see each other.
 
@@ -101,13 +105,15 @@ def attention(
             of `kv_heads` (GQA, MQA). With a `page_table`: the cache, `(pages, page_size, kv_heads, head_dim)`.
         ranges: the spans, or a `Plan` or `ServingPlan` made once and reused; with a plan, the arguments that went
             into it stay out. In code that `torch.compile` compiles it has to be a plan, made outside of it.
-        cu_seqlens_q, cu_seqlens_k, seqused_k, page_table, max_seqlen_q, max_seqlen_k, max_range, mask, backend, build:
-            see `plan`.
+        cu_seqlens_q, cu_seqlens_k, seqused_k, page_table, max_seqlen_q, max_seqlen_k, max_range, mask, backend,
+            backward, build: see `plan`.
         softmax_scale: default `1 / sqrt(head_dim)`.
         softcap: scores become `softcap * tanh(scores / softcap)`; 0.0 is off.
         learnable_sink: `(heads,)` logits, one per query head, that join the softmax of every row and carry no value.
         return_lse: also return the log-sum-exp of each row's scores (natural log, the sink included).
-        out: where to write the output: contiguous, the output's shape and dtype.
+        out: where to write the output: contiguous, the output's shape and dtype. Not where a gradient is needed.
+        deterministic: gradients are the same bits in every run; a backward that can't is refused before the forward.
+            None: as `torch.use_deterministic_algorithms` says.
 
     Returns:
         out, `(total_q, heads, head_dim_v)` or batched, in q's dtype; with `return_lse` also lse, float32
@@ -120,10 +126,11 @@ def attention(
         None if isinstance(ranges, CallablePlan) else ranges,
         *(cu_seqlens_q, cu_seqlens_k, seqused_k, page_table, max_seqlen_q, max_seqlen_k, max_range),
     )
-    beside_a_plan = {**batch.given(), "mask": mask, "backend": backend, "build": build}
+    beside_a_plan = {**batch.given(), "mask": mask, "backend": backend, "backward": backward, "build": build}
     if torch.compiler.is_compiling():
         ready = ranges if isinstance(ranges, CallablePlan) else None
-        pair = torch_ops.in_graph(q, k, v, ready, beside_a_plan, softmax_scale, softcap, learnable_sink, out)
+        options = (softmax_scale, softcap, learnable_sink, out, deterministic)
+        pair = torch_ops.in_graph(q, k, v, ready, beside_a_plan, *options)
         return pair if return_lse else pair[0]
     spec = None
     if isinstance(ranges, CallablePlan):
@@ -134,7 +141,8 @@ def attention(
     else:
         batch.check_together()
         spec = describe(q, k, v, paged=batch.paged)
-        ready = plan_for(spec, batch, PrefixLM() if mask is None else mask, find_build(build), backend or "auto")
+        own_mask = PrefixLM() if mask is None else mask
+        ready = plan_for(spec, batch, own_mask, find_build(build), backend or "auto", backward or "auto")
     pair = run(
         ready,
         q,
@@ -145,5 +153,6 @@ def attention(
         softcap=softcap,
         learnable_sink=learnable_sink,
         out=out,
+        deterministic=deterministic,
     )
     return pair if return_lse else pair[0]

@@ -7,7 +7,7 @@ import dataclasses
 
 import torch
 
-from fa4_prefixlm.backends.base import Prepared
+from fa4_prefixlm.backends.base import Gradients, Prepared
 from fa4_prefixlm.backends.causal import CausalCall
 from fa4_prefixlm.backends.native import NativeCall, native_kernel
 from fa4_prefixlm.backends.select import BACKENDS, Choice, choose
@@ -147,6 +147,10 @@ class ServingPlan(CallablePlan):
     @property
     def prepared(self) -> Prepared:
         return self._state.prepared()
+
+    def gradients(self, deterministic: bool) -> Gradients:
+        """There are none: a serving plan has keys in pages."""
+        raise UnsupportedError("q, k, v", f"no gradient: {self.choice.backward.reason}", "requires_grad")
 
     def check(self, spec: CallSpec) -> None:
         """Refuse tensors that the plan was not made for."""

@@ -5,8 +5,9 @@ call reads one attribute of its plan, `handle`, a 0-d int64 tensor on the CPU, a
 that is there. The op reads the number, without synchronising the GPU, and makes the eager call with the plan behind it.
 All checks are those of the eager call, and raise the same errors when the graph runs.
 
-The ops, in namespace `fa4_prefixlm`: `attention`; `attention_out`, which writes `out`; `refuse`, which raises when the
-graph runs what the trace found wrong (an error raised in a trace would reach the user as one of dynamo's).
+The ops, in namespace `fa4_prefixlm`: `attention`, and its backward, `attention_backward`; `attention_out`, which writes
+`out`; `refuse`, which raises when the graph runs what the trace found wrong (an error raised in a trace would reach the
+user as one of dynamo's). The backward finds its plan by the same number, so a plan has to live until it has run.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from typing import Any
 
 import torch
 
+from fa4_prefixlm.backends.base import ForwardPass
 from fa4_prefixlm.errors import InputError, UnsupportedError
-from fa4_prefixlm.runtime.execute import Pair, Runnable, run
+from fa4_prefixlm.runtime import autograd
+from fa4_prefixlm.runtime.execute import Pair, Runnable, run, run_backward
 
 PART_OF_THE_PLAN = "to be given to plan(), not together with a plan"
 NEEDS_PLAN = "a plan, made with fp.plan(ranges, like=(q, k, v), ...) outside of the code that torch.compile compiles"
-NO_GRADIENT = "no gradient in torch.compile (torch.no_grad(), or attention in a function under torch.compiler.disable)"
+NO_GRADIENT_OUT = "None where a gradient is needed: autograd keeps the output"
 
 _plans: weakref.WeakValueDictionary[int, Runnable] = weakref.WeakValueDictionary()
 # A random start: a handle that was pickled or exported finds no plan in another process, rather than a wrong one.
@@ -42,7 +45,9 @@ def register(plan: Runnable) -> torch.Tensor:
 def _plan(handle: torch.Tensor) -> Runnable:
     plan = _plans.get(int(handle))
     if plan is None:
-        raise InputError("ranges", "a plan that is kept until the compiled call has run", "one that is gone")
+        raise InputError(
+            "ranges", "a plan that is kept until the compiled call, and its backward, have run", "one that is gone"
+        )
     return plan
 
 
@@ -56,6 +61,7 @@ def in_graph(
     softcap: float,
     learnable_sink: torch.Tensor | None,
     out: torch.Tensor | None,
+    deterministic: bool | None = None,
 ) -> Pair:
     """What dynamo traces of `attention`: `(out, lse)`.
 
@@ -71,13 +77,13 @@ def in_graph(
     for name, value in parts.items():
         if value is not None:
             return refuse(name, PART_OF_THE_PLAN, "a value")
-    if torch.is_grad_enabled():
-        if q.requires_grad or k.requires_grad or v.requires_grad:
-            return refuse("q, k, v", NO_GRADIENT, "requires_grad", True)
-        if learnable_sink is not None and learnable_sink.requires_grad:
-            return refuse("learnable_sink", NO_GRADIENT, "requires_grad", True)
+    needs_grad = autograd.is_needed(q, k, v, learnable_sink)
     call = (q, k, v, plan.handle, softmax_scale, softcap, learnable_sink)
-    return ops.attention(*call) if out is None else (out, ops.attention_out(*call, out))
+    if out is None:
+        return ops.attention(*call, needs_grad, deterministic)
+    if needs_grad:
+        return refuse("out", NO_GRADIENT_OUT, "a tensor")
+    return out, ops.attention_out(*call, out)
 
 
 def _attention(
@@ -88,10 +94,22 @@ def _attention(
     softmax_scale: float | None,
     softcap: float,
     learnable_sink: torch.Tensor | None,
+    needs_grad: bool = False,
+    deterministic: bool | None = None,
+    *,
     out: torch.Tensor | None = None,
 ) -> Pair:
     return run(
-        _plan(handle), q, k, v, softmax_scale=softmax_scale, softcap=softcap, learnable_sink=learnable_sink, out=out
+        _plan(handle),
+        q,
+        k,
+        v,
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        learnable_sink=learnable_sink,
+        out=out,
+        deterministic=deterministic,
+        needs_grad=needs_grad,
     )
 
 
@@ -105,11 +123,78 @@ def _attention_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: objec
 
 
 def _attention_out(*call: Any) -> torch.Tensor:
-    return _attention(*call)[1]
+    *before, out = call
+    return _attention(*before, out=out)[1]
 
 
 def _attention_out_fake(*call: Any) -> torch.Tensor:
     return _attention_fake(*call)[1]
+
+
+def _attention_backward(
+    dout: torch.Tensor | None,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    handle: torch.Tensor,
+    softmax_scale: float | None,
+    softcap: float,
+    learnable_sink: torch.Tensor | None,
+    of_sink: bool,
+    deterministic: bool | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    dq, dk, dv, dsink = run_backward(
+        _plan(handle),
+        dout,
+        dlse,
+        ForwardPass(q, k, v, out, lse),
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        learnable_sink=learnable_sink,
+        deterministic=deterministic,
+        of_sink=of_sink,
+    )
+    return dq, dk, dv, q.new_empty(0) if dsink is None else dsink
+
+
+def _attention_backward_fake(
+    dout: torch.Tensor | None,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    handle: torch.Tensor,
+    softmax_scale: float | None,
+    softcap: float,
+    learnable_sink: torch.Tensor | None,
+    of_sink: bool,
+    deterministic: bool | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    dsink = torch.empty_like(learnable_sink) if of_sink and learnable_sink is not None else q.new_empty(0)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsink
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:
+    q, k, v, handle, ctx.softmax_scale, ctx.softcap, sink, _, ctx.deterministic = inputs
+    ctx.save_for_backward(q, k, v, handle, sink, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    q, k, v, handle, sink, out, lse = ctx.saved_tensors
+    of_sink = ctx.needs_input_grad[6]
+    options = (ctx.softmax_scale, ctx.softcap, sink, of_sink, ctx.deterministic)
+    dq, dk, dv, dsink = torch.ops.fa4_prefixlm.attention_backward(dout, dlse, q, k, v, out, lse, handle, *options)
+    return dq, dk, dv, None, None, None, dsink if of_sink else None, None, None
+
+
+def _no_second_derivative(ctx: Any, *_: torch.Tensor) -> None:
+    autograd.refuse_second_derivative()
 
 
 def _refuse(
@@ -145,7 +230,22 @@ def _define(name: str, schema: str, run: Callable[..., Any], fake: Callable[...,
 
 
 _CALL = "Tensor q, Tensor k, Tensor v, Tensor handle, float? softmax_scale, float softcap, Tensor? learnable_sink"
-_define("attention", f"({_CALL}) -> (Tensor, Tensor)", _attention, _attention_fake)
+_define(
+    "attention",
+    f"({_CALL}, bool needs_grad=False, bool? deterministic=None) -> (Tensor, Tensor)",
+    _attention,
+    _attention_fake,
+)
+_define(
+    "attention_backward",
+    "(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor handle, "
+    "float? softmax_scale, float softcap, Tensor? learnable_sink, bool of_sink, bool? deterministic) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _attention_backward,
+    _attention_backward_fake,
+)
+torch.library.register_autograd("fa4_prefixlm::attention", _gradients, setup_context=_save)
+torch.library.register_autograd("fa4_prefixlm::attention_backward", _no_second_derivative)
 _define("attention_out", f"({_CALL}, Tensor(a!) out) -> Tensor", _attention_out, _attention_out_fake)
 _define(
     "refuse",  # it says that it writes `out`, to stay in a graph that uses nothing else of the call

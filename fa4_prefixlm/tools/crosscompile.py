@@ -20,9 +20,12 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fa4_prefixlm.backends.base import ForwardPass
+from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.fa4.kernels.target_hardware import target_hardware
 from fa4_prefixlm.masks import PrefixLM, causal, key_in, one_block, prefix, window
 from fa4_prefixlm.masks.base import Mask
+from fa4_prefixlm.runtime.plans import Plan
 from fa4_prefixlm.runtime.plans import plan as make_plan
 from fa4_prefixlm.runtime.public_call import attention
 
@@ -50,6 +53,8 @@ class Variant:
     heads: tuple[int, int] = (4, 2)
     page_size: int | None = None
     dtype: str = "bfloat16"
+    backward: str | None = None
+    deterministic: bool = False
 
     @property
     def kernel(self) -> tuple[str, int, bool]:
@@ -59,7 +64,8 @@ class Variant:
 
 def standard_variants(arch: str) -> list[Variant]:
     """What CI proves: every backend that runs there, at the usual head dims, and with every option."""
-    return [*_mask_mod_variants(), *(_native_variants() if arch == "sm_90" else []), *_two_pass_variants(arch)]
+    hopper = [*_native_variants(), *backward_variants()] if arch == "sm_90" else []
+    return [*_mask_mod_variants(), *hopper, *_two_pass_variants(arch)]
 
 
 def old_build_variants(arch: str) -> list[Variant]:
@@ -99,6 +105,30 @@ def _native_variants() -> list[Variant]:
     variants.append(Variant("native", 72, 72, heads=(3, 3), dtype="float16"))
     full = Variant("native", 128, 128, window=256, softcap=30.0, sink=True, device_inputs=True, page_size=16)
     return [*variants, full, Variant("causal", 128, 128, page_size=16), Variant("causal", 256, 256, window=256)]
+
+
+def backward_variants() -> list[Variant]:
+    """Each tile of the native backward, masking all or skipping full tiles, and each option; then the packed one."""
+
+    def native(head_dim: int, head_dim_v: int | None = None, **options: Any) -> Variant:
+        return Variant("native", head_dim, head_dim_v or head_dim, backward="native", **options)
+
+    ordered: dict[str, Any] = {"deterministic": True}
+    return [
+        native(64),
+        native(96, heads=(4, 4)),
+        native(128),
+        native(128, window=256, heads=(4, 1), device_inputs=True, **ordered),
+        native(128, softcap=30.0),
+        native(192),
+        native(192, 128, heads=(4, 4), window=256),
+        native(256, **ordered),
+        native(256, window=256, heads=(4, 4)),
+        Variant("varlen", 128, 128, mask="two", backward="native", **ordered),
+        Variant("packed", 128, 128, mask="two", backward="packed"),
+        Variant("packed", 256, 256, window=256, backward="packed"),
+        Variant("varlen", 64, 64, mask="block", backward="packed"),
+    ]
 
 
 def _mask_mod_variants() -> list[Variant]:
@@ -147,11 +177,26 @@ def compile_variant(variant: Variant, build: str | None = None) -> str:
             mask=_mask(variant),
             like=(q, k, v),
             backend=variant.backend,
+            backward=variant.backward or "auto",
             build=build,
             **keys,  # type: ignore[arg-type]
         )
-        attention(q, k, v, plan, softcap=variant.softcap, learnable_sink=sink)
+        if variant.backward is None:
+            attention(q, k, v, plan, softcap=variant.softcap, learnable_sink=sink)
+        else:
+            _compile_backward(plan, q, k, v, variant)
+            arch = os.environ["FLASH_ATTENTION_ARCH"]
+            return f"{plan.build}, {arch}, {plan.gradients(variant.deterministic).describe()}"
     return dict(plan.prepared.describe())["kernel"]
+
+
+def _compile_backward(plan: Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Variant) -> None:
+    """The backward alone, as if the forward had run."""
+    out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+    options = Options(q.shape[-1] ** -0.5, variant.softcap)
+    gradients = plan.gradients(variant.deterministic)
+    gradients.run(ForwardPass(q, k, v, out, lse), out, lse if variant.softcap else None, options)
 
 
 def _mask(variant: Variant) -> Mask:

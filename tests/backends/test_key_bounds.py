@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from cases import UGLY, Blind, Batch, prepare, random_batch, random_mask
+from cases import UGLY, Batch, Blind, prepare, random_batch, random_mask
 
 import fa4_prefixlm as fp
 from fa4_prefixlm.geometry import key_bounds as kb

@@ -1,4 +1,4 @@
-"""Which tile a backward kernel runs with, and how: given to FA4 explicitly, since the tables are cut with the same tile."""
+"""Which tile a backward kernel runs with, and how. Given to FA4 explicitly: the tables are cut with the same tile."""
 
 from __future__ import annotations
 

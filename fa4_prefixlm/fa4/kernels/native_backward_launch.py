@@ -61,7 +61,10 @@ def native_backward(
     lengths: Lengths,
     options: Options,
 ) -> Grads:
-    """`(dq, dk, dv)` of packed tensors. The stream must have made `tables` before: the kernel reads them early (PDL)."""
+    """`(dq, dk, dv)` of packed tensors.
+
+    The stream must have made `tables` before: the kernel reads them before it waits for the preprocess (PDL).
+    """
     parts = _parts(build)
     q, k, v, out, dout = (parts.contiguous(tensor.detach()) for tensor in (q, k, v, out, dout))
     lse = parts.contiguous(lse)
@@ -183,9 +186,7 @@ def _up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def _kernel(
-    parts: _BuildParts, tile: BackwardTile, softcap: float, tensors: dict[str, Any], tables: KeyTables
-) -> Any:
+def _kernel(parts: _BuildParts, tile: BackwardTile, softcap: float, tensors: dict[str, Any], tables: KeyTables) -> Any:
     q, k, v = tensors["mQ"], tensors["mK"], tensors["mV"]
     turns = [tensors[f"md{name}_semaphore"] for name in "QKV"]
     key = (
@@ -218,9 +219,7 @@ def _kernel(
     return run
 
 
-def _compile(
-    parts: _BuildParts, tile: BackwardTile, softcap: float, tensors: dict[str, Any], tables: KeyTables
-) -> Any:
+def _compile(parts: _BuildParts, tile: BackwardTile, softcap: float, tensors: dict[str, Any], tables: KeyTables) -> Any:
     from cutlass import cute
 
     from fa4_prefixlm.fa4.kernels.native_backward import kernel_class, key_intervals
