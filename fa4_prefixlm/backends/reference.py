@@ -84,8 +84,7 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`(out, lse)` of rows of one sequence. visible: `(rows, keys)` bool."""
     rows, heads, _ = q.shape
-    grouped = q.reshape(rows, k.shape[1], -1, q.shape[2])  # (rows, kv heads, query heads per kv head, head_dim)
-    scores = torch.einsum("qhgd,khd->hgqk", grouped, k).reshape(heads, rows, -1) * options.softmax_scale
+    scores = torch.einsum("qhgd,khd->hgqk", by_key_head(q, k.shape[1]), k).reshape(heads, rows, -1) * options.softmax_scale
     if options.softcap:
         scores = options.softcap * torch.tanh(scores / options.softcap)
     scores = scores.masked_fill(~visible, float("-inf"))
@@ -97,6 +96,11 @@ def attend(
     weights = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])[..., : k.shape[0]]
     weights = weights.reshape(k.shape[1], -1, rows, k.shape[0])
     return torch.einsum("hgqk,khd->qhgd", weights, v).reshape(rows, heads, -1), lse
+
+
+def by_key_head(tensor: torch.Tensor, heads_kv: int) -> torch.Tensor:
+    """`(rows, heads, dim)` as `(rows, kv heads, query heads per kv head, dim)`."""
+    return tensor.reshape(tensor.shape[0], heads_kv, -1, tensor.shape[2])
 
 
 @dataclass

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,6 +45,60 @@ def exact_attention(
     """
     options = options or Options(q.shape[-1] ** -0.5, 0.0, None)
     return dense_attention(q, k, v, mask=mask, spans=spans, seqlens=seqlens, options=options, accumulate=torch.float64)
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Of packed tensors; sink: None without one."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    sink: torch.Tensor | None = None
+
+
+def exact_gradients(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None = None,
+    *,
+    mask: Mask,
+    spans: NamedSpans,
+    seqlens: Seqlens,
+    options: Options | None = None,
+) -> Gradients:
+    """The gradients of `(out * dout).sum() + (lse * dlse).sum()` in float64 by autograd, straight from the spans.
+
+    Rows that see nothing have a constant LSE, whatever `dlse` is there.
+    """
+    options = options or Options(q.shape[-1] ** -0.5)
+    sink = options.learnable_sink
+    leaves = [own.detach().double().requires_grad_() for own in (q, k, v, *(() if sink is None else (sink,)))]
+    if sink is not None:
+        options = dataclasses.replace(options, learnable_sink=leaves[3])
+    with torch.enable_grad():
+        out, lse = exact_attention(*leaves[:3], mask=mask, spans=spans, seqlens=seqlens, options=options)
+        loss = (out * dout.double()).sum()
+        if dlse is not None:
+            sees = lse > float("-inf")
+            loss = loss + (lse[sees] * dlse.double()[sees]).sum()
+    return Gradients(*torch.autograd.grad(loss, leaves))
+
+
+def worst_row(got: torch.Tensor, exact: torch.Tensor) -> float:
+    """The largest relative error of one token and head, `(total, heads, head_dim)`; NaN where any element is NaN.
+
+    A row is measured by its own length, or where that is smaller by the root mean square of all rows' lengths: what is
+    rounded in it are sums over keys or queries, which cancel in a short row.
+    """
+    if exact.numel() == 0:
+        return 0.0
+    difference = torch.linalg.vector_norm(got.double() - exact.double(), dim=-1)
+    length = torch.linalg.vector_norm(exact.double(), dim=-1)
+    scale = torch.maximum(length, length.square().mean().sqrt())
+    return float(torch.where(difference == 0, 0.0, difference / scale).max())
 
 
 def dense_attention(

@@ -1,0 +1,155 @@
+"""What the GPU tests of the backward, its fuzzer and its benchmark share: one call's gradients, FA4's error band."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from cases import Batch
+
+import fa4_prefixlm as fp
+from fa4_prefixlm.batch.options import Options
+from fa4_prefixlm.testing.accuracy import Gradients, exact_gradients, relative_error, worst_row
+
+NAMES = ("q", "k", "v", "sink")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What decides the generated kernels."""
+
+    dims: tuple[int, int]
+    heads: tuple[int, int] = (4, 2)
+    dtype: torch.dtype = torch.bfloat16
+    softcap: float = 0.0
+    sink: bool = False
+    with_lse: bool = False
+
+    def __str__(self) -> str:
+        extras = f"{'-softcap' * bool(self.softcap)}{'-sink' * self.sink}{'-lse' * self.with_lse}"
+        return f"{self.dims[0]}x{self.dims[1]}-{self.heads[0]}/{self.heads[1]}-{str(self.dtype)[6:]}{extras}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    dout: torch.Tensor
+    dlse: torch.Tensor | None
+    options: Options
+
+
+def inputs_of(kind: Kind, batch: Batch, seed: int, device: str = "cuda") -> Inputs:
+    q, k, v = batch.tensors(kind.heads, kind.dims, kind.dtype, device, seed)
+    dout = batch.tensors(kind.heads, (kind.dims[1],) * 2, kind.dtype, device, seed + 1)[0]
+    dlse = batch.tensors(kind.heads, (1, 1), torch.float32, device, seed + 2)[0][:, :, 0].T if kind.with_lse else None
+    generator = torch.Generator(device).manual_seed(seed)
+    sink = torch.randn(kind.heads[0], device=device, generator=generator) if kind.sink else None
+    return Inputs(q, k, v, dout, dlse, Options(kind.dims[0] ** -0.5, kind.softcap, sink))
+
+
+def poison_free_memory() -> None:
+    """Whatever `torch.empty` hands out next holds NaN (as int32: an index far out of bounds)."""
+    torch.cuda.synchronize()
+    blocks = [torch.full((2**n,), float("nan"), device="cuda") for n in range(8, 25) for _ in range(2)]
+    del blocks
+
+
+def gradients_of(own: Inputs, plan: fp.Plan, deterministic: bool | None = None) -> Gradients:
+    """By the public call and autograd, into poisoned memory."""
+    leaves = [tensor.detach().requires_grad_() for tensor in (own.q, own.k, own.v)]
+    sink = None if own.options.learnable_sink is None else own.options.learnable_sink.detach().requires_grad_()
+    out, lse = fp.attention(
+        *leaves,
+        plan,
+        return_lse=True,
+        softmax_scale=own.options.softmax_scale,
+        softcap=own.options.softcap,
+        learnable_sink=sink,
+        deterministic=deterministic,
+    )
+    if own.q.is_cuda:
+        poison_free_memory()
+    wanted, grads = [out], [own.dout]
+    if own.dlse is not None:
+        wanted.append(lse)
+        grads.append(own.dlse)
+    return Gradients(*torch.autograd.grad(wanted, [*leaves, *([] if sink is None else [sink])], grads))
+
+
+def exact_of(own: Inputs, batch: Batch, mask: fp.Mask, spans=None) -> Gradients:
+    return exact_gradients(
+        *(own.q, own.k, own.v, own.dout, own.dlse),
+        mask=mask,
+        spans=batch.spans if spans is None else spans,
+        seqlens=batch.as_seqlens,
+        options=own.options,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Errors:
+    """By name of the gradient: relative error of the whole, and of the worst row."""
+
+    whole: dict[str, float]
+    row: dict[str, float]
+
+    def within(self, band: Errors, slack: float, row_slack: float) -> list[str]:
+        """What is outside of `slack` times the band; empty if nothing is."""
+        found = []
+        for name, error in self.whole.items():
+            if not error <= slack * band.whole[name]:  # a NaN is outside
+                found.append(f"d{name} {error:.2e}, {slack * band.whole[name]:.2e} allowed")
+        for name, error in self.row.items():
+            if not error <= row_slack * band.row[name]:
+                found.append(f"a row of d{name} {error:.2e}, {row_slack * band.row[name]:.2e} allowed")
+        return found
+
+    def __str__(self) -> str:
+        return " ".join(f"d{name} {error:.1e} (row {self.row.get(name, 0):.1e})" for name, error in self.whole.items())
+
+
+def errors_of(got: Gradients, exact: Gradients) -> Errors:
+    pairs = [(name, getattr(got, name), getattr(exact, name)) for name in NAMES if getattr(exact, name) is not None]
+    whole = {name: relative_error(mine, right) for name, mine, right in pairs}
+    return Errors(whole, {name: worst_row(mine, right) for name, mine, right in pairs if mine.ndim == 3})
+
+
+# What FA4's own backward is off by where it is the least: a batch of a few rows has no band of its own.
+TYPICAL = {torch.bfloat16: (2.0e-3, 5e-3), torch.float16: (3e-4, 7e-4)}
+
+
+def causal_band(own: Inputs, batch: Batch, window: int | None) -> Errors:
+    """The errors of FA4's own causal forward and backward on these very tensors, with and without the window."""
+    nothing = tuple(() for _ in batch.spans)
+    found = []
+    for each in {None, window}:
+        mask = fp.PrefixLM(each)
+        plan = fp.plan(
+            [[] for _ in batch.spans],
+            like=(own.q, own.k, own.v),
+            cu_seqlens_q=batch.cu_q,
+            cu_seqlens_k=batch.cu_k,
+            mask=mask,
+            backend="causal",
+            backward="causal",
+        )
+        found.append(errors_of(gradients_of(own, plan), exact_of(own, batch, mask, nothing)))
+    whole, row = TYPICAL[own.q.dtype]
+    return Errors(
+        {name: max(whole, *(each.whole[name] for each in found)) for name in found[0].whole},
+        {name: max(row, *(each.row[name] for each in found)) for name in found[0].row},
+    )
+
+
+def plan_of(own: Inputs, batch: Batch, mask: fp.Mask, backward: str = "auto", spans=None, **more: object) -> fp.Plan:
+    return fp.plan(
+        [list(each) for each in batch.spans] if spans is None else spans,
+        like=(own.q, own.k, own.v),
+        cu_seqlens_q=batch.cu_q,
+        cu_seqlens_k=batch.cu_k,
+        mask=mask,
+        backward=backward,
+        **more,
+    )

@@ -1,0 +1,255 @@
+"""Gradients on the GPU against fp64 autograd, row by row, inside the band of FA4's own causal backward; a watchdog.
+
+A miscounted key tile of a deterministic backward hangs: what takes longer than `LIMIT_S` ends the process with a trace.
+With `--gpu-report FILE` the measured errors are kept as JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import faulthandler
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+from cases import UGLY, Batch, Blind, masks_for, random_batch, random_mask
+from gradient_cases import Errors, Kind, causal_band, errors_of, exact_of, gradients_of, inputs_of, plan_of
+
+import fa4_prefixlm as fp
+from fa4_prefixlm.masks import causal, key_in, one_block, prefix, window
+
+pytestmark = pytest.mark.gpu
+
+LIMIT_S = 240
+BAND = 1.25
+ROW_BAND = 1.25
+KINDS = [
+    Kind((64, 64)),
+    Kind((96, 96), (3, 3)),
+    Kind((128, 128)),
+    Kind((192, 192)),
+    Kind((192, 128), (3, 3)),
+    Kind((256, 256)),
+    Kind((256, 256), (8, 1), with_lse=True),
+    Kind((128, 128), (4, 4), torch.float16),
+    Kind((128, 128), (6, 2), softcap=30.0, sink=True, with_lse=True),
+    Kind((64, 64), (5, 5), softcap=20.0),
+    Kind((256, 256), (4, 4), sink=True),
+    Kind((72, 72), (3, 1)),
+]
+MANY = Batch(tuple((n % 40, n % 40) for n in range(300)), tuple(((n % 7, n % 40),) * (n % 40 > 8) for n in range(300)))
+
+
+@pytest.fixture(autouse=True)
+def _watchdog() -> Iterator[None]:
+    faulthandler.dump_traceback_later(LIMIT_S, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+def judged(kind: Kind, batch: Batch, mask: fp.Mask, backward: str, seed: int, keep=None, **options) -> None:
+    own = inputs_of(kind, batch, seed)
+    plan = plan_of(own, batch, mask, backward, **options)
+    deterministic = True if options.get("deterministic") else None
+    band = causal_band(own, batch, getattr(mask, "window", None))
+    errors = errors_of(gradients_of(own, plan, deterministic), exact_of(own, batch, mask))
+    if keep is not None:
+        keep(kind=str(kind), mask=str(mask), backward=backward, errors=dataclasses.asdict(errors), band=_dict(band))
+    assert not errors.within(band, BAND, ROW_BAND), f"{mask}\n  got  {errors}\n  band {band}"
+
+
+def _dict(band: Errors) -> dict:
+    return dataclasses.asdict(band)
+
+
+@pytest.mark.parametrize("backward", ["native", "packed"])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_random_batches(kind: Kind, backward: str, gpu_report) -> None:
+    rng = random.Random(str(kind))
+    for seed in range(4):
+        judged(kind, random_batch(rng), random_mask(rng), backward, seed, gpu_report)
+
+
+@pytest.mark.parametrize("backward", ["native", "packed"])
+@pytest.mark.parametrize("kind", [Kind((64, 64)), Kind((128, 128)), Kind((256, 256), (4, 4))], ids=str)
+@pytest.mark.parametrize("name", UGLY)
+def test_ugly_batches(name: str, kind: Kind, backward: str, gpu_report) -> None:
+    for mask in masks_for(UGLY[name]):
+        judged(kind, UGLY[name], mask, backward, 0, gpu_report)
+
+
+@pytest.mark.parametrize("backward", ["native", "packed", "reference"])
+def test_more_sequences_than_a_scheduler_counts_at_once(backward: str, gpu_report) -> None:
+    judged(Kind((128, 128)), MANY, fp.PrefixLM(), backward, 0, gpu_report)
+
+
+@pytest.mark.parametrize("backward", ["native", "packed", "reference"])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_masks_beyond_one_rising_interval(dim: int, backward: str) -> None:
+    batch = Batch(((700, 700), (300, 400), (64, 64)), (((20, 60),), ((0, 30),), ((3, 9),)))
+    kind = Kind((dim, dim))
+    for mask in (
+        causal & (prefix("image") | window(60)),
+        causal & (window(40) | key_in("image")),
+        causal | fp.masks.query_in("image"),
+    ):
+        judged(kind, batch, mask, backward, 5)
+
+
+@pytest.mark.parametrize("backward", ["packed", "reference"])
+def test_rows_that_see_nothing(backward: str) -> None:
+    batch = Batch(((500, 500), (90, 90)), (((210, 300),), ()))
+    judged(Kind((128, 128), with_lse=True), batch, Blind(), backward, 6, backend="varlen")
+
+
+def test_a_key_seen_by_too_many_intervals_of_rows_goes_to_the_next_backward() -> None:
+    batch = Batch(((500, 500),), (((210, 300),),))
+    own = inputs_of(Kind((128, 128)), batch, 6)
+    plan = plan_of(own, batch, Blind(), backend="varlen")
+    gradients_of(own, plan)
+    assert "packed" in str(plan)
+    assert "intervals of rows" in str(plan)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_a_block_of_tags(dim: int) -> None:
+    spans = (((5, 80), (100, 180), (300, 301), (400, 470), (500, 530)), ((0, 30), (40, 60)))
+    batch = Batch(((600, 600), (70, 70)), spans)
+    judged(Kind((dim, dim)), batch, causal | one_block("image"), "packed", 7)
+
+
+def test_keys_that_nobody_sees_have_no_gradient() -> None:
+    batch = Batch(((100, 600), (0, 200), (3, 3)), (((550, 580),), (), ()))
+    for kind in (Kind((64, 64)), Kind((128, 128)), Kind((256, 256), (4, 4)), Kind((128, 128), (4, 4))):
+        own = inputs_of(kind, batch, 8)
+        for backward in ("native", "packed"):
+            got = gradients_of(own, plan_of(own, batch, fp.PrefixLM(50), backward))
+            for grad in (got.k, got.v):
+                assert (grad[: 500 - 50] == 0).all()
+                assert (grad[600:800] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [Kind((64, 64)), Kind((96, 96)), Kind((128, 128)), Kind((192, 192)), Kind((256, 256)), Kind((128, 128), (4, 4))],
+    ids=str,
+)
+def test_deterministic_gradients_are_the_same_bits(kind: Kind) -> None:
+    rng = random.Random(str(kind))
+    swa = causal & (prefix("image") | window(60))
+    for seed in range(3):
+        batch = random_batch(rng, longest=1500)
+        # The catalogue's prefix is the first span of a sequence.
+        prefixes = Batch(batch.seqlens, tuple(((0, min(30, keys)),) * bool(keys) for _, keys in batch.seqlens))
+        for own_batch, mask in ((batch, fp.PrefixLM()), (batch, fp.PrefixLM(100, clamp=False)), (prefixes, swa)):
+            own = inputs_of(kind, own_batch, seed)
+            plan = plan_of(own, own_batch, mask, "native")
+            runs = [gradients_of(own, plan, deterministic=True) for _ in range(3)]
+            for other in runs[1:]:
+                assert all(torch.equal(getattr(other, name), getattr(runs[0], name)) for name in "qkv")
+            band = causal_band(own, own_batch, getattr(mask, "window", None))
+            errors = errors_of(runs[0], exact_of(own, own_batch, mask))
+            assert not errors.within(band, BAND, ROW_BAND), f"{mask}\n  got  {errors}\n  band {band}"
+
+
+def test_torch_s_switch_asks_for_the_deterministic_backward() -> None:
+    batch = UGLY["whole sequence"]
+    own = inputs_of(Kind((128, 128)), batch, 9)
+    plan = plan_of(own, batch, fp.PrefixLM(), "packed")
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(fp.UnsupportedError, match="deterministic backward"):
+            gradients_of(own, plan)
+        gradients_of(own, plan_of(own, batch, fp.PrefixLM()))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_memory_past_the_tables_is_not_read(dim: int, deterministic: bool) -> None:
+    """The same bits or nearly with garbage after them, and with garbage in slots of no tile."""
+    batch = UGLY["empty sequences around"]
+    own = inputs_of(Kind((dim, dim), (4, 4)), batch, 10)
+    plan = plan_of(own, batch, fp.PrefixLM(100), "native")
+    wanted = gradients_of(own, plan, deterministic)
+    state = plan.gradients(deterministic)
+
+    def with_garbage(table: torch.Tensor) -> torch.Tensor:
+        whole = torch.full((table.shape[0] + 4096, *table.shape[1:]), 2**30, dtype=torch.int32, device="cuda")
+        whole[: table.shape[0]] = table
+        return whole[: table.shape[0]]
+
+    own_tables = state.tables
+    padded = dataclasses.replace(
+        own_tables,
+        bounds=with_garbage(own_tables.bounds),
+        tiles=with_garbage(own_tables.tiles),
+        order=None if own_tables.order is None else with_garbage(own_tables.order),
+    )
+    # Rows of `bounds` past the last key are read, and must not matter.
+    padded.bounds[batch.cu_k[-1] :] = 2**30
+    chosen, _ = plan._gradients[deterministic]
+    plan._gradients[deterministic] = chosen, dataclasses.replace(state, tables=padded)
+    got = gradients_of(own, plan, deterministic)
+    for name in "qkv":
+        torch.testing.assert_close(getattr(got, name), getattr(wanted, name), rtol=2e-2, atol=2e-3)
+
+
+def test_the_backward_does_not_synchronise() -> None:
+    batch = UGLY["adjacent spans"]
+    own = inputs_of(Kind((128, 128)), batch, 11)
+    plan = plan_of(own, batch, fp.PrefixLM(100))
+    leaves = [tensor.requires_grad_() for tensor in (own.q, own.k, own.v)]
+    torch.autograd.grad(fp.attention(*leaves, plan), leaves, own.dout)
+    cu = torch.tensor(batch.cu_q, dtype=torch.int32, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for mask in (fp.PrefixLM(), fp.PrefixLM(100), fp.PrefixLM(100, clamp=False)):
+            plan = fp.plan(batch.ranges_tensor().to("cpu"), like=leaves, cu_seqlens_q=cu, cu_seqlens_k=cu, mask=mask)
+            assert plan.choice.backward.name == "native"
+            torch.autograd.grad(fp.attention(*leaves, plan), leaves, own.dout)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("mode", ["eager", "compiled", "checkpointed", "reentrant"])
+def test_ways_of_training(mode: str) -> None:
+    """One plan, two accumulated steps; the same gradients in every mode."""
+    from torch.utils.checkpoint import checkpoint
+
+    batch = Batch(((300, 300), (724, 724)), (((4, 260),), ((0, 256), (300, 556))))
+    own = inputs_of(Kind((128, 128), (8, 4)), batch, 12)
+    plan = plan_of(own, batch, fp.PrefixLM(256))
+
+    def layer(q, k, v):
+        return fp.attention(q * 2, k, v, plan) * 2
+
+    ways = {
+        "eager": layer,
+        "compiled": torch.compile(layer, fullgraph=True),
+        "checkpointed": lambda *given: checkpoint(layer, *given, use_reentrant=False),
+        "reentrant": lambda *given: checkpoint(layer, *given, use_reentrant=True),
+    }
+    found = []
+    for run in (layer, ways[mode]):
+        leaves = [tensor.detach().clone().requires_grad_() for tensor in (own.q, own.k, own.v)]
+        for _ in range(2):
+            run(*leaves).backward(own.dout)
+        found.append([leaf.grad for leaf in leaves])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
+
+
+def test_batched_tensors_and_a_call_without_a_plan() -> None:
+    batch = Batch(((256, 300), (256, 300)), (((60, 120),), ((280, 300),)))
+    own = inputs_of(Kind((128, 128), with_lse=True), batch, 13)
+    folded = [tensor.unflatten(0, (2, -1)).detach().requires_grad_() for tensor in (own.q, own.k, own.v)]
+    out, lse = fp.attention(*folded, [list(each) for each in batch.spans], return_lse=True)
+    dlse = own.dlse.unflatten(1, (2, 256)).transpose(0, 1)
+    got = torch.autograd.grad([out, lse], folded, [own.dout.unflatten(0, (2, -1)), dlse])
+    wanted = gradients_of(own, plan_of(own, batch, fp.PrefixLM()))
+    for mine, name in zip(got, "qkv", strict=True):
+        torch.testing.assert_close(mine.flatten(0, 1), getattr(wanted, name), rtol=2e-2, atol=2e-2)
