@@ -84,7 +84,9 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`(out, lse)` of rows of one sequence. visible: `(rows, keys)` bool."""
     rows, heads, _ = q.shape
-    scores = torch.einsum("qhgd,khd->hgqk", by_key_head(q, k.shape[1]), k).reshape(heads, rows, -1) * options.softmax_scale
+    scores = (
+        torch.einsum("qhgd,khd->hgqk", by_key_head(q, k.shape[1]), k).reshape(heads, rows, -1) * options.softmax_scale
+    )
     if options.softcap:
         scores = options.softcap * torch.tanh(scores / options.softcap)
     scores = scores.masked_fill(~visible, float("-inf"))

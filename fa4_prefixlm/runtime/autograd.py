@@ -20,7 +20,11 @@ SINK_CHUNK = 2**22
 
 def is_needed(*tensors: torch.Tensor | None) -> bool:
     """Autograd will ask for the gradient of one of these."""
-    return torch.is_grad_enabled() and any(own is not None and own.requires_grad for own in tensors)
+    if torch.is_grad_enabled():
+        for own in tensors:
+            if own is not None and own.requires_grad:
+                return True
+    return False
 
 
 def refuse_transforms() -> None:
