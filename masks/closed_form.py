@@ -116,12 +116,17 @@ def edges_of(mask: HasEdges) -> RowEdges | None:
 
     A subclass that says anew what its rows see (`intervals`, `visible`), and not their edges, does not inherit these.
     """
+    return mask.edges() if speaks_for_itself(mask, "edges") else None
+
+
+def speaks_for_itself(mask: object, method: str) -> bool:
+    """The method is defined where the mask says what its rows see, or in a subclass of that."""
     order = type(mask).__mro__
-    depth = {name: next(at for at, kind in enumerate(order) if name in vars(kind)) for name in _SAID}
-    return mask.edges() if depth["edges"] == min(depth.values()) else None
+    own, *said = (next(at for at, kind in enumerate(order) if name in vars(kind)) for name in (method, *_SAID))
+    return own <= min(said)
 
 
-_SAID = ("edges", "intervals", "visible")
+_SAID = ("intervals", "visible")
 
 
 def closed_form(mask: HasEdges) -> ClosedForm | None:
