@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import pathlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,9 +35,9 @@ def check_file(option: str, file: str | pathlib.Path | None) -> None:
 def print_report(report: object, content: Mapping[str, Any], file: str | None) -> None:
     """Print the report or its JSON, as `--json` says."""
     text = json.dumps(content, indent=1)
-    if file == STDOUT:
-        print(text)
-        return
-    print(report)
-    if file is not None:
+    if file is not None and file != STDOUT:
         pathlib.Path(file).write_text(text + "\n")
+    try:
+        print(text if file == STDOUT else report, flush=True)
+    except BrokenPipeError:  # the reader has seen enough (`| head`); Python would complain once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
