@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, module, what in (
-        ("doctor", doctor, "show the FA4 builds found, what each can do, and which backend each call would take"),
+        ("doctor", doctor, "say what a call takes here and why; show the FA4 builds found and what each can do"),
         ("check", check, "check that the FA4 builds compute these masks right, against float64"),
     ):
         own = commands.add_parser(name, help=what, description=module.__doc__)
