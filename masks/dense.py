@@ -1,4 +1,4 @@
-"""A mask pair by pair: bool `(queries, keys)` of one sequence, from `Mask.visible` and the spans, not from intervals."""
+"""A mask pair by pair: bool `(queries, keys)` of one sequence, from `Mask.visible` and spans, not intervals."""
 
 from __future__ import annotations
 

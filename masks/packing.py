@@ -4,8 +4,8 @@ Documents that are sequences of their own are cheaper: packed tensors with `cu_s
 count from the start of their document. This is for a batch whose tensors are fixed, such as `(batch, seqlen, ...)` with
 documents packed into each row: there all spans are positions of the row.
 
-Two things follow from the rule. Tokens outside of all documents (padding, on either side) see nothing and are seen by no
-token. And `mask | one_block(name)` is one block per document, but it no longer runs by tags: a row may see as many
+Two things follow from the rule. Tokens outside of all documents (padding, on either side) see nothing and no token sees
+them. And `mask | one_block(name)` is one block per document, but it no longer runs by tags: a row may see as many
 intervals as the sequence has spans, and above 4 the mask runs on the reference.
 
 Source: this library. It is what transformers 5.24.0 builds from `position_ids` that restart, given neither an attention

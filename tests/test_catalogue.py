@@ -416,7 +416,9 @@ def test_one_interval_a_row_where_the_docs_say_so() -> None:
     """What decides the speed: K, and the block of tags."""
     intervals = {}
     for name, example in CATALOGUE.items():
-        named = example.ranges if isinstance(example.ranges, dict) else dict.fromkeys(example.mask.names, example.ranges)
+        named = (
+            example.ranges if isinstance(example.ranges, dict) else dict.fromkeys(example.mask.names, example.ranges)
+        )
         intervals[name] = example.mask.count({own: len(pairs) for own, pairs in named.items()})
     assert intervals.pop("molmo2-transformers") == 6
     assert [intervals.pop(name) for name in ("paligemma-global-gaps", "paligemma2-local-gaps")] == [4, 4]

@@ -1,6 +1,6 @@
 """Keys copied out of their pages first, for backends that read contiguous keys. Exact for every mask and build.
 
-Only keys that some query sees are copied: with a window, those of the chunk and those that the window reaches before it.
+Only keys that some query sees are copied: with a window, those of the chunk and those that it reaches before it.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def contiguous(batch: MaskedBatch, *, trim: bool) -> tuple[MaskedBatch, torch.Te
 
     Args:
         batch: the batch over pages.
-        trim: copy only what the mask reaches. False: all keys, for backends that look at positions and spans themselves.
+        trim: copy only what the mask reaches. False: all keys, for backends that read positions and spans themselves.
     """
     left = batch.traits.reach.left if trim and batch.traits.banded else None
     lengths = dataclasses.replace(batch.lengths, future_spans=False)

@@ -39,8 +39,7 @@ class Traits:
         reach: how far a row sees, where the mask is banded.
         custom: the mask brings its own kernel code.
         closed_form: of the mask; None: it has none.
-        causal_part: a causal mask inside of this one: every row sees what it shows, in one interval with all else that
-            the row sees. None: there is none.
+        causal_part: a causal mask contained in this one, of which every row sees one interval; None: there is none.
         causal_only: the causal mask that this one is for all rows of the batch; None: it is another, or the host
             can't know.
     """

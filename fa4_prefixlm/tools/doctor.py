@@ -116,7 +116,7 @@ class Report:
         facts = [[label, *(fact(build) for build in self.builds)] for label, fact in FACTS.items()]
         parts.append(_columns("builds", ["", *names], facts))
         defects = [
-            f"  {build.name}: {own.name}\n    {own.effect}\n    {own.cure}"
+            f"  {build.name}: {own.name}\n    {own.effect}\n    {own.workaround}"
             for build in self.builds
             for own in build.defects
         ]

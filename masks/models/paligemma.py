@@ -7,7 +7,8 @@
 
 Spans in transformers: the 0s of `token_type_ids`; the suffix is 1. The 0s of a row all see each other, wherever they
 are. The processor writes them as one run, and then `same_span` is enough; with `gaps=True` the masks have
-`one_block("prefix")` instead, which takes any row and costs more. Padding is 0 as well: give `attention_mask` to leave it out.
+`one_block("prefix")` instead, which takes any row and costs more. Padding is 0 as well: give `attention_mask` to leave
+it out.
 Only the first pass reads the types: with a cache, transformers is causal, so later passes get no spans.
 Spans in vLLM: the range of the tokens of each image, for a single one `(0, n)`, or `(1, 1 + n)` where the tokenizer
 adds BOS. For PaliGemma 2, on all layers, without those longer than the window: `drop_longer(spans, window)`.
