@@ -8,9 +8,9 @@ Every row then sees one interval around its own position `p`, whose edges are pi
 | outside of spans | 0, `left` | `p + 1`, the end of the keys |
 | inside a span | 0, `left`, `min(left, s)` | `p + 1`, `e`, the end of the keys |
 
-`|` takes the earlier begin and the later end, `&` the later begin and the earlier end. Outside of spans, `same_span` and
-`query_in` show a row nothing, which adds nothing to `|` and makes `&` empty. No atom shows a row inside a span less than
-one outside, and neither do combinations by `|` and `&`, so no row begins after `left`.
+`|` takes the earlier begin and the later end, `&` the later begin and the earlier end. Outside of spans, `same_span`
+and `query_in` show a row nothing, which adds nothing to `|` and makes `&` empty. No atom shows a row less inside a span
+than outside, and neither do combinations by `|` and `&`, so no row begins after `left`.
 """
 
 from __future__ import annotations

@@ -413,12 +413,11 @@ def test_every_example_shows_its_rule() -> None:
 
 
 def test_one_interval_a_row_where_the_docs_say_so() -> None:
-    """What decides the speed: K, and the block of tags."""
+    """What decides the speed: K, and tags."""
     intervals = {}
     for name, example in CATALOGUE.items():
-        named = (
-            example.ranges if isinstance(example.ranges, dict) else dict.fromkeys(example.mask.names, example.ranges)
-        )
+        ranges = example.ranges
+        named = ranges if isinstance(ranges, dict) else dict.fromkeys(example.mask.names, ranges)
         intervals[name] = example.mask.count({own: len(pairs) for own, pairs in named.items()})
     assert intervals.pop("molmo2-transformers") == 6
     assert [intervals.pop(name) for name in ("paligemma-global-gaps", "paligemma2-local-gaps")] == [4, 4]
