@@ -99,9 +99,9 @@ def test_two_passes_are_for_masks_that_are_a_causal_pass_and_a_rest() -> None:
         assert traits.causal_part is not None
         assert traits.causal_part.window == mask.window
         assert two_pass.refusal(GPU_CALL, traits, GOOD) is None
-    for change in ({"within": None}, {"intervals": 2}):
+    for change in ({"causal_part": None}, {"intervals": 2}):
         several = dataclasses.replace(DEMAND, **change)
-        assert two_pass.refusal(GPU_CALL, several, GOOD) == "the mask is no causal pass and the rest of one span set"
+        assert two_pass.refusal(GPU_CALL, several, GOOD) == "the mask is not a causal pass plus the rest of one set of spans"
 
 
 def backends_demand(mask):
@@ -142,8 +142,7 @@ def test_a_sink_that_a_build_does_not_take_joins_its_output(
         cu_seqlens_q=cu,
         max_seqlen_q=40,
         keys=launch.Keys(40, cu_seqlens_k=cu),
-        softmax_scale=0.25,
-        learnable_sink=sink,
+        options=Options(0.25, learnable_sink=sink),
     )
     expected, expected_lse = attend(q, k, v, sink)
     assert torch.allclose(out, expected, atol=1e-6)

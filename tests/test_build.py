@@ -283,7 +283,7 @@ def test_pack_gqa_is_said_not_left_to_fa4() -> None:
 @pytest.mark.parametrize(
     ("change", "name", "why"),
     [
-        ({"chained": False}, "native", None),
+        ({"banded": False}, "native", None),
         ({"intervals": 4}, "varlen", None),
         ({"intervals": 5}, "reference", "a row may see 5 intervals of keys, the kernels take 4"),
         ({"tagged": True}, "varlen", None),
@@ -291,7 +291,7 @@ def test_pack_gqa_is_said_not_left_to_fa4() -> None:
     ],
 )
 def test_what_a_mask_asks_for(monkeypatch: pytest.MonkeyPatch, change: dict, name: str, why: str | None) -> None:
-    traits = dataclasses.replace(DEMAND, **{"chained": False, "within": None, **change})
+    traits = dataclasses.replace(DEMAND, **{"banded": False, "causal_part": None, **change})
     choice = choose(GOOD, traits=traits)
     assert choice.name == name
     assert why is None or dict(choice.passed_over)["packed"] == why
