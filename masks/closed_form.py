@@ -119,12 +119,17 @@ def edges_of(mask: HasEdges) -> RowEdges | None:
 
     A subclass that overrides what its rows see (`intervals`, `visible`) but not `edges` does not inherit the edges.
     """
+    return mask.edges() if speaks_for_itself(mask, "edges") else None
+
+
+def speaks_for_itself(mask: object, method: str) -> bool:
+    """The method comes from the class that says what rows see (`intervals`, `visible`), or from a subclass of it."""
     order = type(mask).__mro__
-    depth = {name: next(at for at, kind in enumerate(order) if name in vars(kind)) for name in _OVERRIDDEN_TOGETHER}
-    return mask.edges() if depth["edges"] == min(depth.values()) else None
+    own, *others = (next(at for at, kind in enumerate(order) if name in vars(kind)) for name in (method, *_ROW_METHODS))
+    return own <= min(others)
 
 
-_OVERRIDDEN_TOGETHER = ("edges", "intervals", "visible")
+_ROW_METHODS = ("intervals", "visible")
 
 
 def closed_form(mask: HasEdges) -> ClosedForm | None:

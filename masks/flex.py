@@ -104,8 +104,6 @@ class EvaluatedMask(Mask):
         width = max((lo.shape[1] for lo, _ in chunks), default=1)
         lo = [torch.nn.functional.pad(own, (0, width - own.shape[1]), value=EMPTY_LO) for own, _ in chunks]
         hi = [torch.nn.functional.pad(own, (0, width - own.shape[1]), value=EMPTY_HI) for _, own in chunks]
-        if lo and not any((own > EMPTY_HI).any() for own in hi):
-            raise InputError("mask_mod", "a mask that lets some query see some key", "an empty mask")
         empty = torch.zeros(0, width, dtype=torch.int32, device=rows.position.device)
         return torch.cat([empty, *lo]), torch.cat([empty, *hi])
 
@@ -124,6 +122,9 @@ class EvaluatedMask(Mask):
             raise InputError("mask_mod", kind, f"{type(error).__name__}: {error}") from error
         if not isinstance(result, torch.Tensor) or result.dtype != torch.bool:
             raise InputError("mask_mod", "a boolean tensor for every pair", getattr(result, "dtype", type(result)))
+        if result.shape != kv.shape:
+            per_pair = tuple(result.shape[2:]) if result.ndim > 2 else tuple(result.shape)
+            raise InputError("mask_mod", "one boolean, of shape (), for every pair", f"shape {per_pair}")
         return result
 
     def _check_pure(self, first: torch.Tensor, b: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> None:

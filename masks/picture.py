@@ -6,6 +6,7 @@ Queries run down, keys run to the right. Images need Pillow; `mask_text` does no
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal
@@ -28,9 +29,11 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom
 DrawnTile = tuple[Box, Literal["full", "partial", "skipped"]]
 
 # The state of a (query, key) pair, to which the kind of its tile is added.
-HIDDEN, VISIBLE, SPAN = 0, 1, 2
+HIDDEN, VISIBLE, SPAN, MIXED = 0, 1, 2, 3
 TILES = {"partial": 0, "full": 3, "skipped": 6}
-LETTERS = ".#o"
+LETTERS = ".#o+"
+# Characters of a line of text, at most; larger masks are shown smaller.
+TEXT_WIDTH = 128
 # Blue and orange, which the colour-blind can tell apart; darker where a tile is full. Pink never shows unless the tiles
 # are wrong: a full one with a hidden pair, or a skipped one with a visible pair.
 COLOURS = ("#dcdfe4", "#64abdb", "#f2b134", "#d60078", "#14619c", "#c06c00", "#ffffff", "#d60078", "#d60078")
@@ -53,9 +56,16 @@ class MaskPicture:
     def __repr__(self) -> str:
         return mask_text(self.mask, seqlen_k=self.seqlen, ranges=self.ranges, seqlen_q=self.seqlen_q)
 
-    def _repr_png_(self) -> bytes:
+    def save(self, path: str | os.PathLike[str], *, cell: float | None = None, tiles: Sequence[DrawnTile] = ()) -> None:
+        """Write the image to a file, in the format of its suffix; arguments as in `mask_image`."""
+        self.image(cell=cell, tiles=tiles).save(path)
+
+    def _repr_png_(self) -> bytes | None:
         file = io.BytesIO()
-        self.image().save(file, "PNG")
+        try:
+            self.image().save(file, "PNG")
+        except ImportError:  # without Pillow a notebook shows the text
+            return None
         return file.getvalue()
 
 
@@ -70,9 +80,24 @@ def mask_text(mask: SeesPairs, *, seqlen_k: int, ranges: NamedRanges = None, seq
     """
     rows, sets = _sequence(mask, seqlen_q, seqlen_k, ranges)
     states = _pair_states(mask, rows, seqlen_k, sets)
+    step = -(-max(states.shape) // TEXT_WIDTH)
+    if step > 1:
+        states = _shrunk(states, step)
     lines = ["".join(LETTERS[state] for state in row) for row in states.tolist()]
     legend = f"{LETTERS[VISIBLE]} visible, {LETTERS[SPAN]} visible because of a span, {LETTERS[HIDDEN]} hidden"
+    if step > 1:
+        legend += f", {LETTERS[MIXED]} some of each; a character is {step} x {step} pairs"
     return "\n".join([*lines, legend])
+
+
+def _shrunk(states: torch.Tensor, step: int) -> torch.Tensor:
+    """One state for every `step` x `step` pairs; `MIXED` where they differ."""
+    rows, columns = (-(-size // step) for size in states.shape)
+    down = torch.nn.functional.pad(states, (0, 0, 0, rows * step - states.shape[0]), value=255)
+    padded = torch.nn.functional.pad(down, (0, columns * step - states.shape[1]), value=255)
+    blocks = padded.view(rows, step, columns, step)
+    largest = blocks.masked_fill(blocks == 255, 0).amax(dim=(1, 3))
+    return torch.where(blocks.amin(dim=(1, 3)) == largest, largest, MIXED)
 
 
 def mask_image(

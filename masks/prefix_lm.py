@@ -12,7 +12,7 @@ from fa4_prefixlm.masks.atoms import causal, same_span, window
 from fa4_prefixlm.masks.base import Mask
 from fa4_prefixlm.masks.closed_form import RowEdges, edges_of
 from fa4_prefixlm.masks.interval_lists import Intervals
-from fa4_prefixlm.masks.protocols import Pairs, Reach, Rows
+from fa4_prefixlm.masks.protocols import Ahead, Pairs, Reach, Rows
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,9 @@ class PrefixLM(Mask):
 
     def intervals(self, rows: Rows) -> Intervals:
         return self.expression.intervals(rows)
+
+    def ahead(self) -> Ahead:
+        return self.expression.ahead()
 
     def edges(self) -> RowEdges | None:
         return edges_of(self.expression)

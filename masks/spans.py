@@ -67,6 +67,8 @@ def _check(token_types: torch.Tensor, values: Collection[int]) -> None:
         raise InputError("token_types", "an integer or boolean dtype", kind)
     if token_types.ndim != 2:
         raise InputError("token_types", "shape (batch, seqlen)", tuple(token_types.shape))
+    if not isinstance(values, Collection) or isinstance(values, str):
+        raise InputError("values", "a collection of token types, such as {1}", repr(values))
     if len(values) == 0:
         raise InputError("values", "at least one token type", values)
 

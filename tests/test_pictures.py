@@ -70,4 +70,4 @@ def test_the_demo_notices_a_wrong_answer(tmp_path: pathlib.Path, monkeypatch: py
 
 
 def test_letters_are_distinct() -> None:
-    assert len(set(LETTERS)) == 3
+    assert len(set(LETTERS)) == 4

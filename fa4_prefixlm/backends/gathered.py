@@ -71,7 +71,7 @@ def contiguous(batch: MaskedBatch, *, trim: bool) -> tuple[MaskedBatch, torch.Te
         trim: copy only what the mask reaches. False: all keys, for backends that read positions and spans themselves.
     """
     left = batch.traits.reach.left if trim and batch.traits.banded else None
-    lengths = dataclasses.replace(batch.lengths, future_spans=False)
+    lengths = batch.lengths
     keys, rows = batch.lengths.cu_seqlens_k.diff(), batch.lengths.cu_seqlens_q.diff()
     spec = dataclasses.replace(batch.spec, page_size=None)
     if left is None:

@@ -29,6 +29,9 @@ from fa4_prefixlm.runtime.serving_plans import ServingPlan, serving_plan
 
 VENDORED = "vllm.vllm_flash_attn.cute"
 
+# Of queries and cache. The last two are for the reference.
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
 MMRanges = Mapping[int, Sequence[tuple[int, int]]]
 HostIntegers = torch.Tensor | Sequence[int]
 KVCache = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
@@ -150,6 +153,8 @@ class GroupPlans:
         """
         if not layers:
             raise InputError("layers", "at least one layer", "none")
+        if dtype not in DTYPES:
+            raise InputError("dtype", f"one of {', '.join(map(str, DTYPES))}: FA4 has no fp8 here", dtype)
         row = torch.empty(head_dim, dtype=dtype, device=device)  # expanded, so the shapes below take no memory
         cache = row.expand(torch.iinfo(torch.int32).max, block_size, num_kv_heads, head_dim)
         like = (row.expand(1, num_heads, head_dim), cache, cache)
@@ -276,6 +281,9 @@ class GroupPlans:
 
 
 def _spans(mm_ranges: MMRanges, rows: list[int], keys: list[int], longest: int | None) -> BatchSpans | None:
+    if not isinstance(mm_ranges, Mapping):
+        expected = "a dictionary from request index to inclusive (start, end) pairs"
+        raise InputError("mm_ranges", expected, type(mm_ranges).__name__)
     spans: BatchSpans = [[] for _ in rows]
     for request, own in mm_ranges.items():
         if not 0 <= request < len(rows):

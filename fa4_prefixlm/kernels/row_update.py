@@ -175,6 +175,7 @@ def constants(form: ClosedForm, buffers: RowBuffers) -> dict[str, object]:
         "OUTSIDE_END": form.outside.end,
         "INSIDE_BEGIN": form.inside.begin,
         "INSIDE_END": form.inside.end,
+        "WHOLE_SPANS": form.inside.end != "row",
         "TILE_TOKENS": buffers.tile_tokens,
         "TILE_N": buffers.tile_n,
         "ROWS": triton.next_power_of_2(buffers.tile_tokens),
@@ -238,6 +239,7 @@ def update_rows_kernel(
     OUTSIDE_END: tl.constexpr,
     INSIDE_BEGIN: tl.constexpr,
     INSIDE_END: tl.constexpr,
+    WHOLE_SPANS: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
     TILE_N: tl.constexpr,
     ROWS: tl.constexpr,
@@ -291,7 +293,9 @@ def update_rows_kernel(
         s = tl.load(at, mask=index < spans, other=0)
         e = tl.load(at + stride_edge, mask=index < spans, other=0)
         used = (s != 0) | (e != 0)
-        wrong |= used & ((s < 0) | (s >= e) | ((s < seqlen_k) & (e > seqlen_k)))
+        wrong |= used & ((s < 0) | (s >= e))
+        if WHOLE_SPANS:
+            wrong |= used & (s < seqlen_k) & (e > seqlen_k)
         holds = (s[:, None] <= position[None, :]) & (position[None, :] < e[:, None])
         start = tl.maximum(start, tl.max(tl.where(holds, s[:, None], 0), axis=0))
         stop = tl.maximum(stop, tl.max(tl.where(holds, e[:, None], 0), axis=0))
