@@ -114,7 +114,7 @@ def update_rows(
         seqused_k: `(batch,)` int32 on the device, keys of each sequence.
         ranges: `(batch, max_ranges, 2)` int32 on the device with any strides, half-open `[start, end)` in absolute key
             positions, in any order, unused rows `(0, 0)`. A span that starts at or after `seqlen_k` belongs to a later
-            chunk and is ignored; any other ends at or before it.
+            chunk and is ignored; any other ends at or before it, if rows see ahead in a span.
         page_table: `(batch, pages)` int32 on the device, at most as wide as the buffer; copied to it.
         max_rows: query rows of the batch, at most, where that is below the plan's `max_tokens`.
         max_keys: keys of a sequence, at most.
