@@ -148,7 +148,7 @@ class Diagnosis:
             line
             for build in self.builds
             for own in build.defects
-            for line in (f"{build.name}: {own.name}", f"  {own.effect}", f"  {own.cure}")
+            for line in (f"{build.name}: {own.name}", f"  {own.effect}", f"  {own.workaround}")
         ]
         parts.append(titled("known defects, and what is done about them", defects or ["none"]))
         for arch, kinds in self.takes.items():
