@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from fa4_prefixlm.backends.base import BackwardBackend, ForwardPass, Gradients, Grads, MaskedBatch
-from fa4_prefixlm.backends.fa4_verdicts import backward_call_refusal
+from fa4_prefixlm.backends.fa4_verdicts import own_backward_refusal
 from fa4_prefixlm.batch.lengths import Lengths
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.batch.tensors import CallSpec
@@ -51,7 +51,7 @@ class CausalBackward(BackwardBackend):
     def refusal(self, spec: CallSpec, traits: Traits, build: Build | None, *, deterministic: bool) -> str | None:
         if traits.causal_only is None:
             return "the mask is not plainly causal for the whole batch, as far as the host knows"
-        return backward_call_refusal(spec, build, BACKWARD_ARGUMENTS)
+        return own_backward_refusal(spec, build, BACKWARD_ARGUMENTS)
 
     def prepare(self, batch: MaskedBatch, *, deterministic: bool) -> CausalGradients:
         assert batch.traits.causal_only is not None

@@ -51,6 +51,14 @@ def backward_call_refusal(spec: CallSpec, build: Build | None, arguments: frozen
     return HeadDims().refusal(spec.arch, *head_dims) or build.head_dims.refusal(spec.arch, *head_dims)
 
 
+def own_backward_refusal(spec: CallSpec, build: Build | None, arguments: frozenset[str]) -> str | None:
+    """The same of the build's own backward as it stands."""
+    refusal = backward_call_refusal(spec, build, arguments)
+    if refusal is not None or build is None:
+        return refusal
+    return build.backward_head_dims_refusal(spec.arch, spec.head_dim, spec.head_dim_v)
+
+
 def masked_refusal(spec: CallSpec, traits: Traits, build: Build | None) -> str | None:
     """Why a backend with a mask_mod can't run the call. The mask is judged first: that works without a GPU."""
     if traits.intervals > MOST_INTERVALS and not traits.custom:

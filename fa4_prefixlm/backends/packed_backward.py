@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from fa4_prefixlm.backends.base import BackwardBackend, ForwardPass, Gradients, Grads, MaskedBatch
-from fa4_prefixlm.backends.fa4_verdicts import backward_call_refusal
+from fa4_prefixlm.backends.fa4_verdicts import own_backward_refusal
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.batch.tensors import CallSpec
 from fa4_prefixlm.fa4.build.describe import PACKED_BACKWARD_ARGUMENTS, Build
@@ -63,7 +63,7 @@ class PackedBackward(BackwardBackend):
             return f"a row may see {traits.intervals} intervals of keys, it takes {MOST_INTERVALS}"
         if deterministic:
             return "its order of writes differs from run to run"
-        refusal = backward_call_refusal(spec, build, PACKED_BACKWARD_ARGUMENTS)
+        refusal = own_backward_refusal(spec, build, PACKED_BACKWARD_ARGUMENTS)
         if refusal is None and spec.arch // 10 != 9 and max(spec.head_dim, spec.head_dim_v) > 128:
             return "FA4's block-sparse backward takes head dims up to 128 on SM100"
         return refusal

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from cases import UGLY, Batch, Blind, masks_for, random_batch, random_mask
-from gradient_cases import Errors, Kind, causal_band, errors_of, exact_of, gradients_of, inputs_of, plan_of
+from gradient_cases import Errors, Kind, band_of, errors_of, exact_of, gradients_of, inputs_of, plan_of
 
 import fa4_prefixlm as fp
 from fa4_prefixlm.masks import causal, key_in, one_block, prefix, window
@@ -52,8 +52,9 @@ def judged(kind: Kind, batch: Batch, mask: fp.Mask, backward: str, seed: int, ke
     own = inputs_of(kind, batch, seed)
     plan = plan_of(own, batch, mask, backward, **options)
     deterministic = True if options.get("deterministic") else None
-    band = causal_band(own, batch, getattr(mask, "window", None))
-    errors = errors_of(gradients_of(own, plan, deterministic), exact_of(own, batch, mask))
+    exact = exact_of(own, batch, mask)
+    band = band_of(own, batch, mask, exact)
+    errors = errors_of(gradients_of(own, plan, deterministic), exact)
     if keep is not None:
         keep(kind=str(kind), mask=str(mask), backward=backward, errors=dataclasses.asdict(errors), band=_dict(band))
     assert not errors.within(band, BAND, ROW_BAND), f"{mask}\n  got  {errors}\n  band {band}"
@@ -148,8 +149,9 @@ def test_deterministic_gradients_are_the_same_bits(kind: Kind) -> None:
             runs = [gradients_of(own, plan, deterministic=True) for _ in range(3)]
             for other in runs[1:]:
                 assert all(torch.equal(getattr(other, name), getattr(runs[0], name)) for name in "qkv")
-            band = causal_band(own, own_batch, getattr(mask, "window", None))
-            errors = errors_of(runs[0], exact_of(own, own_batch, mask))
+            exact = exact_of(own, own_batch, mask)
+            band = band_of(own, own_batch, mask, exact)
+            errors = errors_of(runs[0], exact)
             assert not errors.within(band, BAND, ROW_BAND), f"{mask}\n  got  {errors}\n  band {band}"
 
 

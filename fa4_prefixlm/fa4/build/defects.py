@@ -44,10 +44,22 @@ PAGED_LISTS = Defect(
     "avoided: never passed together",
     found_by="run",
 )
+SM90_BACKWARD_HEAD_DIMS = Defect(
+    "sm90-backward-head-dims",
+    "the SM90 backward rounds head dims up to multiples of 16, the kernels around it to multiples of 32: silently "
+    "wrong gradients at 8, 16, 40, 48, 72, 80, 104 and 112",
+    "worked around: the native backward rounds as they do; the other backwards are refused at these head dims",
+)
 
 
 def defects(
-    *, varlen_lists: bool, sm90_list_stride: str, causal_with_mask: str, sinks_in_float32: bool, block_lists: bool
+    *,
+    varlen_lists: bool,
+    sm90_list_stride: str,
+    causal_with_mask: str,
+    sinks_in_float32: bool,
+    block_lists: bool,
+    sm90_backward_head_dims: str = "right",
 ) -> tuple[Defect, ...]:
     """The defects of a build, given what its source says. See `Build`."""
     found = {
@@ -55,5 +67,6 @@ def defects(
         CAUSAL_KEPT: causal_with_mask == "kept",
         SINK_BFLOAT16: not sinks_in_float32,
         PAGED_LISTS: varlen_lists and block_lists,
+        SM90_BACKWARD_HEAD_DIMS: sm90_backward_head_dims == "wrong",
     }
     return tuple(defect for defect, present in found.items() if present)

@@ -57,6 +57,8 @@ class Build:
             not applied as it stands, seen in vLLM's fork) or "unknown". This library passes neither.
         sink_dtypes: dtypes of attention sinks that it takes. Others are applied to its output.
         refuses_varlen_backward_lists: its varlen backward refuses block lists.
+        sm90_backward_head_dims: "wrong" where its SM90 backward and the kernels around it round head dims differently
+            (seen in 4.0.0b36), "right", or "unknown".
         backward_refusal: why the native backward is not offered on it; None if its internals are known.
     """
 
@@ -73,6 +75,7 @@ class Build:
     causal_with_mask: str = "ignored"
     sink_dtypes: tuple[torch.dtype, ...] = SINK_DTYPES
     refuses_varlen_backward_lists: bool = True
+    sm90_backward_head_dims: str = "unknown"
     backward_refusal: str | None = "its backward was not looked at"
 
     def __str__(self) -> str:
@@ -97,6 +100,13 @@ class Build:
         # Beyond 256 no tile was ever run with a mask.
         return HeadDims().refusal(arch, head_dim, head_dim_v) or self.head_dims.refusal(arch, head_dim, head_dim_v)
 
+    def backward_head_dims_refusal(self, arch: int, head_dim: int, head_dim_v: int) -> str | None:
+        """Why its own backward is wrong, or not known to be right, at these head dims; None if it is right."""
+        if arch // 10 != 9 or self.sm90_backward_head_dims == "right":
+            return None
+        odd = [dim for dim in (head_dim, head_dim_v) if dim <= 128 and 0 < dim % 32 <= 16]
+        return f"the SM90 backward of {self} is wrong at head dim {odd[0]}" if odd else None
+
     @property
     def defects(self) -> tuple[Defect, ...]:
         """The known defects that its source has, and what this library does about each."""
@@ -106,6 +116,7 @@ class Build:
             causal_with_mask=self.causal_with_mask,
             sinks_in_float32=torch.float32 in self.sink_dtypes,
             block_lists="block_sparse_tensors" in self.arguments,
+            sm90_backward_head_dims=self.sm90_backward_head_dims,
         )
 
     def part(self, name: str) -> ModuleType:
@@ -124,6 +135,7 @@ BEST = Build(
     sm90_list_stride="tile",
     native_refusal=None,
     head_dims=HeadDims(),
+    sm90_backward_head_dims="right",
     backward_refusal=None,
 )
 
@@ -148,8 +160,17 @@ def describe(folder: pathlib.Path, module: str, name: str) -> Build:
         causal_with_mask=_causal_with_mask(interface),
         sink_dtypes=(torch.bfloat16,) if "learnable_sink.dtype == torch.bfloat16" in interface else SINK_DTYPES,
         refuses_varlen_backward_lists="Varlen backward with block sparsity is not yet supported" in interface,
+        sm90_backward_head_dims=_backward_head_dims(interface, folder / "flash_bwd_sm90.py"),
         backward_refusal=backward_refusal(folder, name),
     )
+
+
+def _backward_head_dims(interface: str, kernel: pathlib.Path) -> str:
+    around = source.assigned_numbers(interface, "hdim_multiple_of")
+    within = source.assigned_numbers(kernel.read_text(), "hdim_multiple_of") if kernel.is_file() else frozenset()
+    if not around or not within:
+        return "unknown"
+    return "right" if around == within else "wrong"
 
 
 def _causal_with_mask(interface: str) -> str:

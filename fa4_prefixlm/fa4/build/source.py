@@ -64,6 +64,17 @@ def sm90_list_stride(source: str) -> str:
     return found.pop() if len(found) == 1 else "unknown"
 
 
+def assigned_numbers(source: str, name: str) -> frozenset[int]:
+    """The integers that the source assigns to a variable, either branch of a condition."""
+    found: set[int] = set()
+    for node in ast.walk(_parsed(source)):
+        if isinstance(node, ast.Assign) and any(isinstance(own, ast.Name) and own.id == name for own in node.targets):
+            value: ast.expr = node.value
+            parts = (value.body, value.orelse) if isinstance(value, ast.IfExp) else (value,)
+            found.update(own.value for own in parts if isinstance(own, ast.Constant) and isinstance(own.value, int))
+    return frozenset(found)
+
+
 @functools.lru_cache(maxsize=4)
 def _parsed(source: str) -> ast.Module:
     """Parsed once: an interface has thousands of lines, and a dozen facts are read from it."""
