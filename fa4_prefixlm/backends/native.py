@@ -1,6 +1,6 @@
 """native: one interval a row, run in FA4's own SM90 main loop. No block lists, no mask_mod; reads pages.
 
-Only on builds whose internals are known (`fa4.build.fingerprint`).
+Only on builds whose internals are known (`fa4.builds.fingerprint`).
 """
 
 from __future__ import annotations
