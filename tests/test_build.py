@@ -13,9 +13,9 @@ from fa4_prefixlm.backends import mask_mod_call as fa4_common
 from fa4_prefixlm.backends import select as backends
 from fa4_prefixlm.batch import lengths
 from fa4_prefixlm.batch.tensors import CallSpec
-from fa4_prefixlm.fa4.build import describe as builds
-from fa4_prefixlm.fa4.build import locate
-from fa4_prefixlm.fa4.build.head_dims import HeadDims
+from fa4_prefixlm.fa4.builds import describe as builds
+from fa4_prefixlm.fa4.builds import locate
+from fa4_prefixlm.fa4.builds.head_dims import HeadDims
 from fa4_prefixlm.fa4.kernels.tiles import forward_tile
 from fa4_prefixlm.geometry.traits import CausalWindow, Traits
 from fa4_prefixlm.masks.protocols import Reach

@@ -25,9 +25,9 @@ import torch
 from fa4_prefixlm.backends import select as backends
 from fa4_prefixlm.backends.base import MaskedBatch, Prepared
 from fa4_prefixlm.backends.reference import _attend
-from fa4_prefixlm.fa4.build.defects import CAUSAL_KEPT, PAGED_LISTS, SM90_LIST_STRIDE
-from fa4_prefixlm.fa4.build.describe import BEST, MASKED_ARGUMENTS
-from fa4_prefixlm.fa4.build.locate import GivenBuild, given
+from fa4_prefixlm.fa4.builds.defects import CAUSAL_KEPT, PAGED_LISTS, SM90_LIST_STRIDE
+from fa4_prefixlm.fa4.builds.describe import BEST, MASKED_ARGUMENTS
+from fa4_prefixlm.fa4.builds.locate import GivenBuild, given
 from fa4_prefixlm.geometry import intervals
 from fa4_prefixlm.testing.accuracy import dense_attention, overlapping_two_pass
 from fa4_prefixlm.tools.check import command, crosscheck, judge, session, workers

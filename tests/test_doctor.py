@@ -13,7 +13,7 @@ from test_build import write_build
 
 import fa4_prefixlm
 from fa4_prefixlm.errors import REPOSITORY, InputError, install_hint
-from fa4_prefixlm.fa4.build.locate import given
+from fa4_prefixlm.fa4.builds.locate import given
 from fa4_prefixlm.tools import cli, doctor
 
 ROOT = pathlib.Path(__file__).parent.parent

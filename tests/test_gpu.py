@@ -82,7 +82,7 @@ def causal_band(q, k, v, batch: Batch, window: int | None, options: Options) -> 
 
 def _causal_error(q, k, v, batch: Batch, window: int | None, options: Options) -> tuple[float, float]:
     from fa4_prefixlm.batch.keys import Keys
-    from fa4_prefixlm.fa4.build.locate import installed
+    from fa4_prefixlm.fa4.builds.locate import installed
     from fa4_prefixlm.fa4.kernels.launch import causal_forward
 
     cu_q, cu_k = (torch.tensor(cu, dtype=torch.int32, device="cuda") for cu in (batch.cu_q, batch.cu_k))
@@ -300,7 +300,7 @@ def test_auto_takes_native_and_packed_when_lists_would_be_large() -> None:
 @pytest.mark.parametrize("window", [None, 100])
 def test_a_text_only_batch_is_fa4s_own_call_bit_for_bit(window: int | None) -> None:
     from fa4_prefixlm.batch.keys import Keys
-    from fa4_prefixlm.fa4.build.locate import installed
+    from fa4_prefixlm.fa4.builds.locate import installed
     from fa4_prefixlm.fa4.kernels.launch import causal_forward
 
     batch = Batch(((300, 300), (1, 500), (200, 600)), ((), ((3, 60),), ((0, 400),)))
@@ -397,7 +397,7 @@ print(relative_error(out, exact))
 
 
 def test_without_the_list_stride_cure_head_dim_256_is_wrong() -> None:
-    from fa4_prefixlm.fa4.build.locate import installed
+    from fa4_prefixlm.fa4.builds.locate import installed
 
     if installed().sm90_list_stride != "128":
         pytest.skip("the installed build does not have the defect")

@@ -17,7 +17,7 @@ from fa4_prefixlm.backends.base import MaskedBatch
 from fa4_prefixlm.batch import lengths, ranges
 from fa4_prefixlm.batch.keys import Keys
 from fa4_prefixlm.batch.tensors import CallSpec, describe
-from fa4_prefixlm.fa4.build import fingerprint
+from fa4_prefixlm.fa4.builds import fingerprint
 from fa4_prefixlm.geometry.tiles import query_tiles, tile_runs, tile_slots
 from fa4_prefixlm.geometry.traits import CausalWindow
 from fa4_prefixlm.geometry.traits import traits as traits_of

@@ -11,7 +11,7 @@ from fa4_prefixlm.backends.fa4_verdicts import own_backward_refusal
 from fa4_prefixlm.batch.lengths import Lengths
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.batch.tensors import CallSpec
-from fa4_prefixlm.fa4.build.describe import BACKWARD_ARGUMENTS, Build
+from fa4_prefixlm.fa4.builds.describe import BACKWARD_ARGUMENTS, Build
 from fa4_prefixlm.fa4.kernels.backward_launch import causal_backward
 from fa4_prefixlm.geometry.traits import Traits
 

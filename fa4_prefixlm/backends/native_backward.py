@@ -1,6 +1,6 @@
 """native backward: FA4's own SM90 backward main loop over the rows that see each key. No block lists, no mask_mod.
 
-Only on builds whose backward is known (`fa4.build.fingerprint`).
+Only on builds whose backward is known (`fa4.builds.fingerprint`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fa4_prefixlm.backends.fa4_verdicts import backward_call_refusal
 from fa4_prefixlm.batch.lengths import Lengths
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.batch.tensors import CallSpec
-from fa4_prefixlm.fa4.build.describe import BACKWARD_ARGUMENTS, Build
+from fa4_prefixlm.fa4.builds.describe import BACKWARD_ARGUMENTS, Build
 from fa4_prefixlm.fa4.kernels.backward_tiles import BackwardTile, native_tile
 from fa4_prefixlm.fa4.kernels.native_backward_launch import KeyTables, native_backward
 from fa4_prefixlm.geometry.key_bounds import KeyBounds, any_key_bounds, rises, rising_key_bounds

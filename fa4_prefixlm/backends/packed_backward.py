@@ -13,7 +13,7 @@ from fa4_prefixlm.backends.base import BackwardBackend, ForwardPass, Gradients, 
 from fa4_prefixlm.backends.fa4_verdicts import own_backward_refusal
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.batch.tensors import CallSpec
-from fa4_prefixlm.fa4.build.describe import PACKED_BACKWARD_ARGUMENTS, Build
+from fa4_prefixlm.fa4.builds.describe import PACKED_BACKWARD_ARGUMENTS, Build
 from fa4_prefixlm.fa4.kernels.backward_launch import packed_backward
 from fa4_prefixlm.fa4.kernels.backward_tiles import packed_tile
 from fa4_prefixlm.fa4.kernels.launch import MaskCode, mask_code
