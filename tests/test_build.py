@@ -95,6 +95,7 @@ def test_a_build_is_read_from_its_source(tmp_path: pathlib.Path) -> None:
         native_refusal=lacking,
         backward_refusal="flash-attn-4 9.9 lacks parts of the SM90 backward kernel that the native one builds on",
         backward_arguments=frozenset({"q", "mask_mod"}),
+        sm90_backward_head_dims="unknown",
         head_dims=HeadDims(sm100_pairs=frozenset({(192, 128)})),
     )
 
