@@ -6,7 +6,10 @@ import pathlib
 import sys
 import warnings
 
+from fa4_prefixlm.backends.causal_backward import CausalBackward
+from fa4_prefixlm.backends.reference_backward import ReferenceBackward
 from fa4_prefixlm.backends.select import BACKENDS, Choice, choose
+from fa4_prefixlm.backends.select_backward import Backward
 from fa4_prefixlm.batch.lengths import Lengths
 from fa4_prefixlm.batch.tensors import CallSpec
 from fa4_prefixlm.fa4.builds.describe import BEST, Build
@@ -45,6 +48,17 @@ def warn_of_fallback(choice: Choice, spec: CallSpec, traits: Traits, lengths: Le
     if better is not None and better not in _warned:
         _warned.add(better)
         warnings.warn(better, stacklevel=_callers_level())
+
+
+def warn_of_slow_backward(backward: Backward, spec: CallSpec) -> None:
+    """Warn of gradients by the dense reference on a GPU, where nobody asked for them."""
+    if spec.device.type != "cuda" or backward.name != ReferenceBackward.name or not backward.passed_over:
+        return
+    why = "; ".join(f"not {name}: {reason}" for name, reason in backward.passed_over if name != CausalBackward.name)
+    warnings.warn(
+        f"fa4_prefixlm computes gradients by the dense reference, slow on long sequences ({why})",
+        stacklevel=_callers_level(),
+    )
 
 
 _PACKAGE = str(pathlib.Path(__file__).parents[1])

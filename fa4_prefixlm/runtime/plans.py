@@ -23,7 +23,7 @@ from fa4_prefixlm.masks.base import Mask
 from fa4_prefixlm.masks.prefix_lm import PrefixLM
 from fa4_prefixlm.runtime.callable_plan import CallablePlan
 from fa4_prefixlm.runtime.execute import check_same
-from fa4_prefixlm.runtime.fallback_warnings import warn_of_fallback
+from fa4_prefixlm.runtime.fallback_warnings import warn_of_fallback, warn_of_slow_backward
 
 
 class Plan(CallablePlan):
@@ -94,9 +94,11 @@ class Plan(CallablePlan):
     def gradients(self, deterministic: bool = False) -> Gradients:
         """The backward's state, made at the first call and reused by every layer."""
         if deterministic not in self._gradients:
-            self._gradients[deterministic] = prepare_backward(
+            chosen, state = prepare_backward(
                 self._asked, self._batch, forward=self.choice.name, deterministic=deterministic
             )
+            warn_of_slow_backward(chosen, self.spec)
+            self._gradients[deterministic] = chosen, state
         return self._gradients[deterministic][1]
 
     def check(self, spec: CallSpec) -> None:
