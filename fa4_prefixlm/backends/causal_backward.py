@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from fa4_prefixlm.backends.base import BackwardBackend, ForwardPass, Gradients, Grads, MaskedBatch
-from fa4_prefixlm.backends.fa4_verdicts import own_backward_refusal
+from fa4_prefixlm.backends.fa4_verdicts import not_run, own_backward_refusal
 from fa4_prefixlm.batch.lengths import Lengths
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.batch.tensors import CallSpec
@@ -41,7 +41,7 @@ class CausalGradients(Gradients):
 
     def describe(self) -> str:
         what = "causal" if self.window is None else f"causal, window {self.window}"
-        return f"{what}{', deterministic' * self.deterministic}"
+        return f"{what}{', deterministic' * self.deterministic}{not_run(self.lengths.device)}"
 
 
 class CausalBackward(BackwardBackend):

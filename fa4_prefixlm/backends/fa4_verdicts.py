@@ -97,8 +97,12 @@ def outputs(q: torch.Tensor, v: torch.Tensor, out: torch.Tensor | None) -> tuple
 
 def kernel_line(build: Build, device: torch.device, what: str) -> tuple[str, str]:
     """The `kernel` line of `print(plan)`."""
-    arch = device_arch(device)
-    return "kernel", f"{build}, sm_{arch}{'' if arch // 10 == 9 else ' (compiled, not run)'}, {what}"
+    return "kernel", f"{build}, sm_{device_arch(device)}{not_run(device)}, {what}"
+
+
+def not_run(device: torch.device) -> str:
+    """What a plan says of kernels for an architecture on which nobody ran them."""
+    return "" if device_arch(device) // 10 == 9 else " (compiled, not run)"
 
 
 @functools.lru_cache(maxsize=256)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from fa4_prefixlm.backends.base import BackwardBackend, ForwardPass, Gradients, Grads, MaskedBatch
-from fa4_prefixlm.backends.fa4_verdicts import own_backward_refusal
+from fa4_prefixlm.backends.fa4_verdicts import not_run, own_backward_refusal
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.batch.tensors import CallSpec
 from fa4_prefixlm.fa4.builds.describe import PACKED_BACKWARD_ARGUMENTS, Build
@@ -49,7 +49,8 @@ class PackedGradients(Gradients):
         block_m, block_n = self.lists.block_size
         held = sum(tensor.nbytes for tensor in self.code.aux_tensors) + self.lists.nbytes()
         words = in_words(self.code.intervals, tagged=len(self.code.aux_tensors) > 1)
-        return f"tile {block_m}x{block_n}, {words}, {held / 2**20:.2f} MiB"
+        where = not_run(self.code.aux_tensors[0].device)
+        return f"tile {block_m}x{block_n}{where}, {words}, {held / 2**20:.2f} MiB"
 
 
 class PackedBackward(BackwardBackend):

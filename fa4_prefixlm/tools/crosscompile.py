@@ -65,8 +65,8 @@ class Variant:
 
 def standard_variants(arch: str) -> list[Variant]:
     """What CI proves: every backend that runs there, at the usual head dims, and with every option."""
-    hopper = [*_native_variants(), *backward_variants()] if arch == "sm_90" else []
-    return [*_mask_mod_variants(), *hopper, *_two_pass_variants(arch)]
+    native = _native_variants() if arch == "sm_90" else []
+    return [*_mask_mod_variants(), *native, *_two_pass_variants(arch), *backward_variants(arch)]
 
 
 def old_build_variants(arch: str) -> list[Variant]:
@@ -108,15 +108,24 @@ def _native_variants() -> list[Variant]:
     return [*variants, full, Variant("causal", 128, 128, page_size=16), Variant("causal", 256, 256, window=256)]
 
 
-def backward_variants() -> list[Variant]:
-    """Each tile of the native backward, masking all or skipping full tiles, and each option; then the packed one."""
+def backward_variants(arch: str) -> list[Variant]:
+    """Each tile of the native backward, masking all or skipping full tiles, and each option; the packed one; FA4's."""
 
     def native(head_dim: int, head_dim_v: int | None = None, **options: Any) -> Variant:
         return Variant("native", head_dim, head_dim_v or head_dim, backward="native", **options)
 
     ordered: dict[str, Any] = {"deterministic": True}
+    packed = [
+        Variant("causal", 128, 128, backward="causal"),
+        Variant("packed", 128, 128, mask="two", backward="packed"),
+        Variant("varlen", 64, 64, mask="block", backward="packed"),
+    ]
+    if arch != "sm_90":
+        return packed
     return [
+        *packed,
         native(64),
+        native(72, heads=(3, 3)),
         native(96, heads=(4, 4)),
         native(128),
         native(128, window=256, heads=(4, 1), device_inputs=True, **ordered),
@@ -126,9 +135,7 @@ def backward_variants() -> list[Variant]:
         native(256, **ordered),
         native(256, window=256, heads=(4, 4)),
         Variant("varlen", 128, 128, mask="two", backward="native", **ordered),
-        Variant("packed", 128, 128, mask="two", backward="packed"),
         Variant("packed", 256, 256, window=256, backward="packed"),
-        Variant("varlen", 64, 64, mask="block", backward="packed"),
     ]
 
 
