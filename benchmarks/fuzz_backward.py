@@ -1,7 +1,7 @@
 """Random batches, forward and backward, against float64: `python benchmarks/fuzz_backward.py --save FILE` on Hopper.
 
 Each batch is judged as in tests/backends/test_gpu_backward.py: the gradients as a whole against the error of FA4's
-roundings on this very batch, and so is the worst row. The output and the gradients are written into memory that held
+roundings after this very forward, and so is the worst row. The output and the gradients are written into memory that held
 NaN. What is wrong is printed with its seed and kept in the file; the same seed makes the same batch.
 """
 
@@ -23,7 +23,18 @@ import torch
 sys.path[:0] = [str(pathlib.Path(__file__).parent.parent / "tests" / folder) for folder in ("", "backends")]
 
 from cases import Batch, random_batch, random_mask  # noqa: E402
-from gradient_cases import TYPICAL, Errors, Kind, errors_of, exact_of, gradients_of, inputs_of, plan_of, rounded_of  # noqa: E402
+from gradient_cases import (  # noqa: E402
+    TYPICAL,
+    Errors,
+    Kind,
+    errors_of,
+    exact_of,
+    forward_of,
+    gradients_of,
+    inputs_of,
+    plan_of,
+    rounded_of,
+)
 
 import fa4_prefixlm as fp  # noqa: E402
 from fa4_prefixlm.masks import causal, key_in, prefix, window  # noqa: E402
@@ -62,9 +73,10 @@ def judge(seed: int) -> tuple[str, list[str]]:
     """(what was called, what is outside of its band)."""
     kind, batch, mask, backward, ordered = case(seed)
     own = inputs_of(kind, batch, seed)
-    got = gradients_of(own, plan_of(own, batch, mask, backward), True if ordered else None)
+    plan = plan_of(own, batch, mask, backward)
+    got = gradients_of(own, plan, True if ordered else None)
     exact = exact_of(own, batch, mask)
-    rounding = errors_of(rounded_of(own, batch, mask), exact)
+    rounding = errors_of(rounded_of(own, batch, mask, forward_of(own, plan)), exact)
     whole, row = TYPICAL[own.q.dtype]
     band = Errors(
         {name: max(whole, error) for name, error in rounding.whole.items()},

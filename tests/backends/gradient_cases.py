@@ -91,10 +91,26 @@ def exact_of(own: Inputs, batch: Batch, mask: fp.Mask, spans=None) -> Gradients:
     )
 
 
-def rounded_of(own: Inputs, batch: Batch, mask: fp.Mask, spans=None) -> Gradients:
-    """What FA4's arithmetic leaves of the exact gradients: out, P, dS and the results rounded to the dtype of q.
+def forward_of(own: Inputs, plan: fp.Plan) -> torch.Tensor:
+    """The output that the plan's backward is given."""
+    options = own.options
+    with torch.no_grad():
+        return fp.attention(
+            own.q,
+            own.k,
+            own.v,
+            plan,
+            softmax_scale=options.softmax_scale,
+            softcap=options.softcap,
+            learnable_sink=options.learnable_sink,
+        )
 
-    The rest is in float64. So a row's error here is what no kernel with these roundings can avoid, under this mask.
+
+def rounded_of(own: Inputs, batch: Batch, mask: fp.Mask, out: torch.Tensor, spans=None) -> Gradients:
+    """What FA4's arithmetic makes of the forward's `out`: P, dS and the results are rounded to its dtype.
+
+    The rest is in float64. So a row's error here is what no kernel with these roundings can avoid, under this mask,
+    after this forward.
     """
     dtype, options = own.q.dtype, own.options
     q, k, v, dout = (each.double() for each in (own.q, own.k, own.v, own.dout))
@@ -108,7 +124,7 @@ def rounded_of(own: Inputs, batch: Batch, mask: fp.Mask, spans=None) -> Gradient
 
     for rows, keys, visible in chunks(q, mask, named, batch.as_seqlens):
         groups = k.shape[1]
-        out, lse = attend(q[rows], k[keys], v[keys], visible, wide)
+        _, lse = attend(q[rows], k[keys], v[keys], visible, wide)
         grouped = [by_key_head(each[rows], groups) for each in (q, dout)]
         scores, slope = torch.einsum("qhgd,khd->hgqk", grouped[0], k[keys]) * options.softmax_scale, 1.0
         if options.softcap:
@@ -116,7 +132,7 @@ def rounded_of(own: Inputs, batch: Batch, mask: fp.Mask, spans=None) -> Gradient
             scores, slope = options.softcap * bent, 1 - bent.square()
         safe = lse.masked_fill(lse == float("-inf"), 0).view(groups, -1, lse.shape[1], 1)
         weights = torch.exp(scores.masked_fill(~visible, float("-inf")) - safe)
-        through = (rounded(out) * dout[rows]).sum(-1).T
+        through = (out[rows].double() * dout[rows]).sum(-1).T
         if own.dlse is not None:
             own_dlse = own.dlse[:, rows].double().masked_fill(lse == float("-inf"), 0)
             through = through - own_dlse
@@ -171,18 +187,22 @@ def _is_0(gradient: torch.Tensor) -> bool:
 TYPICAL = {torch.bfloat16: (2.0e-3, 5e-3), torch.float16: (3e-4, 7e-4)}
 
 
-def band_of(own: Inputs, batch: Batch, mask: fp.Mask, exact: Gradients, spans=None) -> Errors:
+def band_of(own: Inputs, batch: Batch, mask: fp.Mask, exact: Gradients, plan: fp.Plan) -> Errors:
     """What a gradient may be off by: the whole as FA4's own causal backward on these very tensors, with and without
-    the window; its worst row as FA4's roundings under this very mask, or as FA4's own causal one.
+    the window; its worst row, and the sinks, as FA4's roundings after this very forward.
+
+    Rows of another mask are no band for a row: the shorter it is, the more its rounding errors weigh in it.
     """
-    rounding = errors_of(rounded_of(own, batch, mask, spans), exact)
+    rounding = errors_of(rounded_of(own, batch, mask, forward_of(own, plan)), exact)
     found = [*_causal_errors(own, batch, getattr(mask, "window", None))]
     # Where FA4's own backward does not take the head dim there is no band but the roundings.
-    wholes = found or [rounding]
     whole, row = TYPICAL[own.q.dtype]
+    wholes = {name: max(each.whole[name] for each in found or [rounding]) for name in rounding.whole}
+    if "sink" in wholes:  # of a few numbers
+        wholes["sink"] = max(wholes["sink"], rounding.whole["sink"])
     return Errors(
-        {name: max(whole, *(each.whole[name] for each in wholes)) for name in rounding.whole},
-        {name: max(row, *(each.row[name] for each in (*found, rounding))) for name in rounding.row},
+        {name: max(whole, error) for name, error in wholes.items()},
+        {name: max(row, error) for name, error in rounding.row.items()},
     )
 
 

@@ -57,7 +57,7 @@ def judged(kind: Kind, batch: Batch, mask: fp.Mask, backward: str, seed: int, ke
     plan = plan_of(own, batch, mask, backward, **options)
     deterministic = True if options.get("deterministic") else None
     exact = exact_of(own, batch, mask)
-    band = band_of(own, batch, mask, exact)
+    band = band_of(own, batch, mask, exact, plan)
     errors = errors_of(gradients_of(own, plan, deterministic), exact)
     if keep is not None:
         keep(kind=str(kind), mask=str(mask), backward=backward, errors=dataclasses.asdict(errors), band=_dict(band))
@@ -174,7 +174,7 @@ def test_deterministic_gradients_are_the_same_bits(kind: Kind) -> None:
             for other in runs[1:]:
                 assert all(torch.equal(getattr(other, name), getattr(runs[0], name)) for name in "qkv")
             exact = exact_of(own, own_batch, mask)
-            band = band_of(own, own_batch, mask, exact)
+            band = band_of(own, own_batch, mask, exact, plan)
             errors = errors_of(runs[0], exact)
             assert not errors.within(band, BAND, ROW_BAND), f"{mask}\n  got  {errors}\n  band {band}"
 
