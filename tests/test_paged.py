@@ -71,7 +71,7 @@ def test_what_is_copied_holds_every_visible_key(name: str) -> None:
 
 def masked_batch(spec: CallSpec, mask: fp.Mask, stages: Stages, pages: Pages) -> MaskedBatch:
     keys = Keys.in_pages(pages.table, stages.sizes, pages.k.shape[1], len(pages.k))
-    return MaskedBatch(spec, mask, stages.spans, stages.sizes, stages.traits, stages.where, stages.bounds, keys)
+    return MaskedBatch(spec, mask, stages.spans, stages.sizes, stages.traits, keys)
 
 
 def test_a_window_copies_little() -> None:

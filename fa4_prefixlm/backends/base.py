@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.batch.ranges import SpanSets
 from fa4_prefixlm.batch.tensors import CallSpec
 from fa4_prefixlm.fa4.build.describe import Build
-from fa4_prefixlm.geometry.intervals import Bounds, Tokens
+from fa4_prefixlm.geometry.intervals import Bounds, Tokens, row_bounds, tokens
 from fa4_prefixlm.geometry.tiles import TileCounts
 from fa4_prefixlm.geometry.traits import Traits
 from fa4_prefixlm.masks.base import Mask
@@ -25,10 +26,9 @@ class MaskedBatch:
 
     Attributes:
         spec: what the tensors look like.
-        where: where each query token stands.
-        bounds: the keys that each query row sees.
         keys: where the keys are.
         build: the FA4 to run on, None if there is none.
+        in_one_launch: `rows.kernel_rows` fills and checks what the kernel reads, in one launch, see there.
     """
 
     spec: CallSpec
@@ -36,10 +36,25 @@ class MaskedBatch:
     spans: SpanSets
     lengths: Lengths
     traits: Traits
-    where: Tokens
-    bounds: Bounds
     keys: Keys
     build: Build | None = None
+    in_one_launch: bool = False
+
+    @functools.cached_property
+    def where(self) -> Tokens:
+        """Where each query token stands; computed when it is first looked at."""
+        return tokens(self.lengths)
+
+    @functools.cached_property
+    def bounds(self) -> Bounds:
+        """The keys that each query row sees; computed when they are first looked at."""
+        most = None if self.traits.custom else self.traits.intervals
+        return row_bounds(self.mask, self.spans, self.lengths, self.where, most)
+
+    @property
+    def known_on_host(self) -> bool:
+        """The host knows the lengths and the spans, so that they are checked."""
+        return self.lengths.known and all(own.host is not None for own in self.spans.values())
 
     def fa4(self) -> Build:
         """The build, which there is once a backend that needs it was chosen."""
@@ -73,6 +88,7 @@ class Backend(abc.ABC):
     summary: str
     differentiable = False
     reads_pages = False
+    reads_kernel_rows = False  # of its batch, it reads what `rows.kernel_rows` returns, and nothing else per token
 
     @abc.abstractmethod
     def refusal(self, spec: CallSpec, traits: Traits, build: Build | None) -> str | None:
