@@ -164,8 +164,8 @@ def _parse_set(argument: str, ranges: Ranges, lengths: Lengths, max_range: int |
 def assert_valid(spans: Spans, lengths: Lengths) -> None:
     """Check what the host cannot tell of spans by an assertion on the device, which does not synchronise.
 
-    That is their values, or whether the keys of their sequences end within one. A violation surfaces as a CUDA device-side
-    assertion.
+    That is their values, or whether the keys of their sequences end within one. A violation surfaces as a CUDA
+    device-side assertion.
     """
     if spans.host is None:
         _assert_on_device(spans.values, lengths, spans.longest, spans.whole)

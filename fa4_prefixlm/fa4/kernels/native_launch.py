@@ -57,8 +57,9 @@ def native_forward(
 ) -> None:
     """Write attention within `bounds` `(rows, 2)` to `out` and `lse`. `tiles` `(slots, 4)` is cut with `kernel`."""
     parts = _parts(build)
-    q, k, v = parts.contiguous(q.detach()), parts.contiguous(k.detach()), parts.contiguous(v.detach())
-    sink = None if options.learnable_sink is None else parts.contiguous(options.learnable_sink.detach(), align_bytes=4)
+    q, k, v = (parts.contiguous(_detached(tensor)) for tensor in (q, k, v))
+    sink = options.learnable_sink
+    sink = None if sink is None else parts.contiguous(_detached(sink), align_bytes=4)
     page_size = None if keys.page_table is None else k.shape[1]
     key = (
         kernel,
@@ -75,7 +76,7 @@ def native_forward(
         "mQ": q,
         "mK": k,
         "mV": v,
-        "mO": out.detach(),
+        "mO": _detached(out),
         "mLSE": lse,
         "softmax_scale": options.softmax_scale,
         "mCuSeqlensQ": cu_seqlens_q,
@@ -156,6 +157,10 @@ def _compile(
     rows = row_intervals(parts.module, parts.describe(bounds, assumed_align=8), parts.describe(tiles, assumed_align=16))
     stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
     return cute.compile(forward, *parts.arguments(described, rows), stream, options="--enable-tvm-ffi")
+
+
+def _detached(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 class _BuildParts:
