@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 
 import pytest
 import torch
 
 from fa4_prefixlm.fa4.build import locate
+
+# Tests compile, unless they say otherwise: what is on disk was compiled from other code, and by other tests.
+os.environ.setdefault("FA4_PREFIXLM_CACHE", "0")
 
 
 def _why_no_gpu() -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from fa4_prefixlm.tools import doctor
+from fa4_prefixlm.tools import doctor, warmup
 from fa4_prefixlm.tools.check import command as check
 
 
@@ -15,6 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, module, what in (
         ("doctor", doctor, "show the FA4 builds found, what each can do, and which backend each call would take"),
         ("check", check, "check that the FA4 builds compute these masks right, against float64"),
+        ("warmup", warmup, "compile the kernels of a model's layers into the cache on disk"),
     ):
         own = commands.add_parser(name, help=what, description=module.__doc__)
         module.add_arguments(own)

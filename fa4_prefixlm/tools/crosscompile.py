@@ -30,6 +30,8 @@ TARGETS = {
     "sm_90": {"FLASH_ATTENTION_ARCH": "sm_90", "CUTE_DSL_ARCH": "sm_90a", "FLASH_ATTENTION_NUM_SMS": "132"},
     "sm_100": {"FLASH_ATTENTION_ARCH": "sm_100", "CUTE_DSL_ARCH": "sm_100a", "FLASH_ATTENTION_NUM_SMS": "148"},
 }
+# That a kernel compiles is shown by compiling it.
+NO_CACHE = {"FA4_PREFIXLM_CACHE": "0", "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "0"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +184,12 @@ def compile_in_subprocess(
     command += ["--build", build] if build is not None else []
     specs = json.dumps([dataclasses.asdict(variant) for variant in variants])
     done = subprocess.run(
-        command, input=specs, env={**environment, **TARGETS[arch]}, capture_output=True, text=True, check=False
+        command,
+        input=specs,
+        env={**environment, **TARGETS[arch], **NO_CACHE},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if len(reports) != len(variants):
@@ -197,6 +204,7 @@ def main() -> None:
     parser.add_argument("--build", metavar="MODULE", help="the FA4 to compile, as it is imported")
     arguments = parser.parse_args()
     os.environ.update(TARGETS[arguments.arch])
+    os.environ.update(NO_CACHE)
     variants = (
         [Variant(**spec) for spec in json.load(sys.stdin)] if arguments.variants else standard_variants(arguments.arch)
     )

@@ -193,9 +193,6 @@ class _Routed:
     def __setitem__(self, key: object, kernel: Any) -> None:
         self._now()[key] = kernel
 
-    def __len__(self) -> int:
-        return len(self._theirs)
-
     def __getattr__(self, name: str) -> Any:
         return getattr(self._theirs, name)
 
