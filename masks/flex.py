@@ -16,7 +16,7 @@ from fa4_prefixlm.masks.protocols import MaskMod, Pairs, Rows
 # A mask_mod is evaluated for this many (query, key) pairs at a time.
 EVALUATED_PAIRS = 2**24
 
-# A function of many more runs of keys a row is nearly always a mistake, and slow; whoever means it says how many.
+# More runs of keys in a row are nearly always a mistake, and slow. Where they are meant, max_intervals allows them.
 DEFAULT_MAX_INTERVALS = 4
 
 
@@ -27,7 +27,13 @@ def from_flex(mask_mod: MaskMod, *, max_intervals: int = DEFAULT_MAX_INTERVALS) 
     function of its indices that does not read `h`. `b` is the sequence of the packed batch, `q_idx` and `kv_idx` are
     absolute positions in it, never past its keys. A plan made from it synchronises.
 
-    max_intervals: how many separate runs of keys a row may see; a row that sees more is an error that shows it.
+    Args:
+        mask_mod: takes four 0-d integer tensors (under `torch.vmap`) and returns a boolean one.
+        max_intervals: how many separate runs of keys a row may see. The error for a row that sees more shows its runs.
+
+    Raises:
+        InputError: here if an argument is of the wrong kind; when a plan is made if the function is not one of the
+            kind above, or a row sees more than `max_intervals` runs.
     """
     if not callable(mask_mod):
         raise InputError("mask_mod", "a function (b, h, q_idx, kv_idx) -> bool tensor", type(mask_mod).__name__)
@@ -37,7 +43,7 @@ def from_flex(mask_mod: MaskMod, *, max_intervals: int = DEFAULT_MAX_INTERVALS) 
 
 
 class _NoHead:
-    """Stands for the head index: a function that does anything with it but pass it on is refused."""
+    """Stands in for the head index. A function that does more with it than pass it on is refused."""
 
     @classmethod
     def _refuse(cls, *arguments: object, **keywords: object) -> NoReturn:
@@ -56,7 +62,12 @@ NO_HEAD: Any = _NoHead()
 
 @dataclass(frozen=True)
 class EvaluatedMask(Mask):
-    """A mask that is known by evaluating a function. max_intervals None: as many as there are."""
+    """A mask that is known only by evaluating a function for every pair.
+
+    Attributes:
+        mask_mod: the function `(b, h, q_idx, kv_idx)`.
+        max_intervals: runs of keys that a row may see; None: any number.
+    """
 
     evaluated = True
 

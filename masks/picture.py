@@ -1,4 +1,4 @@
-"""Pictures of masks: `dense_mask` says who sees whom, `geometry.drawn_tiles` what a kernel visits.
+"""Pictures of masks: which pairs are visible (`dense_mask`), and which tiles a kernel visits (`geometry.drawn_tiles`).
 
 Queries run down, keys run to the right. Images need Pillow; `mask_text` does not.
 """
@@ -15,6 +15,7 @@ import torch
 
 from fa4_prefixlm.batch.lengths import first_query
 from fa4_prefixlm.batch.ranges import NamedRanges, SequenceSpans, one_sequence
+from fa4_prefixlm.errors import install_hint
 from fa4_prefixlm.masks.dense import dense_mask
 from fa4_prefixlm.masks.protocols import SeesPairs
 
@@ -29,7 +30,7 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom
 DrawnTile = tuple[Box, Literal["full", "partial", "skipped"]]
 
 # The state of a (query, key) pair, to which the kind of its tile is added.
-HIDDEN, PLAIN, SPAN, MIXED = 0, 1, 2, 3
+HIDDEN, VISIBLE, SPAN, MIXED = 0, 1, 2, 3
 TILES = {"partial": 0, "full": 3, "skipped": 6}
 LETTERS = ".#o+"
 # Characters of a line of text, at most; larger masks are shown smaller.
@@ -73,6 +74,7 @@ def mask_text(mask: SeesPairs, *, seqlen_k: int, ranges: NamedRanges = None, seq
     """The mask of one sequence as text: one line per query, one character per key, then a legend.
 
     Args:
+        mask: the mask.
         seqlen_k: keys of the sequence, in tokens.
         ranges: half-open `(start, end)` key positions, or a dictionary of them for a mask that reads several sets.
         seqlen_q: the queries are the last `seqlen_q` of the `seqlen_k` positions; None: all of them.
@@ -83,9 +85,9 @@ def mask_text(mask: SeesPairs, *, seqlen_k: int, ranges: NamedRanges = None, seq
     if step > 1:
         states = _shrunk(states, step)
     lines = ["".join(LETTERS[state] for state in row) for row in states.tolist()]
-    legend = f"{LETTERS[PLAIN]} visible, {LETTERS[SPAN]} visible because of a span, {LETTERS[HIDDEN]} hidden"
+    legend = f"{LETTERS[VISIBLE]} visible, {LETTERS[SPAN]} visible because of a span, {LETTERS[HIDDEN]} hidden"
     if step > 1:
-        legend += f", {LETTERS[MIXED]} some of each; a character stands for {step} x {step} pairs"
+        legend += f", {LETTERS[MIXED]} some of each; a character is {step} x {step} pairs"
     return "\n".join([*lines, legend])
 
 
@@ -108,22 +110,23 @@ def mask_image(
     cell: float | None = None,
     tiles: Sequence[DrawnTile] = (),
 ) -> Image:
-    """The mask of one sequence as an RGB image with axes, span markers and a legend; arguments as in `mask_text`.
+    """The mask of one sequence as an RGB image with axes, span markers and a legend.
 
     Args:
+        mask, seqlen_k, ranges, seqlen_q: as for `mask_text`.
         cell: pixels per token, below 1 for long sequences; None: the keys are at most 600 pixels wide.
-        tiles: tiles to draw as well, of `geometry.drawn_tiles`.
+        tiles: tiles to draw as well, from `geometry.drawn_tiles`.
     """
     rows, sets = _sequence(mask, seqlen_q, seqlen_k, ranges)
     marked = sorted(span for own in sets.values() for span in own)
     if cell is None:
         cell = 600 / seqlen_k if seqlen_k > 600 else 600 // max(seqlen_k, 1)
     plot = _plot(_pair_states(mask, rows, seqlen_k, sets), cell, tiles)
-    lines = [[(PLAIN, PLAIN, "without spans"), (SPAN, SPAN, "because of a span"), (HIDDEN, HIDDEN, "hidden")]]
+    lines = [[(VISIBLE, VISIBLE, "without spans"), (SPAN, SPAN, "because of a span"), (HIDDEN, HIDDEN, "hidden")]]
     if tiles:
         kinds = [kind for _, kind in tiles]
-        full = (TILES["full"] + SPAN, TILES["full"] + PLAIN, f"{kinds.count('full')} tiles full: no mask needed")
-        partial = (HIDDEN, PLAIN, f"{kinds.count('partial')} partial")
+        full = (TILES["full"] + SPAN, TILES["full"] + VISIBLE, f"{kinds.count('full')} tiles full: no mask needed")
+        partial = (HIDDEN, VISIBLE, f"{kinds.count('partial')} partial")
         skipped = TILES["skipped"]
         lines.append([full, partial, (skipped, skipped, f"{kinds.count('skipped')} skipped")])
     width = max(plot.width, 440 if tiles else 330)  # room for the legend
@@ -154,7 +157,7 @@ def _pillow() -> tuple[ModuleType, ModuleType, ModuleType]:
     try:
         from PIL import Image, ImageDraw, ImageFont
     except ImportError as error:
-        raise ImportError("pictures need Pillow: pip install fa4_prefixlm[pictures]") from error
+        raise ImportError(f"pictures need Pillow ({install_hint('pictures')})") from error
     return Image, ImageDraw, ImageFont
 
 
@@ -172,10 +175,10 @@ def _sequence(mask: SeesPairs, seqlen_q: int | None, seqlen_k: int, ranges: Name
 
 
 def _pair_states(mask: SeesPairs, rows: int, keys: int, sets: Sets) -> torch.Tensor:
-    """`(seqlen_q, seqlen_k)` uint8: HIDDEN, PLAIN or SPAN."""
+    """`(seqlen_q, seqlen_k)` uint8: HIDDEN, VISIBLE or SPAN."""
     visible = dense_mask(mask, rows, keys, sets)
     without_spans = dense_mask(mask, rows, keys, dict.fromkeys(sets, ()))
-    return torch.where(visible, torch.where(without_spans, PLAIN, SPAN), HIDDEN).to(torch.uint8)
+    return torch.where(visible, torch.where(without_spans, VISIBLE, SPAN), HIDDEN).to(torch.uint8)
 
 
 def _plot(states: torch.Tensor, cell: float, tiles: Sequence[DrawnTile]) -> Image:

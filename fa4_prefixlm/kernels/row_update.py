@@ -106,16 +106,22 @@ def plan_rows(
 
 @dataclass(frozen=True)
 class RowBuffers:
-    """What kernels read of a serving plan; int32 on the device but for `fine`.
+    """What kernels read of a serving plan; int32 on the device except `fine`.
 
-    bounds: `(max_tokens + padding, 2)`, `[lo, hi)` of each query row, local to its sequence's keys. Rows past the batch
-        hold those of an earlier one, or (0, 0).
-    tiles: `(slots, 4)`, per query tile first, full_first, full_end and end, as `tiling.TileRuns`. Unused slots are 0.
-    cu_seqlens_q: `(max_sequences + 1,)`, the batch's own, its last value repeated.
-    seqused_k: `(max_sequences,)`, keys of each sequence, 0 for unused ones.
-    page_table: `(max_sequences, max_pages)`, the batch's own; what it does not have is left over.
-    fine: `(1,)` bool, False once a program saw values that are not valid.
-    tile_tokens, tile_n: query tokens and keys of a tile.
+    Attributes:
+        bounds: `(max_tokens + padding, 2)`, `[lo, hi)` of each query row, local to its sequence's keys. Rows past the
+            batch hold those of an earlier one, or (0, 0).
+        tiles: `(slots, 4)`, first, full_first, full_end and end of each query tile, as in `geometry.tiles.TileRuns`.
+            Unused slots are 0.
+        cu_seqlens_q: `(max_sequences + 1,)`, the batch's own, its last value repeated.
+        seqused_k: `(max_sequences,)`, keys of each sequence, 0 for unused ones.
+        page_table: `(max_sequences, max_pages)`, the batch's own. Entries that the batch does not have are those of
+            earlier ones.
+        fine: `(1,)` bool, False once a program saw values that are not valid.
+        max_tokens: query tokens of a batch, at most.
+        max_sequences: sequences of a batch, at most.
+        tile_tokens: query tokens of a tile.
+        tile_n: keys of a tile.
     """
 
     bounds: torch.Tensor
@@ -173,19 +179,22 @@ def update_rows(
 ) -> None:
     """Fill `buffers` for a batch of at most `max_sequences` sequences and `max_tokens` query tokens.
 
-    The values are checked by an assertion on the device, on the CPU (Triton's interpreter) by an `InputError`.
+    Values are checked by an assertion on the device.
 
     Args:
         form: the mask.
         buffers: written in place.
         cu_seqlens_q: `(batch + 1,)` int32 on the device.
         seqused_k: `(batch,)` int32 on the device, keys of each sequence.
-        ranges: `(batch, max_ranges, 2)` int32 on the device in any strides, half-open `[start, end)` in absolute key
-            positions, in any order, unused rows `(0, 0)`. A span that starts at or after `seqlen_k` is not here yet
-            and is passed over; any other ends at or before it.
+        ranges: `(batch, max_ranges, 2)` int32 on the device with any strides, half-open `[start, end)` in absolute key
+            positions, in any order, unused rows `(0, 0)`. A span that starts at or after `seqlen_k` belongs to a later
+            chunk and is ignored; any other ends at or before it, if rows see ahead in a span.
         page_table: `(batch, pages)` int32 on the device, at most as wide as the buffer; copied to it.
         max_rows: query rows of the batch, at most, where that is below the plan's `max_tokens`.
         max_keys: keys of a sequence, at most.
+
+    Raises:
+        InputError: a tensor has the wrong shape, dtype or device, or, on the CPU (Triton's interpreter), bad values.
     """
     batch = cu_seqlens_q.shape[0] - 1
     if not 0 <= batch <= buffers.max_sequences:
@@ -506,7 +515,7 @@ def _fill_slot(
     tl.store(bounds + row * 2, lo, mask=inside)
     tl.store(bounds + row * 2 + 1, hi, mask=inside)
 
-    # As in geometry.tiles.tile_runs; no row of a valid batch sees nothing.
+    # As in geometry.tiles.tile_runs; every row of a valid batch sees some key.
     first = tl.min(tl.where(inside, lo, seqlen_k), axis=0) // TILE_N
     last = (tl.max(tl.where(inside, hi, 0), axis=0) + TILE_N - 1) // TILE_N
     full_first = (tl.max(tl.where(inside, lo, 0), axis=0) + TILE_N - 1) // TILE_N

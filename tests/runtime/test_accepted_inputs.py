@@ -113,7 +113,7 @@ class TestMoreQueriesThanKeys:
         (from_flex(lambda b, h, q, kv: kv < 0), None),
         (in_documents(causal), [[], [(2, 6)]]),
     ],
-    ids=str,
+    ids=lambda value: repr(value).split(" at 0x")[0],
 )
 def test_a_step_that_sees_nothing_gives_0(mask: fp.Mask, ranges: object) -> None:
     q, k = normal(12, 2, 8), normal(12, 2, 8, seed=1)

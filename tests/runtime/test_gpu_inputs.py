@@ -66,9 +66,13 @@ def test_more_queries_than_keys(backend: str, spans: int) -> None:
 
 @pytest.mark.parametrize("backend", ["auto", "native", "varlen", "packed", "reference"])
 @pytest.mark.parametrize(
-    "mask", [same_span("image"), causal & key_in("image"), from_flex(lambda b, h, q, kv: kv < 0)], ids=str
+    "mask",
+    [same_span("image"), causal & key_in("image"), from_flex(lambda b, h, q, kv: kv < 0)],
+    ids=["span", "keys", "flex"],
 )
 def test_a_step_that_sees_nothing(mask: fp.Mask, backend: str) -> None:
+    if mask.evaluated and backend == "native":
+        pytest.skip("native takes masks of one interval a row, and a function is taken to have more")
     q, k, v = normal(700, 4, 128), normal(700, 2, 128, seed=1), normal(700, 2, 128, seed=2)
     ranges = [[], []] if mask.names else None
     cu = [0, 300, 700]

@@ -114,7 +114,7 @@ class TestServing:
         with pytest.raises(fp.InputError, match=r"cu_seqlens_q\[-1\]: expected at most 16 tokens.*got 17"):
             self.update(self.plan(), cu_seqlens_q=[0, 3, 17], seqused_k=[9, 14])
 
-    @pytest.mark.parametrize("mask", [causal, from_flex(lambda b, h, q, kv: kv <= q)], ids=str)
+    @pytest.mark.parametrize("mask", [causal, from_flex(lambda b, h, q, kv: kv <= q)], ids=["in place", "rebuilt"])
     def test_a_call_before_the_first_update(self, mask: fp.Mask) -> None:
         plan = self.plan(mask)
         out = torch.full((7, 4, 8), 3.0)
