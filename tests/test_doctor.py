@@ -8,11 +8,11 @@ import subprocess
 import sys
 
 import pytest
-from test_build import write_build
 
 from fa4_prefixlm.errors import InputError
 from fa4_prefixlm.fa4.build.locate import given
 from fa4_prefixlm.tools import cli, doctor
+from tests.fa4.build.written import write_build
 
 REFUSES_VARLEN = '\nraise NotImplementedError("mask_mod with aux_tensors is not yet supported for varlen sequences")'
 

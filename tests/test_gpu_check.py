@@ -13,7 +13,6 @@ import sys
 
 import pytest
 import torch
-from test_check import Player, naive_two_pass
 
 from fa4_prefixlm.backends import select as backends
 from fa4_prefixlm.fa4.build import locate
