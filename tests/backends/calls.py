@@ -26,7 +26,5 @@ GPU_CALL = CallSpec(
 )
 
 DEMAND = Traits(intervals=1, tagged=False, banded=True, reach=Reach(1023, 256), causal_part=CausalWindow(1024))
-
 GOOD = dataclasses.replace(builds.BEST, name="flash-attn-4 9.9")
-
 NO_NATIVE = dataclasses.replace(GOOD, native_refusal="its internals are not known")

@@ -10,18 +10,12 @@ import fa4_prefixlm as fp
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.testing.accuracy import exact_attention, relative_error
 from fa4_prefixlm.testing.batches import Batch
-from fa4_prefixlm.testing.pages import ShuffledPages
 
 MASK_MODS = ("varlen", "packed")
-
 ONE_CALL = ("native", *MASK_MODS)
-
 BACKENDS = (*ONE_CALL, "two_pass")
-
 EVERY = (*BACKENDS, "reference")
-
 BAND = 1.25
-
 TWO_PASS_BAND = 1.5  # what is between the passes is rounded
 
 

@@ -30,7 +30,6 @@ from tests.backends.gpu_calls import (
 pytestmark = pytest.mark.gpu
 
 DIMS = ((64, 64), (96, 96), (128, 128), (192, 192), (192, 128), (256, 256), (64, 128), (128, 64))
-
 KINDS = [Kind(dims) for dims in DIMS]
 
 KINDS += [

@@ -10,7 +10,6 @@ import torch
 import fa4_prefixlm as fp
 from fa4_prefixlm.testing.accuracy import exact_attention, relative_error
 from fa4_prefixlm.testing.batches import UGLY, Batch, masks_for, mixed_batch, random_batch, random_mask
-from fa4_prefixlm.testing.pages import ShuffledPages
 from tests.backends.gpu_calls import BACKENDS, Kind, causal_band, run, tensors_of, times_causal
 
 pytestmark = pytest.mark.gpu

@@ -118,9 +118,7 @@ def test_what_a_mask_asks_for(monkeypatch: pytest.MonkeyPatch, change: dict, nam
 
 
 SIZES = lengths.batched(1, 1000, 1000, torch.device("cpu"))
-
 OLD = dataclasses.replace(NO_NATIVE, name="flash-attn-4 4.0.0b12", varlen_mask=False, varlen_lists=False)
-
 PAGED_CALL = dataclasses.replace(GPU_CALL, page_size=16, shape_k=(100, 16))
 
 

@@ -7,7 +7,6 @@ import torch
 
 import fa4_prefixlm as fp
 from fa4_prefixlm.testing.batches import Batch
-from fa4_prefixlm.testing.pages import ShuffledPages
 
 
 def paged(batch: Batch, page_size: int = 16, seed: int = 0, dtype: torch.dtype = torch.float64):

@@ -20,7 +20,7 @@ from fa4_prefixlm.masks.protocols import Reach
 from fa4_prefixlm.testing.batches import UGLY, Batch, masks_for, random_batch, random_mask
 from fa4_prefixlm.testing.empty_rows import Blind, ChainedBlind
 from fa4_prefixlm.testing.stages import dense, prepare
-from fa4_prefixlm.testing.tile_lists import check_list, read, tiles_of
+from tests.geometry.tile_lists import check_list, read, tiles_of
 
 TILES = ((128, 128), (192, 128), (128, 80), (128, 64), (256, 128), (16, 8))
 

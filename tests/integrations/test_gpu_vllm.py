@@ -21,7 +21,6 @@ from tests.integrations.vllm_steps import Model, Request, Shape, Step, run_layer
 GEMMA3 = {"local": Model(1024, 1024), "global": Model(None, 1024)}
 GEMMA4 = {"local": Model(1024, 1024, clamp=True)}
 GPU = Shape((8, 4), 256, 16, 256, 12000, 16, torch.bfloat16, "cuda")
-
 KINDS = {
     "gemma3": GEMMA3,
     "gemma4": GEMMA4,

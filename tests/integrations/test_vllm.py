@@ -278,4 +278,3 @@ def test_head_dim_512_runs_on_a_build_that_has_it(monkeypatch: pytest.MonkeyPatc
     own, (with_spans,) = plans.plans[causal], spans.plans.values()
     assert (own.choice.name, own.in_place) == ("causal", True)
     assert (with_spans.choice.name, with_spans.in_place) == ("two_pass", True)
-

@@ -15,7 +15,6 @@ from fa4_prefixlm.integrations.vllm import (
 from fa4_prefixlm.testing.accuracy import exact_attention
 
 UPSTREAM = "flash_attn.cute"
-
 NULL_BLOCK = 0
 
 

@@ -25,7 +25,6 @@ from fa4_prefixlm.masks import causal, query_in, same_span, window
 from fa4_prefixlm.masks.closed_form import closed_form
 
 TILES = ((128, 128), (64, 80), (42, 64), (128, 112), (192, 64))
-
 MASKS = (
     causal,
     window(33),
@@ -56,7 +55,6 @@ def guards_are_whole(tensor: torch.Tensor) -> bool:
 
 
 PAGES = 700
-
 TENSORS = ("bounds", "tiles", "cu_seqlens_q", "seqused_k", "page_table", "fine")
 
 

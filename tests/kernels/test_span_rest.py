@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from fa4_prefixlm.testing.batches import UGLY, Batch, random_batch
-from fa4_prefixlm.testing.pages import ShuffledPages
 from fa4_prefixlm.testing.stages import prepare
 from tests.kernels.triton_processes import INTERPRETED, run_interpreted
 

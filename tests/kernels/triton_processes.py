@@ -12,15 +12,15 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed")
 import triton
 
+ROOT = pathlib.Path(__file__).parents[2]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def run_interpreted(file: str) -> None:
     """Run the tests of `file` in a process where Triton interprets."""
-    path = pathlib.Path(file)
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(path)]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", file]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, cwd=path.parent.parent, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

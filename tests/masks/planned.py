@@ -1,7 +1,9 @@
 """A mask as a plan has it."""
 
 from __future__ import annotations
+
 import torch
+
 import fa4_prefixlm as fp
 
 

@@ -19,7 +19,7 @@ from fa4_prefixlm.masks.atoms import KeyIn
 from fa4_prefixlm.masks.flex import EvaluatedMask
 from fa4_prefixlm.testing.batches import Batch, random_batch, random_spans
 from fa4_prefixlm.testing.stages import dense, prepare
-from fa4_prefixlm.testing.tile_lists import check_list, read, tiles_of
+from tests.geometry.tile_lists import check_list, read, tiles_of
 
 NAMES = ("image", "prompt")
 

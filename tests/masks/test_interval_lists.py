@@ -5,10 +5,7 @@ from __future__ import annotations
 import torch
 
 from fa4_prefixlm.geometry import intervals
-from fa4_prefixlm.masks import key_in
 from fa4_prefixlm.masks.interval_lists import normalised
-from fa4_prefixlm.testing.batches import Batch
-from fa4_prefixlm.testing.stages import prepare
 
 
 def test_normalised() -> None:

@@ -10,6 +10,7 @@ from fa4_prefixlm.errors import InputError
 from fa4_prefixlm.masks import causal, one_block
 from fa4_prefixlm.masks.models import gemma3
 from fa4_prefixlm.masks.packing import in_documents
+from tests.masks.planned import visible_by_bounds
 
 
 @pytest.mark.parametrize(

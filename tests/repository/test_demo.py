@@ -11,7 +11,7 @@ import pytest
 
 import fa4_prefixlm as fp
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def load(path: pathlib.Path) -> types.ModuleType:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import zipfile
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def in_fresh_process(code: str) -> str:

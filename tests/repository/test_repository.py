@@ -19,7 +19,7 @@ import fa4_prefixlm.masks
 
 yaml = pytest.importorskip("yaml")
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 GITHUB = ROOT / ".github"
 API = sorted((DOCS / "api").glob("*.md"))

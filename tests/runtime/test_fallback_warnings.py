@@ -17,9 +17,7 @@ from fa4_prefixlm.runtime import fallback_warnings as advice
 from tests.backends.calls import DEMAND, GOOD, GPU_CALL, NO_NATIVE
 
 SIZES = lengths.batched(1, 1000, 1000, torch.device("cpu"))
-
 OLD = dataclasses.replace(NO_NATIVE, name="flash-attn-4 4.0.0b12", varlen_mask=False, varlen_lists=False)
-
 PAGED_CALL = dataclasses.replace(GPU_CALL, page_size=16, shape_k=(100, 16))
 
 

@@ -16,7 +16,6 @@ import fa4_prefixlm as fp
 from fa4_prefixlm.runtime import torch_ops as op
 from fa4_prefixlm.testing.accuracy import relative_error
 from fa4_prefixlm.testing.batches import Batch
-from fa4_prefixlm.testing.pages import ShuffledPages
 
 BACKENDS = ["eager", "aot_eager"] + ["inductor"] * any(map(shutil.which, ("c++", "g++", "clang++")))
 # Of 60 tokens each: other lengths, other numbers of sequences, other spans, none at all.

@@ -8,7 +8,6 @@ import pathlib
 from fa4_prefixlm.fa4.build import describe as builds
 
 GOOD = dataclasses.replace(builds.BEST, name="flash-attn-4 9.9")
-
 INTERFACE = """
 import torch
 from functools import lru_cache

@@ -35,7 +35,6 @@ SINCE_5_24 = Version(transformers.__version__).release >= (5, 24)
 Layer = Literal["local", "global"]
 
 _CACHE = "cache" if SINCE_5_24 else "past_key_values"  # the argument's name
-
 _IMAGE_TOKEN = 5  # Molmo 2's image patch in the tiny vocabulary
 _SIZES = {
     "hidden_size": 16,

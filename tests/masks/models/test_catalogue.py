@@ -17,9 +17,9 @@ from fa4_prefixlm.masks.models import bagel, gemma3, gemma4, molmo2, moondream3,
 from fa4_prefixlm.masks.models.catalogue import CATALOGUE, Example
 from fa4_prefixlm.masks.spans import drop_longer, runs_of
 from tests.masks.models.token_types import random_types
+from tests.masks.planned import visible_by_bounds
 
-DOCS = pathlib.Path(__file__).parent.parent / "docs"
-
+DOCS = pathlib.Path(__file__).parents[3] / "docs"
 WINDOW = 5
 
 
@@ -67,7 +67,6 @@ def test_one_interval_a_row_where_the_docs_say_so() -> None:
 
 
 IMAGES = [(3, 15), (20, 24)]
-
 DIFFERENT = {
     "gemma3 local": (
         gemma3.local_layers(WINDOW, like="transformers"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib
 import itertools
-import pathlib
 import random
 from collections.abc import Callable
 from types import ModuleType
@@ -21,16 +20,13 @@ from fa4_prefixlm.masks.packing import in_documents
 from fa4_prefixlm.masks.spans import BatchSpans, runs_of
 from tests.masks.models.token_types import random_types
 
-DOCS = pathlib.Path(__file__).parent.parent / "docs"
-
 WINDOW = 5
-
 CASES = 8  # batches of three rows
 
 
 @pytest.fixture
 def oracles() -> ModuleType:
-    """tests/oracles.py; skips where transformers is not installed."""
+    """oracles.py beside this file; skips where transformers is not installed."""
     return importlib.import_module("tests.masks.models.oracles")
 
 
@@ -253,7 +249,6 @@ def dense_packed(mask: fp.Mask, spans: BatchSpans, documents: list[Documents], k
 
 
 NEAR = causal & fp.masks.window(WINDOW)
-
 JOINED = {"image": fp.masks.same_span("image"), "block": one_block("image"), "prefix": one_block("prefix")}
 
 PACKED: dict[tuple[str, str], tuple[fp.Mask, fp.Mask, fp.Mask]] = {  # the mask, its causal part, what is joined to it
