@@ -10,6 +10,8 @@ import torch
 
 import fa4_prefixlm as fp
 
+pytestmark = pytest.mark.gpu
+
 
 def test_debug_mode_reads_device_values_back() -> None:
     q, k, v = (torch.randn(100, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))

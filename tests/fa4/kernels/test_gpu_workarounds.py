@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.gpu
+
 CURE_SCRIPT = """
 import contextlib, sys, torch
 import fa4_prefixlm as fp
