@@ -17,6 +17,7 @@ from harness import Path, Result, measure, save, show
 import fa4_prefixlm as fp
 from fa4_prefixlm.backends.mask_mod_call import MaskModCall
 from fa4_prefixlm.batch.keys import Keys
+from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.fa4.kernels.launch import causal_forward
 from fa4_prefixlm.fa4.kernels.tiles import forward_tile
 from fa4_prefixlm.testing.accuracy import exact_attention
@@ -98,7 +99,7 @@ def paths(work: Workload) -> list[Path]:
             cu_seqlens_q=lengths.cu_seqlens_q,
             max_seqlen_q=queries,
             keys=keys,
-            softmax_scale=work.head_dim**-0.5,
+            options=Options(work.head_dim**-0.5),
             window=work.window,
         )[0]
 

@@ -25,6 +25,7 @@ from harness import Path, Result, measure, save, show
 
 import fa4_prefixlm as fp
 from fa4_prefixlm.batch.keys import Keys
+from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.fa4.build.locate import installed
 from fa4_prefixlm.fa4.kernels.launch import causal_forward, mask_code, on_device
 from fa4_prefixlm.testing.accuracy import exact_attention
@@ -80,10 +81,8 @@ def paths(work: Workload, page_size: int, build: str | None) -> list[Path]:
         "gathered, varlen": plan_for("varlen", spans),
     }
     plan = plans["native"]
-    pages, fa4 = plan.pages, plan.build
-    assert pages is not None
+    keys, fa4 = plan.keys, plan.build
     assert fa4 is not None
-    keys = Keys(work.tokens, seqused_k=pages.seqused_k, page_table=pages.table)
     where: dict[str, Any] = {"build": fa4, "cu_seqlens_q": plan.lengths.cu_seqlens_q, "max_seqlen_q": queries}
     scale = work.head_dim**-0.5
 
@@ -99,7 +98,7 @@ def paths(work: Workload, page_size: int, build: str | None) -> list[Path]:
         return exact([[]] * work.batch)
 
     def causal() -> torch.Tensor:
-        return causal_forward(q, k_cache, v_cache, **where, keys=keys, softmax_scale=scale, window=work.window)[0]
+        return causal_forward(q, k_cache, v_cache, **where, keys=keys, options=Options(scale), window=work.window)[0]
 
     code = mask_code("varlen", plan.bounds)
 
@@ -111,8 +110,8 @@ def paths(work: Workload, page_size: int, build: str | None) -> list[Path]:
                 v_cache,
                 cu_seqlens_q=plan.lengths.cu_seqlens_q,
                 max_seqlen_q=queries,
-                seqused_k=pages.seqused_k,
-                page_table=pages.table,
+                seqused_k=keys.seqused_k,
+                page_table=keys.page_table,
                 softmax_scale=scale,
                 mask_mod=code.mask_mod(fa4),
                 aux_tensors=code.aux_tensors,
@@ -173,7 +172,7 @@ def steps(build: str | None) -> list[Step]:
             cu_seqlens_q=cu,
             max_seqlen_q=each,
             keys=keys,
-            softmax_scale=head_dim**-0.5,
+            options=Options(head_dim**-0.5),
             window=1024,
         )[0]
 

@@ -153,7 +153,7 @@ class _Two(Mask):
 
 class And(_Two):
     @property
-    def total(self) -> bool:
+    def no_empty_rows(self) -> bool:  # type: ignore[override]
         return self.around_position and self.left.no_empty_rows and self.right.no_empty_rows
 
     def count(self, spans: Mapping[str, int]) -> int:
@@ -186,7 +186,7 @@ class And(_Two):
 
 class Or(_Two):
     @property
-    def total(self) -> bool:
+    def no_empty_rows(self) -> bool:  # type: ignore[override]
         return self.left.no_empty_rows or self.right.no_empty_rows
 
     def count(self, spans: Mapping[str, int]) -> int:

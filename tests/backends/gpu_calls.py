@@ -73,9 +73,7 @@ def _causal_error(q, k, v, batch: Batch, window: int | None, options: Options) -
         max_seqlen_q=longest_q,
         keys=Keys(longest_k, cu_seqlens_k=cu_k),
         window=window,
-        softmax_scale=options.softmax_scale,
-        softcap=options.softcap,
-        learnable_sink=options.learnable_sink,
+        options=options,
     )
     nothing = tuple(() for _ in batch.spans)
     exact, exact_lse = exact_attention(

@@ -212,7 +212,7 @@ def test_a_text_only_batch_is_fa4s_own_call_bit_for_bit(window: int | None) -> N
         cu_seqlens_q=cu_q,
         max_seqlen_q=300,
         keys=keys,
-        softmax_scale=128**-0.5,
+        options=Options(128**-0.5),
         window=window,
     )
     assert torch.equal(out, own)

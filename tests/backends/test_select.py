@@ -100,7 +100,7 @@ def test_no_query_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("change", "name", "why"),
     [
-        ({"chained": False}, "native", None),
+        ({"banded": False}, "native", None),
         ({"intervals": 4}, "varlen", None),
         ({"intervals": 5}, "reference", "a row may see 5 intervals of keys, the kernels take 4"),
         ({"tagged": True}, "varlen", None),
@@ -108,7 +108,7 @@ def test_no_query_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_what_a_mask_asks_for(monkeypatch: pytest.MonkeyPatch, change: dict, name: str, why: str | None) -> None:
-    traits = dataclasses.replace(DEMAND, **{"chained": False, "within": None, **change})
+    traits = dataclasses.replace(DEMAND, **{"banded": False, "causal_part": None, **change})
     choice = choose(GOOD, traits=traits)
     assert choice.name == name
     assert why is None or dict(choice.passed_over)["packed"] == why
@@ -144,9 +144,12 @@ def test_two_passes_are_for_masks_that_are_a_causal_pass_and_a_rest() -> None:
         assert traits.causal_part is not None
         assert traits.causal_part.window == mask.window
         assert two_pass.refusal(GPU_CALL, traits, GOOD) is None
-    for change in ({"within": None}, {"intervals": 2}):
+    for change in ({"causal_part": None}, {"intervals": 2}):
         several = dataclasses.replace(DEMAND, **change)
-        assert two_pass.refusal(GPU_CALL, several, GOOD) == "the mask is no causal pass and the rest of one span set"
+        assert (
+            two_pass.refusal(GPU_CALL, several, GOOD)
+            == "the mask is not a causal pass plus the rest of one set of spans"
+        )
 
 
 def backends_demand(mask):

@@ -76,8 +76,7 @@ class Case:
             bounds=padded(bounds, rows, 5),
             cu_seqlens_q=int32(self.batch.cu_q),
             window=self.first,
-            softmax_scale=options.softmax_scale,
-            softcap=options.softcap,
+            options=options,
         )
         kept = padded(kept, rows, True)
         assert (out[kept] == UNTOUCHED).all()
@@ -227,7 +226,7 @@ class TestInterpreted:
         """All rows of a span whose first pass gave 0 and an LSE of -inf get the attention over their rest alone."""
         q, k, v = Batch(((100, 100),), ((),)).tensors((1, 1), (16, 16), torch.float16, "cpu")
         out, lse = torch.full_like(q, NAN), torch.full((1, 100), -torch.inf)
-        given = {"softmax_scale": 0.25, "cu_seqlens_q": int32([0, 100]), "cu_seqlens_k": int32([0, 100])}
+        given = {"options": Options(0.25), "cu_seqlens_q": int32([0, 100]), "cu_seqlens_k": int32([0, 100])}
         add_span_rest(q, k, v, out, lse, bounds=int32([(0, 100)] * 100), window=None, **given)
         scores = q[:, 0].double() @ k[:, 0].double().T * 0.25
         scores = scores.masked_fill(torch.ones(100, 100).tril().bool(), -torch.inf)
@@ -244,13 +243,13 @@ class TestInterpreted:
         out, lse = out.half(), lse.float()
         cu = int32([0, 130])
         where = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "bounds": int32([(0, 130)] * 130), "window": None}
-        add_span_rest(q, k, v, out, lse, **where, softmax_scale=100.0)
+        add_span_rest(q, k, v, out, lse, **where, options=Options(100.0))
         close(out.double(), wanted, rtol=2e-3, atol=2e-3)
         close(lse.double(), wanted_lse, rtol=1e-6, atol=0)
 
     def test_no_rows_and_no_sequences(self) -> None:
         empty = torch.zeros(0, 1, 16, dtype=torch.float16)
-        given = {"bounds": int32([]).view(0, 2), "window": None, "softmax_scale": 1.0}
+        given = {"bounds": int32([]).view(0, 2), "window": None, "options": Options(1.0)}
         for cu in (int32([0]), int32([0, 0])):
             add_span_rest(empty, empty, empty, empty, torch.zeros(1, 0), cu_seqlens_q=cu, cu_seqlens_k=cu, **given)
 

@@ -51,8 +51,7 @@ def test_a_sink_that_a_build_does_not_take_joins_its_output(
         cu_seqlens_q=cu,
         max_seqlen_q=40,
         keys=launch.Keys(40, cu_seqlens_k=cu),
-        softmax_scale=0.25,
-        learnable_sink=sink,
+        options=Options(0.25, learnable_sink=sink),
     )
     expected, expected_lse = attend(q, k, v, sink)
     assert torch.allclose(out, expected, atol=1e-6)
