@@ -10,9 +10,11 @@ import torch
 import fa4_prefixlm as fp
 from fa4_prefixlm.masks import causal, from_cute, from_flex, key_in, one_block, prefix, same_span, window
 from fa4_prefixlm.masks.models.catalogue import CATALOGUE
-from fa4_prefixlm.testing.accuracy import exact_attention, relative_error
+from fa4_prefixlm.testing.accuracy import exact_attention
 from fa4_prefixlm.testing.batches import EDGES, Batch, random_spans
-from tests.backends.gpu_calls import BAND, Kind, causal_band, poison_free_memory, tensors_of
+from fa4_prefixlm.testing.poison import nan_output, poison_free_memory
+from tests.backends.gpu_calls import Kind, causal_band, limit, measured, tensors_of
+from tests.exactness import assert_within, errors
 
 pytestmark = pytest.mark.gpu
 
@@ -55,7 +57,7 @@ def check(mask: fp.Mask, batch: Batch, spans: dict[str, list], kind: Kind, seed:
     q, k, v, options = tensors_of(kind, batch, seed)
     named = {name: tuple(tuple(own) for own in sequences) for name, sequences in spans.items()}
     exact, exact_lse = exact_attention(q, k, v, mask=mask, spans=named, seqlens=batch.as_seqlens, options=options)
-    band, lse_band = causal_band(q, k, v, batch, 64, options)
+    band = causal_band(q, k, v, batch, 64, options)
     ran = set()
     for backend in ("native", "varlen", "packed"):
         poison_free_memory()
@@ -67,29 +69,17 @@ def check(mask: fp.Mask, batch: Batch, spans: dict[str, list], kind: Kind, seed:
             continue
         outs = []
         for _ in range(2):
-            out = torch.full((*q.shape[:2], v.shape[2]), float("nan"), device="cuda", dtype=q.dtype)
+            out = nan_output(q, v.shape[2])
             poison_free_memory()
             outs.append(fp.attention(q, k, v, plan, out=out, return_lse=True, learnable_sink=options.learnable_sink))
         (out, lse), (again, _) = outs
         assert torch.equal(out, again), "two runs differ"
-        blind = exact_lse == float("-inf")
-        assert torch.equal(lse == float("-inf"), blind)
-        error = relative_error(out, exact)
-        lse_error = float((lse - exact_lse)[~blind].abs().max()) if (~blind).any() else 0.0
-        report(
-            kind=str(kind),
-            seed=seed,
-            backend=backend,
-            mask=label,
-            error=error,
-            band=band,
-            lse_error=lse_error,
-            lse_band=lse_band,
-            batch=label,
-        )
+        assert torch.equal(lse == float("-inf"), exact_lse == float("-inf")), "LSE of rows that see nothing"
+        found = errors(out, exact, lse, exact_lse)
+        report(kind=str(kind), seed=seed, backend=backend, mask=label, batch=label, **measured(found, band))
+        at_least = 2.6e-3 if q.dtype == torch.bfloat16 else 3.2e-4
         context = f"{label}, {backend}, seed {seed}, {batch}, {spans}"
-        assert error <= max(BAND * band, 2.6e-3 if q.dtype == torch.bfloat16 else 3.2e-4), f"{context}: {error}, {band}"
-        assert lse_error <= max(2 * lse_band, 1e-4), context
+        assert_within(found, limit(backend, kind, band, at_least), context)
         ran.add(backend)
     return ran
 

@@ -8,9 +8,19 @@ import pytest
 import torch
 
 import fa4_prefixlm as fp
-from fa4_prefixlm.testing.accuracy import exact_attention, relative_error
+from fa4_prefixlm.testing.accuracy import exact_attention
 from fa4_prefixlm.testing.batches import UGLY, Batch, masks_for, mixed_batch, random_batch, random_mask
-from tests.backends.gpu_calls import BACKENDS, Kind, causal_band, run, tensors_of, times_causal
+from tests.backends.gpu_calls import (
+    BACKENDS,
+    TYPICAL_BAND,
+    Kind,
+    causal_band,
+    limit,
+    measured,
+    run,
+    tensors_of,
+)
+from tests.exactness import assert_exact, assert_within
 
 pytestmark = pytest.mark.gpu
 
@@ -44,25 +54,18 @@ def test_random_batches(kind: Kind, page_size: int, gpu_report) -> None:
         rng = random.Random(f"{kind}{page_size}{seed}")
         batch, mask = random_batch(rng, longest=900), random_mask(rng)
         q, k, v, options = tensors_of(kind, batch, seed)
-        band, lse_band = causal_band(q, k, v, batch, mask.window, options)
+        band = causal_band(q, k, v, batch, mask.window, options)
         for backend in (*BACKENDS, "reference"):
             poison_shared_memory(kind)
-            error, lse_error = run(
-                kind, batch, mask, backend, seed, device_inputs=rng.random() < 0.5, page_size=page_size
-            )
+            found = run(kind, batch, mask, backend, seed, device_inputs=rng.random() < 0.5, page_size=page_size)
             gpu_report(
                 kind=str(kind),
                 seed=seed,
                 backend=f"{backend}, pages of {page_size}",
                 mask=str(mask),
-                error=error,
-                band=band,
-                lse_error=lse_error,
-                lse_band=lse_band,
+                **measured(found, band),
             )
-            context = f"seed {seed}, {backend}, {mask}, {batch}"
-            assert error <= times_causal(backend) * band + 1e-6, f"{context}: error {error}, causal {band}"
-            assert lse_error <= max(2 * lse_band, 1e-4), f"{context}: LSE error {lse_error}, causal {lse_band}"
+            assert_within(found, limit(backend, kind, band), f"seed {seed}, {backend}, {mask}, {batch}")
 
 
 @pytest.mark.parametrize("dim", [128, 256])
@@ -71,19 +74,15 @@ def test_ugly_batches(name: str, dim: int, gpu_report) -> None:
     batch, kind = UGLY[name], Kind((dim, dim))
     for mask in masks_for(batch):
         for backend in ("native", "varlen", "two_pass"):
-            error, lse_error = run(kind, batch, mask, backend, 3, page_size=16)
+            found = run(kind, batch, mask, backend, 3, page_size=16)
             gpu_report(
                 kind=str(kind),
                 batch=name,
                 backend=f"{backend}, pages of 16",
                 mask=str(mask),
-                error=error,
-                band=2.1e-3,
-                lse_error=lse_error,
-                lse_band=5e-5,
+                **measured(found, TYPICAL_BAND),
             )
-            assert error <= times_causal(backend) * 2.1e-3, f"{backend}, {mask}: {error}"
-            assert lse_error <= 1e-4
+            assert_within(found, limit(backend, kind, TYPICAL_BAND), f"{backend}, {mask}")
 
 
 @pytest.mark.parametrize("kind", [Kind((128, 128)), Kind((256, 256), torch.bfloat16, (16, 8))], ids=str)
@@ -92,19 +91,15 @@ def test_mixed_batches_with_decode_rows(kind: Kind, gpu_report) -> None:
         rng = random.Random(f"mixed{kind}{seed}")
         batch, mask = mixed_batch(rng), random_mask(rng)
         for backend in ("native", "varlen", "two_pass", "auto"):
-            error, lse_error = run(kind, batch, mask, backend, seed, device_inputs=seed % 2 == 1, page_size=16)
+            found = run(kind, batch, mask, backend, seed, device_inputs=seed % 2 == 1, page_size=16)
             gpu_report(
                 kind=str(kind),
                 seed=seed,
                 backend=f"{backend}, mixed",
                 mask=str(mask),
-                error=error,
-                band=2.1e-3,
-                lse_error=lse_error,
-                lse_band=5e-5,
+                **measured(found, TYPICAL_BAND),
             )
-            assert error <= times_causal(backend) * 2.1e-3, f"seed {seed}, {backend}, {mask}, {batch}: {error}"
-            assert lse_error <= 1e-4
+            assert_within(found, limit(backend, kind, TYPICAL_BAND), f"seed {seed}, {backend}, {mask}, {batch}")
 
 
 @pytest.mark.parametrize("page_size", [16, 64, 128])
@@ -123,8 +118,9 @@ def test_text_only_and_decode_take_fa4s_own_call(page_size: int, window: int | N
         mask=mask,
     )
     assert plan.choice.name == "causal"
-    exact, _ = exact_attention(q, k, v, mask=mask, spans=batch.spans, seqlens=batch.as_seqlens)
-    assert relative_error(fp.attention(q, pages.k, pages.v, plan), exact) < 2.6e-3
+    exact, exact_lse = exact_attention(q, k, v, mask=mask, spans=batch.spans, seqlens=batch.as_seqlens)
+    out, lse = fp.attention(q, pages.k, pages.v, plan, return_lse=True)
+    assert_exact(out, exact, lse, exact_lse)
 
 
 @pytest.mark.parametrize("backend", ["native", "varlen", "packed", "two_pass"])
@@ -165,5 +161,6 @@ def test_head_dims_that_fa4_does_not_read_from_pages_are_gathered() -> None:
         batch.spans, like=(q, pages.k, pages.v), cu_seqlens_q=[0, 300], seqused_k=[300], page_table=pages.table
     )
     assert (plan.choice.name, plan.choice.gathered) == ("native", True)
-    exact, _ = exact_attention(q, k, v, mask=fp.PrefixLM(), spans=batch.spans, seqlens=batch.as_seqlens)
-    assert relative_error(fp.attention(q, pages.k, pages.v, plan), exact) < 2.6e-3
+    exact, exact_lse = exact_attention(q, k, v, mask=fp.PrefixLM(), spans=batch.spans, seqlens=batch.as_seqlens)
+    out, lse = fp.attention(q, pages.k, pages.v, plan, return_lse=True)
+    assert_exact(out, exact, lse, exact_lse)

@@ -15,9 +15,10 @@ import fa4_prefixlm as fp
 from fa4_prefixlm.fa4.build import locate
 from fa4_prefixlm.geometry.traits import text_only
 from fa4_prefixlm.masks import causal, prefix, window
-from fa4_prefixlm.testing.accuracy import exact_attention, relative_error
+from fa4_prefixlm.testing.accuracy import exact_attention
 from fa4_prefixlm.testing.batches import Batch, mixed_batch
 from fa4_prefixlm.testing.pages import ShuffledPages
+from tests.exactness import assert_exact
 
 pytestmark = pytest.mark.gpu
 
@@ -74,8 +75,8 @@ def test_an_updated_plan_is_a_new_plan_bit_for_bit(mask: fp.PrefixLM, dim: int) 
         )
         out, lse = fp.attention(q, pages.k, pages.v, serving, return_lse=True)
         same, same_lse = fp.attention(q, pages.k, pages.v, once, return_lse=True)
-        exact, _ = exact_attention(q, k, v, mask=mask, spans=batch.spans, seqlens=batch.as_seqlens)
-        assert relative_error(out, exact) < 2.6e-3
+        exact, exact_lse = exact_attention(q, k, v, mask=mask, spans=batch.spans, seqlens=batch.as_seqlens)
+        assert_exact(out, exact, lse, exact_lse, context=f"seed {seed}, {batch}")
         if not text_only(batch.spans, *batch.as_seqlens):  # such a batch runs FA4's own kernel
             assert torch.equal(out, same)
             assert torch.equal(lse, same_lse)
@@ -105,10 +106,10 @@ def test_two_passes_are_updated_and_captured_in_place(mask: fp.PrefixLM, without
         pages = batch.in_pages(own_k, own_v, PAGE, seed)
         q[: len(own_q)], k[: len(pages.k)], v[: len(pages.v)] = own_q, pages.k, pages.v
         serving.update(**on_device(batch, pages))
-        exact, _ = exact_attention(own_q, own_k, own_v, mask=mask, spans=batch.spans, seqlens=batch.as_seqlens)
-        called = fp.attention(own_q, k, v, serving)
+        exact, exact_lse = exact_attention(own_q, own_k, own_v, mask=mask, spans=batch.spans, seqlens=batch.as_seqlens)
+        called, lse = fp.attention(own_q, k, v, serving, return_lse=True)
         graph.replay()
-        assert relative_error(called, exact) < 2.8e-3
+        assert_exact(called, exact, lse, exact_lse, error=2.8e-3, context=f"seed {seed}, {batch}")
         assert torch.equal(out[: len(own_q)], called)
 
 
@@ -158,7 +159,7 @@ def test_a_captured_graph_replays_on_the_next_batch(mask: fp.PrefixLM) -> None:
             torch.cuda.set_sync_debug_mode("default")
         for layer, (_, k, v) in enumerate(given):
             exact, _ = exact_attention(given[0][0], k, v, mask=mask, spans=batch.spans, seqlens=batch.as_seqlens)
-            assert relative_error(outs[layer][:rows], exact) < 2.6e-3, f"seed {seed}, layer {layer}, {batch}"
+            assert_exact(outs[layer][:rows], exact, context=f"seed {seed}, layer {layer}, {batch}")
             assert torch.isnan(outs[layer][rows:]).all(), "rows past the batch were written"
 
 
@@ -179,7 +180,7 @@ def test_update_and_attention_do_not_synchronise(ranges: bool) -> None:
         torch.cuda.set_sync_debug_mode("default")
     spans = batch.spans if ranges else ((),) * len(batch.spans)
     exact, _ = exact_attention(q, k, v, mask=fp.PrefixLM(100), spans=spans, seqlens=batch.as_seqlens)
-    assert relative_error(out, exact) < 2.6e-3
+    assert_exact(out, exact)
 
 
 @pytest.mark.parametrize("mask", [causal, causal & window(70)], ids=str)
@@ -202,7 +203,7 @@ def test_a_mask_without_spans_is_captured_as_fa4s_own_call(mask: fp.Mask) -> Non
         serving.update(**on_device(batch, pages, ranges=False))
         graph.replay()
         exact, _ = exact_attention(own, k, v, mask=mask, spans={}, seqlens=batch.as_seqlens)
-        assert relative_error(out[:rows], exact) < 2.6e-3
+        assert_exact(out[:rows], exact, context=f"seed {seed}, {batch}")
 
 
 def test_capturing_an_uncompiled_kernel_and_other_backends_raise() -> None:
