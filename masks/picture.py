@@ -14,6 +14,7 @@ import torch
 
 from fa4_prefixlm.batch.lengths import first_query
 from fa4_prefixlm.batch.ranges import NamedRanges, SequenceSpans, one_sequence
+from fa4_prefixlm.errors import install_hint
 from fa4_prefixlm.masks.dense import dense_mask
 from fa4_prefixlm.masks.protocols import SeesPairs
 
@@ -129,7 +130,7 @@ def _pillow() -> tuple[ModuleType, ModuleType, ModuleType]:
     try:
         from PIL import Image, ImageDraw, ImageFont
     except ImportError as error:
-        raise ImportError("pictures need Pillow: pip install fa4_prefixlm[pictures]") from error
+        raise ImportError(f"pictures need Pillow ({install_hint('pictures')})") from error
     return Image, ImageDraw, ImageFont
 
 

@@ -59,4 +59,4 @@ def shuffled_pages(
             filled[:keys] = contiguous[key : key + keys]
             cache[pages.to(cache.device)] = filled.unflatten(0, (-1, page_size))
         page, key = page + count, key + keys
-    return ShuffledPages(*caches, table)
+    return ShuffledPages(caches[0], caches[1], table)

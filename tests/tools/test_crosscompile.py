@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import itertools
+import pathlib
 
 import pytest
 
@@ -42,3 +43,33 @@ def test_every_mask_mod_is_compiled(reports: dict) -> None:
         report, (_, count, tagged) = reports[arch, variant], variant.kernel
         assert f"{count} interval" in report["kernel"]
         assert ("a block of tags" in report["kernel"]) == tagged
+
+
+def test_reports_come_while_the_process_runs(tmp_path: pathlib.Path) -> None:
+    """A check tells of each kernel when it is compiled. Here the second report waits until the first was told."""
+    python, told = tmp_path / "python", tmp_path / "told"
+    python.write_text(
+        "#!/bin/sh\n"
+        "echo a compiler that talks\n"
+        "echo '{\"n\": 1}'\n"
+        f"for i in 1 2 3 4 5 6 7 8 9 10; do if [ -e '{told}' ]; then break; fi; sleep 1; done\n"
+        f"[ -e '{told}' ] && echo '{{\"n\": 2}}'\n"
+    )
+    python.chmod(0o755)
+    variants = [Variant("varlen", 64, 64), Variant("varlen", 128, 128)]
+    seen: list[int] = []
+
+    def done(report: dict) -> None:
+        seen.append(report["n"])
+        told.touch()
+
+    assert compile_in_subprocess("sm_90", variants, python=str(python), done=done) == [{"n": 1}, {"n": 2}]
+    assert seen == [1, 2]
+
+
+def test_a_process_that_dies_says_why(tmp_path: pathlib.Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho out of memory >&2\nexit 3\n")
+    python.chmod(0o755)
+    with pytest.raises(RuntimeError, match="died:(.|\n)*out of memory"):
+        compile_in_subprocess("sm_90", [Variant("varlen", 64, 64)], python=str(python))

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("flash_attn", reason="flash-attn-4 is not installed")
 
-CURE_SCRIPT = """
+WORKAROUND_SCRIPT = """
 import functools, os, sys
 from fa4_prefixlm.fa4.kernels import workarounds
 from fa4_prefixlm.tools import crosscompile
@@ -26,14 +26,16 @@ print("tile_n", seen)
 """
 
 
-@pytest.mark.parametrize(("cure", "seen"), [("on", "tile_n {80}"), ("off", "tile_n {128}")])
-def test_the_cure_gives_the_sm90_kernel_its_tile(cure: str, seen: str) -> None:
-    """With the cure off the kernel reads varlen block lists with the stride of a 128-key tile: the defect."""
-    from fa4_prefixlm.fa4.build import describe as build
+@pytest.mark.parametrize(("workaround", "seen"), [("on", "tile_n {80}"), ("off", "tile_n {128}")])
+def test_the_workaround_gives_the_sm90_kernel_its_tile(workaround: str, seen: str) -> None:
+    """With it off the kernel reads varlen block lists with the stride of a 128-key tile: the defect."""
+    from fa4_prefixlm.fa4.build import locate
 
-    if build.installed().sm90_list_stride != "128":
+    if locate.installed().sm90_list_stride != "128":
         pytest.skip("the installed build does not have the defect")
-    done = subprocess.run([sys.executable, "-c", CURE_SCRIPT, cure], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", WORKAROUND_SCRIPT, workaround], capture_output=True, text=True, check=False
+    )
     assert seen in done.stdout, done.stderr
 
 
@@ -49,6 +51,6 @@ print("as it was")
 """
 
 
-def test_the_cure_leaves_fa4_as_it_was() -> None:
+def test_the_workaround_leaves_fa4_as_it_was() -> None:
     done = subprocess.run([sys.executable, "-c", RESTORE_SCRIPT], capture_output=True, text=True, check=False)
     assert "as it was" in done.stdout, done.stderr
