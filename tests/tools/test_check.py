@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import importlib.metadata
 import json
 import math
 import os
@@ -17,27 +18,34 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable
 
 import pytest
 import torch
 
 from fa4_prefixlm.backends import select as backends
-from fa4_prefixlm.backends.base import MaskedBatch, Prepared
-from fa4_prefixlm.backends.reference import _attend
+from fa4_prefixlm.backends.base import MaskedBatch
 from fa4_prefixlm.fa4.build.defects import CAUSAL_KEPT, PAGED_LISTS, SM90_LIST_STRIDE
 from fa4_prefixlm.fa4.build.describe import BEST, MASKED_ARGUMENTS
 from fa4_prefixlm.fa4.build.locate import GivenBuild, given
-from fa4_prefixlm.geometry import intervals
-from fa4_prefixlm.testing.accuracy import dense_attention, overlapping_two_pass
 from fa4_prefixlm.tools.check import command, crosscheck, judge, session, workers
 from fa4_prefixlm.tools.check.cases import CASES, EVERY, Case, cases, inputs
 from fa4_prefixlm.tools.check.judge import CAUSAL, Outcome, ProbeOutcome, Speed, in_short
 from fa4_prefixlm.tools.check.probes import PROBES
 from fa4_prefixlm.tools.check.report import CheckReport
 from fa4_prefixlm.tools.check.run import run_case
+from tests.tools.played_backends import (
+    Played,
+    Player,
+    by_bounds,
+    naive_two_pass,
+    one_key_short,
+    one_key_too_many,
+    right,
+    without_chunk_offset,
+)
 
 CPU = torch.device("cpu")
+
 QUICK = [case for case in cases() if not case.timed]
 
 
@@ -48,9 +56,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-# --- the cases ---
 
 
 def test_cases_have_names_of_their_own_and_well_formed_batches() -> None:
@@ -124,10 +129,10 @@ def test_pages_are_of_the_keys_of_the_case() -> None:
     assert keys.isnan().any()
 
 
-# --- the verdicts ---
-
 CASE = CASES["chunks, hd128"]
+
 RIGHT = Outcome(CASE.name, "varlen", "ran", error=2.1e-3, row_error=3.5e-3, row_at="here", lse_error=2e-5)
+
 BAND = dataclasses.replace(RIGHT, backend=CAUSAL, error=2e-3, row_error=3e-3)
 
 
@@ -207,89 +212,6 @@ def test_a_bare_build(name: str, status: str, known: tuple, verdict: str, strict
     outcome = ProbeOutcome(name, status, "why", 0.5 if status == "wrong" else None)
     assert judge.judge_probe(outcome, known, strict=False).status == verdict
     assert judge.judge_probe(outcome, known, strict=True).status == strict
-
-
-# --- the catches ---
-
-
-@dataclasses.dataclass
-class Played(Prepared):
-    work: MaskedBatch
-    compute: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-
-    def run(self, q, k, v, options, out):
-        result, lse = self.compute(self.work, q, k, v, options)
-        result = result.to(q.dtype)
-        return (result if out is None else out.copy_(result)), lse.float()
-
-    def describe(self):
-        return [("kernel", "played")]
-
-
-@dataclasses.dataclass
-class Player(backends.Backend):
-    """A backend that computes what it is told to, on the CPU."""
-
-    compute: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    name = "varlen"
-    summary = "played"
-
-    def refusal(self, call, traits, build):
-        return None
-
-    def prepare(self, work):
-        return Played(work, self.compute)
-
-
-def by_bounds(work: MaskedBatch, bounds: intervals.Bounds, q, k, v, options):
-    """Attention whose rows see the intervals of `bounds`."""
-    outs, lses = [], []
-    row = key = 0
-    for rows, keys in zip(*work.lengths.on_host(), strict=True):
-        kv, own = torch.arange(keys), slice(row, row + rows)
-        visible = ((kv >= bounds.lo[own, :, None]) & (kv < bounds.hi[own, :, None])).any(1)
-        if rows == 0:
-            key += keys
-            continue
-        out, lse = _attend(q[own].float(), k[key : key + keys].float(), v[key : key + keys].float(), visible, options)
-        outs.append(out)
-        lses.append(lse)
-        row, key = row + rows, key + keys
-    return torch.cat(outs), torch.cat(lses, dim=1)
-
-
-def right(work: MaskedBatch, q, k, v, options):
-    return by_bounds(work, work.bounds, q, k, v, options)
-
-
-def naive_two_pass(work: MaskedBatch, q, k, v, options):
-    spans = {name: own.on_host() for name, own in work.spans.items()}
-    seqlens = work.lengths.on_host()
-    out = overlapping_two_pass(q, k, v, window=work.mask.window, spans=next(iter(spans.values())), seqlens=seqlens)
-    _, lse = dense_attention(q, k, v, mask=work.mask, spans=spans, seqlens=seqlens, options=options)
-    return out, lse  # the LSE is right, so that it is the output that is caught
-
-
-def one_key_short(work: MaskedBatch, q, k, v, options):
-    """Rows of a span do not see its last key, which is their own for its last row, and stays."""
-    ahead = work.bounds.hi > work.where.position[:, None] + 1
-    bounds = dataclasses.replace(work.bounds, hi=work.bounds.hi - ahead.int())
-    return by_bounds(work, bounds, q, k, v, options)
-
-
-def one_key_too_many(work: MaskedBatch, q, k, v, options):
-    """Rows of a span see the key after it, where there is one."""
-    ahead = work.bounds.hi > work.where.position[:, None] + 1
-    hi = torch.minimum(work.bounds.hi + ahead.int(), work.where.seqlen_k[:, None])
-    return by_bounds(work, dataclasses.replace(work.bounds, hi=hi), q, k, v, options)
-
-
-def without_chunk_offset(work: MaskedBatch, q, k, v, options):
-    """Rows count from the first query of the sequence, not from its first key."""
-    cached = work.lengths.cu_seqlens_k.diff() - work.lengths.cu_seqlens_q.diff()
-    where = work.where._replace(position=work.where.position - cached[work.where.sequence.long()])
-    bounds = intervals.row_bounds(work.mask, work.spans, work.lengths, where)
-    return by_bounds(work, bounds, q, k, v, options)
 
 
 def played(monkeypatch: pytest.MonkeyPatch, compute, case: Case) -> judge.Verdict:
@@ -384,8 +306,6 @@ def test_reports_hold_no_folders() -> None:
     assert in_short("\x1b[31mno\x1b[0m\x07 kernel") == "no kernel"
 
 
-# --- a bare build, played by a package that computes in torch ---
-
 INTERFACE = """
 import os
 import torch
@@ -450,9 +370,6 @@ def test_a_build_whose_causal_overrides_the_mask_mod(
 
 def test_there_is_a_probe_for_each_defect_that_gives_wrong_answers() -> None:
     assert set(PROBES) == {CAUSAL_KEPT.name, SM90_LIST_STRIDE.name, PAGED_LISTS.name}
-
-
-# --- the processes ---
 
 
 def stub(code: str) -> workers.Worker:
@@ -531,9 +448,6 @@ def test_cases_that_share_kernels_share_a_process() -> None:
     assert set(team.timed) == {case.name for case in cases() if case.timed}
     first = next(unit for unit in team.units if unit.worker is team.timed["2 x 4096, hd128 window 1024"])
     assert [request["backend"] for request in first.requests] == list(backends.BACKENDS)
-
-
-# --- all of it ---
 
 
 class InProcess:
@@ -651,7 +565,7 @@ def test_json_is_json_without_folders(monkeypatch: pytest.MonkeyPatch) -> None:
     text = json.dumps(a_report(monkeypatch).as_json())
     content = json.loads(text, parse_constant=reject)
     assert content["ok"] is False
-    assert content["versions"]["torch"] == torch.__version__
+    assert content["versions"]["torch"] == importlib.metadata.version("torch")
     first, second = content["builds"]
     assert [probe["error"] for probe in first["probes"]] == [1.2, "inf"]
     own = first["results"][2]
@@ -744,9 +658,6 @@ def test_json_in_place_of_the_report(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     exit_status(monkeypatch, right, "--backend", "varlen", "--json", str(tmp_path / "out.json"))
     assert "RIGHT" in capsys.readouterr().out
     assert json.loads((tmp_path / "out.json").read_text())["ok"] is True
-
-
-# --- without a GPU ---
 
 
 def compiles_nothing(monkeypatch: pytest.MonkeyPatch, error: str | None = None) -> None:

@@ -24,6 +24,7 @@ from fa4_prefixlm.tools.check.cases import CASES, Case
 from fa4_prefixlm.tools.check.judge import CAUSAL, ProbeOutcome
 from fa4_prefixlm.tools.check.probes import PROBES
 from fa4_prefixlm.tools.check.run import run_case
+from tests.tools.played_backends import Player, naive_two_pass
 
 pytestmark = pytest.mark.gpu
 

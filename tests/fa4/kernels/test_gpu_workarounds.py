@@ -10,7 +10,7 @@ import pytest
 
 pytestmark = pytest.mark.gpu
 
-CURE_SCRIPT = """
+WORKAROUND_SCRIPT = """
 import contextlib, sys, torch
 import fa4_prefixlm as fp
 from fa4_prefixlm.testing.accuracy import exact_attention, relative_error
@@ -25,17 +25,21 @@ print(relative_error(out, exact))
 """
 
 
-def test_without_the_list_stride_cure_head_dim_256_is_wrong() -> None:
+def test_without_the_list_stride_workaround_head_dim_256_is_wrong() -> None:
     from fa4_prefixlm.fa4.build import describe as build
 
     if build.installed().sm90_list_stride != "128":
         pytest.skip("the installed build does not have the defect")
     errors = {}
     environment = {name: value for name, value in os.environ.items() if "DSL_CACHE" not in name}
-    for cure in ("on", "off"):
+    for workaround in ("on", "off"):
         done = subprocess.run(
-            [sys.executable, "-c", CURE_SCRIPT, cure], env=environment, capture_output=True, text=True, check=True
+            [sys.executable, "-c", WORKAROUND_SCRIPT, workaround],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
         )
-        errors[cure] = float(done.stdout.split()[-1])
+        errors[workaround] = float(done.stdout.split()[-1])
     assert errors["on"] < 3e-3
-    assert not errors["off"] < 0.1, "the defect does not show: is the cure still needed?"
+    assert not errors["off"] < 0.1, "the defect does not show: is the workaround still needed?"

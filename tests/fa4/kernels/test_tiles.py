@@ -5,8 +5,8 @@ from __future__ import annotations
 from fa4_prefixlm.fa4.kernels.tiles import forward_tile
 
 
-def test_the_defect_is_harmless_only_with_tile_128_or_the_cure() -> None:
-    """The tiles that need the cure are the ones of head dims above 128."""
+def test_the_defect_is_harmless_only_with_tile_128_or_the_workaround() -> None:
+    """The tiles that need the workaround are the ones of head dims above 128."""
     narrow = [
         dim for dim in (64, 96, 128, 192, 256) if forward_tile(90, dim, dim, windowed=False, max_seqlen_q=999).n != 128
     ]
