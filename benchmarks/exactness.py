@@ -47,7 +47,7 @@ def main() -> None:
     arguments = parser.parse_args()
     lines = [json.loads(line) for line in arguments.report.read_text().splitlines()]
     rows = summarise(lines, "kind")
-    # tests/test_gpu_masks.py labels its calls with the mask.
+    # tests/backends/test_gpu_masks.py labels its calls with the mask.
     masks = summarise([line for line in lines if line.get("batch") == line["mask"]], "mask")
     for row in [*rows, *masks]:
         print(" ".join(f"{name}={value}" for name, value in row.items()))

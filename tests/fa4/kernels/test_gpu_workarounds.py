@@ -33,13 +33,8 @@ def test_without_the_list_stride_workaround_head_dim_256_is_wrong() -> None:
     errors = {}
     environment = {name: value for name, value in os.environ.items() if "DSL_CACHE" not in name}
     for workaround in ("on", "off"):
-        done = subprocess.run(
-            [sys.executable, "-c", WORKAROUND_SCRIPT, workaround],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        command = [sys.executable, "-c", WORKAROUND_SCRIPT, workaround]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         errors[workaround] = float(done.stdout.split()[-1])
     assert errors["on"] < 3e-3
     assert not errors["off"] < 0.1, "the defect does not show: is the workaround still needed?"
