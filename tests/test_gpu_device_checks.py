@@ -39,7 +39,7 @@ print("fine")
     [
         ("[(50, 40)]", "reversed"),
         ("[(0, 20), (10, 30)]", "overlap"),
-        ("[(90, 101)]", "past its keys"),
+        ("[(90, 101)]", "cut by the end of its keys"),
         ("[(0, 61)]", "longer than max_range"),
         ("[(50, 60), (0, 50), (0, 0)]", None),
     ],

@@ -1,4 +1,4 @@
-"""`fa4-prefixlm doctor`: the machine, the FA4 builds found, what each can do, and which backend each call would take.
+"""`fa4-prefixlm doctor`: what a call takes here and why; the machine, the FA4 builds found, and what each can do.
 
 Everything is read from the builds' source, so it works without a GPU and imports none of them. `--trace` compiles.
 """
@@ -148,7 +148,7 @@ class Diagnosis:
             line
             for build in self.builds
             for own in build.defects
-            for line in (f"{build.name}: {own.name}", f"  {own.effect}", f"  {own.cure}")
+            for line in (f"{build.name}: {own.name}", f"  {own.effect}", f"  {own.workaround}")
         ]
         parts.append(titled("known defects, and what is done about them", defects or ["none"]))
         for arch, kinds in self.takes.items():

@@ -47,7 +47,7 @@ def test_auto_takes_the_first_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"varlen_mask": False}, "packed", "refuses mask_mod with aux_tensors for varlen"),
         ({"varlen_lists": False}, "packed", "has no varlen block sparsity"),
-        ({"sm90_list_stride": "unknown"}, "packed", "could not be told from its source"),
+        ({"sm90_list_stride": "unknown"}, "packed", "is not clear from its source"),
         ({"sm90_list_stride": "128"}, "varlen", None),
         ({"arguments": builds.CAUSAL_ARGUMENTS}, "two_pass", "has no argument aux_tensors, block_sparse_tensors"),
         ({"arguments": frozenset({"q"})}, "reference", "has no argument aux_tensors"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fa4_prefixlm as fp
 from fa4_prefixlm.geometry.drawn_tiles import drawn_tiles
 from fa4_prefixlm.masks.dense import dense_mask
-from fa4_prefixlm.masks.picture import COLOURS, HIDDEN, LETTERS, MARGIN, PLAIN, SPAN, mask_image, mask_text
+from fa4_prefixlm.masks.picture import COLOURS, HIDDEN, LETTERS, MARGIN, SPAN, VISIBLE, mask_image, mask_text
 
 
 def test_text() -> None:
@@ -18,7 +18,7 @@ def test_the_image_shows_the_mask() -> None:
     mask, spans = fp.PrefixLM(20, clamp=False), ((5, 40), (50, 60))
     image = mask_image(mask, seqlen_k=64, ranges=spans, cell=3)
     visible = dense_mask(mask, 64, 64, {"image": spans})
-    shown = {bytes.fromhex(COLOURS[state][1:]): state for state in (HIDDEN, PLAIN, SPAN)}
+    shown = {bytes.fromhex(COLOURS[state][1:]): state for state in (HIDDEN, VISIBLE, SPAN)}
     for row, key in ((0, 0), (0, 1), (10, 39), (39, 5), (39, 4), (30, 11), (63, 40), (63, 44), (55, 59)):
         colour = bytes(image.getpixel((MARGIN + key * 3 + 1, MARGIN + row * 3 + 1)))
         assert (shown[colour] != HIDDEN) == bool(visible[row, key])
@@ -35,4 +35,4 @@ def test_tiles_in_the_image_are_right() -> None:
 
 
 def test_letters_are_distinct() -> None:
-    assert len(set(LETTERS)) == 3
+    assert len(set(LETTERS)) == 4

@@ -32,7 +32,7 @@ def test_a_plan_runs_only_what_it_was_made_for() -> None:
         with pytest.raises(fp.InputError, match=re.escape(argument)):
             fp.attention(*tensors, plan)
     for name, value in (("cu_seqlens_q", cu(0, 10)), ("mask", fp.PrefixLM()), ("backend", "auto"), ("max_range", 3)):
-        with pytest.raises(fp.InputError, match=f"{name}: expected to be given to plan"):
+        with pytest.raises(fp.InputError, match=f"{name}: expected None beside a plan"):
             fp.attention(q, k, v, plan, **{name: value})
     with pytest.raises(fp.InputError, match="like: expected the tensors"):
         fp.plan(None, like=q)

@@ -176,12 +176,12 @@ def judge_probe(outcome: ProbeOutcome, known: Iterable[Defect], *, strict: bool)
     if outcome.status == "skipped":
         return Verdict(SKIPPED, outcome.reason)
     if outcome.status == "right":
-        if defect is None or defect.told_by == "run":
+        if defect is None or defect.found_by == "run":
             return Verdict(OK)
         return Verdict(OK, "right, although its source suggests the defect")
     what = error or outcome.reason
     if defect is not None:
-        return Verdict(WRONG if strict else DEFECT, f"{what}; {defect.cure}" if what else defect.cure)
+        return Verdict(WRONG if strict else DEFECT, f"{what}; {defect.workaround}" if what else defect.workaround)
     if outcome.status == "raised":  # loud, so nobody gets a wrong answer
         return Verdict(FAILED if strict else REFUSED, outcome.reason)
     return Verdict(WRONG, f"{error}, and nothing in its source told: this library does not know of the defect")

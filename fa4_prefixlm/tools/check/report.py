@@ -56,7 +56,9 @@ class CheckReport:
 
     def __str__(self) -> str:
         parts = [f"fa4_prefixlm check, {self.level} cases, {describe_machine().gpu}"]
-        parts += [_table(build, first=index == 0) for index, build in enumerate(self.builds)]
+        several = len(self.builds) > 1
+        tables = [_table(build, first=several and index == 0) for index, build in enumerate(self.builds)]
+        parts += [table for table in tables if table]
         for title, lines in (
             ("wrong or failed", _bad(self.builds)),
             ("refused", _counted(self.builds, REFUSED)),
@@ -129,13 +131,13 @@ _COLUMNS = ("case", "backend", "verdict", "error", "worst row", "LSE", "of causa
 
 
 def _table(build: BuildResults, *, first: bool) -> str:
-    """Everything that ran or failed to; the rest is summed up below."""
+    """Everything that ran or failed, "" if nothing did; the rest is summed up below."""
     rows = [_row(own) for own in build.results if own.verdict.status not in (REFUSED, COMPILED)]
     used = [column for column in range(len(_COLUMNS)) if any(row[column] for row in rows)]
     lines = columns([[row[column] for column in used] for row in (_COLUMNS, *rows)]) if rows else []
     probes = [f"bare build, {outcome.name}: {_said(verdict)}" for outcome, verdict in build.probes]
     title = f"{build.build} ({build.build.module})" + (", the first build" if first else "")
-    return titled(title, [*lines, *probes])
+    return titled(title, [*lines, *probes]) if lines or probes else ""
 
 
 def _row(result: CaseResult) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from tests.fa4.build.written import write_build
 
 def test_a_build_is_read_from_its_source(tmp_path: pathlib.Path) -> None:
     sm90 = "SeqlenInfoCls = partial(SeqlenInfoQK.create, seqlen_q_static=1, tile_m=self.tile_m, tile_n=self.tile_n)"
-    lacking = "flash-attn-4 9.9 lacks parts of the SM90 kernel that the native lane builds on"
+    lacking = "flash-attn-4 9.9 lacks parts of the SM90 kernel that the native backend builds on"
     assert write_build(tmp_path, sm90=sm90) == dataclasses.replace(
         GOOD,
         native_refusal=lacking,

@@ -26,7 +26,7 @@ def test_a_build_is_known_by_its_code(tmp_path: pathlib.Path) -> None:
         source = (tmp_path / name).read_text()
         assert before in source
         (tmp_path / name).write_text(source.replace(before, after, 1))
-        assert "is not one that the native lane was run on" in str(fingerprint.native_refusal(tmp_path, "changed"))
+        assert "is not one that the native backend was run on" in str(fingerprint.native_refusal(tmp_path, "changed"))
         (tmp_path / name).write_text(source)
     (tmp_path / "mask.py").write_text(
         (tmp_path / "mask.py").read_text().replace("def sm90_col_to_r2p_idx", "def other")
