@@ -17,9 +17,12 @@ from fa4_prefixlm.tools.crosscompile import TARGETS, Variant, compile_in_subproc
 PYTHON = os.environ.get("OLD_FA4_PYTHON", "")
 VARIANTS = [(arch, variant) for arch in TARGETS for variant in old_build_variants(arch)]
 
-pytestmark = pytest.mark.skipif(
-    not PYTHON and not os.environ.get("CI"), reason="OLD_FA4_PYTHON is not set: `make test` sets it"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not PYTHON and not os.environ.get("CI"), reason="OLD_FA4_PYTHON is not set: `make test` sets it"
+    ),
+]
 
 
 @pytest.fixture(scope="module")

@@ -254,6 +254,7 @@ class TestInterpreted:
             add_span_rest(empty, empty, empty, empty, torch.zeros(1, 0), cu_seqlens_q=cu, cu_seqlens_k=cu, **given)
 
 
+@pytest.mark.slow
 class TestCompiled:
     __test__ = not INTERPRETED
 

@@ -750,6 +750,7 @@ def test_cases_that_share_kernels_are_compiled_once() -> None:
     assert {variant.mask for variant in variants} == {"prefix_lm", "two"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so it would run")
 def test_a_fork_by_path_is_compiled_where_there_is_no_gpu(tmp_path: pathlib.Path, capsys) -> None:
     flash_attn = pytest.importorskip("flash_attn.cute", reason="flash-attn-4 is not installed")

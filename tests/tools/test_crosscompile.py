@@ -26,6 +26,7 @@ def reports() -> dict[tuple[str, Variant], dict]:
         return dict(zip(VARIANTS, itertools.chain.from_iterable(done), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arch", "variant"), VARIANTS, ids=str)
 def test_compiles(reports: dict, arch: str, variant: Variant) -> None:
     report = reports[arch, variant]
@@ -33,6 +34,7 @@ def test_compiles(reports: dict, arch: str, variant: Variant) -> None:
     assert arch in report["kernel"]
 
 
+@pytest.mark.slow
 def test_every_mask_mod_is_compiled(reports: dict) -> None:
     """Every layout and number of intervals, and the tags where a backend takes them."""
     wanted = {(layout, count, False) for layout in ("varlen", "packed") for count in range(1, MOST_INTERVALS + 1)}

@@ -193,6 +193,7 @@ def test_several_builds_side_by_side(checkout: pathlib.Path) -> None:
     assert report.builds[0].name.startswith("flash-attn-4 ")
 
 
+@pytest.mark.slow
 def test_tracing_compiles_a_kernel_of_each_backend() -> None:
     pytest.importorskip("flash_attn")
     report = doctor.examine([given("flash_attn.cute")], ["sm_90"], trace=True)

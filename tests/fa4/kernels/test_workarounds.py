@@ -9,6 +9,8 @@ import pytest
 
 pytest.importorskip("flash_attn", reason="flash-attn-4 is not installed")
 
+pytestmark = pytest.mark.slow
+
 WORKAROUND_SCRIPT = """
 import functools, os, sys
 from fa4_prefixlm.fa4.kernels import workarounds
