@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 BAND = 4e-3
 TOKENS = 256
@@ -74,18 +75,21 @@ def worker(kernel: Kernel) -> dict[str, float]:
         torch.randn(TOKENS, heads, kernel.head_dim, generator=generator, device="cuda", dtype=torch.bfloat16)
         for heads in (16, 8, 8)
     )
-    keys: dict[str, object] = {"cu_seqlens_k": [0, TOKENS]}
-    cache = (k, v)
+    keys: dict[str, Any] = {"cu_seqlens_k": [0, TOKENS]}
+    cache = [k, v]
     if kernel.page_size is not None:
-        cache = tuple(tensor.view(-1, kernel.page_size, 8, kernel.head_dim) for tensor in (k, v))
+        cache = [tensor.view(-1, kernel.page_size, 8, kernel.head_dim) for tensor in (k, v)]
         table = torch.arange(TOKENS // kernel.page_size, dtype=torch.int32, device="cuda").unsqueeze(0)
         keys = {"seqused_k": [TOKENS], "page_table": table}
     torch.cuda.synchronize()
     seconds = [time.perf_counter() - began]
-    mask, spans = fp.PrefixLM(kernel.window), [[(40, 200)]] if kernel.spans else [[]]
+    mask = fp.PrefixLM(kernel.window)
+    spans: list[list[tuple[int, int]]] = [[(40, 200)]] if kernel.spans else [[]]
     for _ in range(2):
         began = time.perf_counter()
-        out = fp.attention(q, *cache, spans, cu_seqlens_q=[0, TOKENS], mask=mask, backend=kernel.backend, **keys)
+        out = fp.attention(
+            q, cache[0], cache[1], spans, cu_seqlens_q=[0, TOKENS], mask=mask, backend=kernel.backend, **keys
+        )
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
     exact, _ = exact_attention(q, k, v, mask=mask, spans=tuple(map(tuple, spans)), seqlens=((TOKENS,), (TOKENS,)))
