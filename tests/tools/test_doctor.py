@@ -115,6 +115,7 @@ def test_json_in_a_file_beside_the_report(
     assert "--json: expected a file in an existing folder" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_whoever_reads_the_first_lines_only_sees_no_traceback(checkout: pathlib.Path) -> None:
     command = f"{sys.executable} -u -m fa4_prefixlm doctor --build {checkout} | head -1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
