@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fa4_prefixlm.fa4.build import locate
+from fa4_prefixlm.fa4.builds import locate
 
 # The workers of pytest-xdist share the cores already, and so do the processes that tests start.
 if "PYTEST_XDIST_WORKER" in os.environ:

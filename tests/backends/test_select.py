@@ -11,8 +11,8 @@ import fa4_prefixlm as fp
 from fa4_prefixlm.backends import select as backends
 from fa4_prefixlm.batch import lengths
 from fa4_prefixlm.batch.tensors import CallSpec
-from fa4_prefixlm.fa4.build import describe as builds
-from fa4_prefixlm.fa4.build.describe import CAUSAL_ARGUMENTS, PAGED_ARGUMENTS
+from fa4_prefixlm.fa4.builds import describe as builds
+from fa4_prefixlm.fa4.builds.describe import CAUSAL_ARGUMENTS, PAGED_ARGUMENTS
 from fa4_prefixlm.geometry.traits import CausalWindow, Traits
 from fa4_prefixlm.masks import PrefixLM
 from tests.backends.calls import DEMAND, GOOD, GPU_CALL, NO_NATIVE

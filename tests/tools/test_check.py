@@ -24,9 +24,9 @@ import torch
 
 from fa4_prefixlm.backends import select as backends
 from fa4_prefixlm.backends.base import MaskedBatch
-from fa4_prefixlm.fa4.build.defects import CAUSAL_KEPT, PAGED_LISTS, SM90_LIST_STRIDE
-from fa4_prefixlm.fa4.build.describe import BEST, MASKED_ARGUMENTS
-from fa4_prefixlm.fa4.build.locate import GivenBuild, given
+from fa4_prefixlm.fa4.builds.defects import CAUSAL_KEPT, PAGED_LISTS, SM90_LIST_STRIDE
+from fa4_prefixlm.fa4.builds.describe import BEST, MASKED_ARGUMENTS
+from fa4_prefixlm.fa4.builds.locate import GivenBuild, given
 from fa4_prefixlm.tools.check import command, crosscheck, judge, session, workers
 from fa4_prefixlm.tools.check.cases import CASES, EVERY, Case, cases, inputs
 from fa4_prefixlm.tools.check.judge import CAUSAL, Outcome, ProbeOutcome, Speed, in_short

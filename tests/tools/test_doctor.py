@@ -12,9 +12,9 @@ import pytest
 
 import fa4_prefixlm
 from fa4_prefixlm.errors import REPOSITORY, InputError, install_hint
-from fa4_prefixlm.fa4.build.locate import given
+from fa4_prefixlm.fa4.builds.locate import given
 from fa4_prefixlm.tools import cli, doctor
-from tests.fa4.build.written import write_build
+from tests.fa4.builds.written import write_build
 
 ROOT = pathlib.Path(__file__).parents[2]
 REFUSES_VARLEN = '\nraise NotImplementedError("mask_mod with aux_tensors is not yet supported for varlen sequences")'
