@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fa4_prefixlm.fa4.build import locate
+from fa4_prefixlm.fa4.builds import locate
 
 # Tests compile, unless they say otherwise: what is on disk was compiled from other code, and by other tests.
 os.environ.setdefault("FA4_PREFIXLM_CACHE", "0")

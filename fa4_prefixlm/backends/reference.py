@@ -16,7 +16,7 @@ from fa4_prefixlm.batch.lengths import first_query
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.batch.ranges import HostSpans
 from fa4_prefixlm.batch.tensors import CallSpec
-from fa4_prefixlm.fa4.build.describe import Build
+from fa4_prefixlm.fa4.builds.describe import Build
 from fa4_prefixlm.geometry.traits import Traits
 from fa4_prefixlm.masks.base import Mask
 from fa4_prefixlm.masks.dense import DensePairs, mask_rows

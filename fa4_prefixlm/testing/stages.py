@@ -14,9 +14,14 @@ from fa4_prefixlm.testing.batches import Batch
 
 
 def sizes_of(batch: Batch) -> lengths.Lengths:
-    totals = {"total_q": batch.cu_q[-1], "total_k": batch.cu_k[-1]}
     return lengths.packed(
-        batch.cu_q, batch.cu_k, max_seqlen_q=None, max_seqlen_k=None, device=torch.device("cpu"), **totals
+        batch.cu_q,
+        batch.cu_k,
+        total_q=batch.cu_q[-1],
+        total_k=batch.cu_k[-1],
+        max_seqlen_q=None,
+        max_seqlen_k=None,
+        device=torch.device("cpu"),
     )
 
 

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from fa4_prefixlm.errors import InputError
-from fa4_prefixlm.fa4.build import locate
+from fa4_prefixlm.fa4.builds import locate
 from fa4_prefixlm.fa4.kernels import disk_cache
 from fa4_prefixlm.fa4.kernels.target_hardware import target_hardware
 from fa4_prefixlm.masks.prefix_lm import PrefixLM

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from fa4_prefixlm.batch.tensors import CallSpec
-from fa4_prefixlm.fa4.build import describe as builds
+from fa4_prefixlm.fa4.builds import describe as builds
 from fa4_prefixlm.geometry.traits import CausalWindow, Traits
 from fa4_prefixlm.masks.protocols import Reach
 

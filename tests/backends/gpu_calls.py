@@ -64,7 +64,7 @@ def causal_band(q, k, v, batch: Batch, window: int | None, options: Options) -> 
 
 def _causal_errors(q, k, v, batch: Batch, window: int | None, options: Options) -> Errors:
     from fa4_prefixlm.batch.keys import Keys
-    from fa4_prefixlm.fa4.build.locate import installed
+    from fa4_prefixlm.fa4.builds.locate import installed
     from fa4_prefixlm.fa4.kernels.launch import causal_forward
 
     cu_q, cu_k = (torch.tensor(cu, dtype=torch.int32, device="cuda") for cu in (batch.cu_q, batch.cu_k))

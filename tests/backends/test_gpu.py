@@ -187,7 +187,7 @@ def test_auto_takes_native_and_packed_when_lists_would_be_large() -> None:
 @pytest.mark.parametrize("window", [None, 100])
 def test_a_text_only_batch_is_fa4s_own_call_bit_for_bit(window: int | None) -> None:
     from fa4_prefixlm.batch.keys import Keys
-    from fa4_prefixlm.fa4.build.locate import installed
+    from fa4_prefixlm.fa4.builds.locate import installed
     from fa4_prefixlm.fa4.kernels.launch import causal_forward
 
     batch = Batch(((300, 300), (1, 500), (200, 600)), ((), ((3, 60),), ((0, 400),)))

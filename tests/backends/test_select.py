@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 
 import pytest
 import torch
@@ -12,11 +11,12 @@ import fa4_prefixlm as fp
 from fa4_prefixlm.backends import select as backends
 from fa4_prefixlm.batch import lengths
 from fa4_prefixlm.batch.tensors import CallSpec
-from fa4_prefixlm.fa4.build import describe as builds
-from fa4_prefixlm.fa4.build.describe import CAUSAL_ARGUMENTS, PAGED_ARGUMENTS
+from fa4_prefixlm.fa4.builds import describe as builds
+from fa4_prefixlm.fa4.builds.describe import CAUSAL_ARGUMENTS, PAGED_ARGUMENTS
 from fa4_prefixlm.geometry.traits import CausalWindow, Traits
 from fa4_prefixlm.masks import PrefixLM
 from tests.backends.calls import DEMAND, GOOD, GPU_CALL, NO_NATIVE
+from tests.batch.bad_calls import rejects
 
 
 def choose(
@@ -118,7 +118,9 @@ def test_what_a_mask_asks_for(monkeypatch: pytest.MonkeyPatch, change: dict, nam
 
 
 SIZES = lengths.batched(1, 1000, 1000, torch.device("cpu"))
+
 OLD = dataclasses.replace(NO_NATIVE, name="flash-attn-4 4.0.0b12", varlen_mask=False, varlen_lists=False)
+
 PAGED_CALL = dataclasses.replace(GPU_CALL, page_size=16, shape_k=(100, 16))
 
 
@@ -156,25 +158,6 @@ def backends_demand(mask):
     from fa4_prefixlm.geometry.traits import traits_of_any
 
     return traits_of_any(mask, {"image": 256}, {"image": 4})
-
-
-def qkv(total: int = 10, heads: int = 4, kv_heads: int = 2, dim: int = 16, dtype: torch.dtype = torch.float32):
-    return tuple(torch.randn(total, count, dim, dtype=dtype) for count in (heads, kv_heads, kv_heads))
-
-
-def cu(*values: int) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
-def call(ranges=None, *, tensors=None, cu_q=None, cu_k=None, **options):
-    q, k, v = tensors or qkv()
-    cu_q = cu(0, 4, 10) if cu_q is None else cu_q
-    return fp.attention(q, k, v, ranges, cu_seqlens_q=cu_q, cu_seqlens_k=cu_q if cu_k is None else cu_k, **options)
-
-
-def rejects(message: str, *arguments, error: type[Exception] = fp.InputError, **options) -> None:
-    with pytest.raises(error, match=re.escape(message)):
-        call(*arguments, **options)
 
 
 @pytest.mark.parametrize("backend", ["varlen", "packed"])

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import fa4_prefixlm as fp
-from fa4_prefixlm.fa4.build import describe as builds
-from fa4_prefixlm.fa4.build import locate
+from fa4_prefixlm.fa4.builds import describe as builds
+from fa4_prefixlm.fa4.builds import locate
 from fa4_prefixlm.integrations.vllm import (
     split_cache,
 )

@@ -12,8 +12,8 @@ import torch
 
 import fa4_prefixlm as fp
 from fa4_prefixlm.batch.options import Options
-from fa4_prefixlm.fa4.build import describe as builds
-from fa4_prefixlm.fa4.build import locate
+from fa4_prefixlm.fa4.builds import describe as builds
+from fa4_prefixlm.fa4.builds import locate
 from fa4_prefixlm.integrations.vllm import (
     VENDORED,
     find_build,

@@ -33,6 +33,7 @@ def test_the_demo(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) ->
     assert (tmp_path / "demo.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_the_demo_notices_a_wrong_answer(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     demo = load(ROOT / "examples" / "photo.py")
     right = fp.attention

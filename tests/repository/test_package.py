@@ -7,6 +7,8 @@ import subprocess
 import sys
 import zipfile
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -30,11 +32,13 @@ def test_running_the_reference_imports_no_cutlass() -> None:
     assert loaded.strip() == "False"
 
 
+@pytest.mark.slow
 def test_masks_come_from_the_top_level_folder_in_an_editable_install() -> None:
     path = in_fresh_process("import fa4_prefixlm.masks as m; print(m.__file__)").strip()
     assert pathlib.Path(path).resolve() == ROOT / "masks" / "__init__.py"
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_masks_and_the_types(tmp_path: pathlib.Path) -> None:
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT],

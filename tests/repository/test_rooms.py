@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import fnmatch
 import os
 import pathlib
 import shutil
@@ -50,6 +51,14 @@ def test_imports_of_the_root_package_are_seen() -> None:
     assert roots_imported("def f():\n    import fa4_prefixlm as fp") == [2]
     assert roots_imported("from fa4_prefixlm import Mask\nfrom . import lengths\nfrom .batch import keys") == [1, 2, 3]
     assert roots_imported("import fa4_prefixlm.masks\nfrom fa4_prefixlm.masks import causal") == []
+
+
+def test_pytest_leaves_no_room_out(pytestconfig: pytest.Config) -> None:
+    """It does not look into folders of some names, `build` for one."""
+    folders = {path.parent.name for path in (ROOT / "tests").rglob("test_*.py")}
+    patterns = pytestconfig.getini("norecursedirs")
+    assert [name for name in folders if any(fnmatch.fnmatch(name, own) for own in patterns)] == []
+    assert {"builds", "kernels", "models"} <= folders
 
 
 def lint(folder: pathlib.Path) -> subprocess.CompletedProcess[str]:

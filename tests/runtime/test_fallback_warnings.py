@@ -12,7 +12,7 @@ import torch
 import fa4_prefixlm as fp
 from fa4_prefixlm.backends import select as backends
 from fa4_prefixlm.batch import lengths
-from fa4_prefixlm.fa4.build.describe import BEST
+from fa4_prefixlm.fa4.builds.describe import BEST
 from fa4_prefixlm.runtime import fallback_warnings as advice
 from tests.backends.calls import DEMAND, GOOD, GPU_CALL, NO_NATIVE
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fa4_prefixlm as fp
-from fa4_prefixlm.fa4.build import locate
+from fa4_prefixlm.fa4.builds import locate
 from fa4_prefixlm.geometry.traits import text_only
 from fa4_prefixlm.masks import causal, prefix, window
 from fa4_prefixlm.testing.accuracy import exact_attention

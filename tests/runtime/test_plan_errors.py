@@ -5,17 +5,9 @@ from __future__ import annotations
 import re
 
 import pytest
-import torch
 
 import fa4_prefixlm as fp
-
-
-def qkv(total: int = 10, heads: int = 4, kv_heads: int = 2, dim: int = 16, dtype: torch.dtype = torch.float32):
-    return tuple(torch.randn(total, count, dim, dtype=dtype) for count in (heads, kv_heads, kv_heads))
-
-
-def cu(*values: int) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32)
+from tests.batch.bad_calls import cu, qkv
 
 
 def test_a_plan_runs_only_what_it_was_made_for() -> None:

@@ -7,8 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from fa4_prefixlm.backends import select as backends
-from fa4_prefixlm.backends.base import MaskedBatch, Prepared
+from fa4_prefixlm.backends.base import Backend, MaskedBatch, Prepared
 from fa4_prefixlm.backends.reference import _attend
 from fa4_prefixlm.geometry import intervals
 from fa4_prefixlm.testing.accuracy import dense_attention, overlapping_two_pass
@@ -29,7 +28,7 @@ class Played(Prepared):
 
 
 @dataclasses.dataclass
-class Player(backends.Backend):
+class Player(Backend):
     """A backend that computes what it is told to, on the CPU."""
 
     compute: Callable[..., tuple[torch.Tensor, torch.Tensor]]

@@ -24,9 +24,9 @@ import torch
 
 from fa4_prefixlm.backends import select as backends
 from fa4_prefixlm.backends.base import MaskedBatch
-from fa4_prefixlm.fa4.build.defects import CAUSAL_KEPT, PAGED_LISTS, SM90_LIST_STRIDE
-from fa4_prefixlm.fa4.build.describe import BEST, MASKED_ARGUMENTS
-from fa4_prefixlm.fa4.build.locate import GivenBuild, given
+from fa4_prefixlm.fa4.builds.defects import CAUSAL_KEPT, PAGED_LISTS, SM90_LIST_STRIDE
+from fa4_prefixlm.fa4.builds.describe import BEST, MASKED_ARGUMENTS
+from fa4_prefixlm.fa4.builds.locate import GivenBuild, given
 from fa4_prefixlm.tools.check import command, crosscheck, judge, session, workers
 from fa4_prefixlm.tools.check.cases import CASES, EVERY, Case, cases, inputs
 from fa4_prefixlm.tools.check.judge import CAUSAL, Outcome, ProbeOutcome, Speed, in_short
@@ -346,6 +346,7 @@ def write_fork(folder: pathlib.Path, *, overrides: bool, told: bool) -> pathlib.
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "told", "verdict"), [(False, False, "ok"), (True, False, "WRONG"), (True, True, "defect")]
 )
@@ -418,6 +419,7 @@ def test_whoever_stops_listening_ends_the_workers() -> None:
     assert all(unit.worker._process is None for unit in units)
 
 
+@pytest.mark.slow
 def test_a_worker_answers_as_the_function_does() -> None:
     environment = {**os.environ, workers.DISK_CACHE: "1"}
     process = workers.Worker(None, environment, "cpu")
@@ -782,6 +784,7 @@ def test_a_fork_by_path_is_compiled_where_there_is_no_gpu(tmp_path: pathlib.Path
     assert str(tmp_path) not in json.dumps(broken)
 
 
+@pytest.mark.slow
 def test_the_package_is_a_command() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "fa4_prefixlm.tools.check", "--help"], capture_output=True, text=True, check=True

@@ -12,9 +12,9 @@ import pytest
 
 import fa4_prefixlm
 from fa4_prefixlm.errors import REPOSITORY, InputError, install_hint
-from fa4_prefixlm.fa4.build.locate import given
+from fa4_prefixlm.fa4.builds.locate import given
 from fa4_prefixlm.tools import cli, doctor
-from tests.fa4.build.written import write_build
+from tests.fa4.builds.written import write_build
 
 ROOT = pathlib.Path(__file__).parents[2]
 REFUSES_VARLEN = '\nraise NotImplementedError("mask_mod with aux_tensors is not yet supported for varlen sequences")'
@@ -115,6 +115,7 @@ def test_json_in_a_file_beside_the_report(
     assert "--json: expected a file in an existing folder" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_whoever_reads_the_first_lines_only_sees_no_traceback(checkout: pathlib.Path) -> None:
     command = f"{sys.executable} -u -m fa4_prefixlm doctor --build {checkout} | head -1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from fa4_prefixlm.backends import select as backends
-from fa4_prefixlm.fa4.build import locate
-from fa4_prefixlm.fa4.build.defects import CAUSAL_KEPT, PAGED_LISTS, SM90_LIST_STRIDE
-from fa4_prefixlm.fa4.build.describe import Build
+from fa4_prefixlm.fa4.builds import locate
+from fa4_prefixlm.fa4.builds.defects import CAUSAL_KEPT, PAGED_LISTS, SM90_LIST_STRIDE
+from fa4_prefixlm.fa4.builds.describe import Build
 from fa4_prefixlm.geometry import intervals
 from fa4_prefixlm.tools.check import command, judge, workers
 from fa4_prefixlm.tools.check.cases import CASES, Case

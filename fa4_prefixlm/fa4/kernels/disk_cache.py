@@ -35,8 +35,8 @@ from typing import Any
 
 import torch
 
-from fa4_prefixlm.fa4.build import locate
-from fa4_prefixlm.fa4.build.describe import Build
+from fa4_prefixlm.fa4.builds import locate
+from fa4_prefixlm.fa4.builds.describe import Build
 
 SYMBOL = "func"
 COMPILER_PACKAGES = re.compile(r"nvidia-cutlass-dsl.*|quack-kernels|apache-tvm-ffi|cuda-python|cuda-bindings")

@@ -217,7 +217,7 @@ def test_calls_of_others_keep_their_cache() -> None:
     """In another thread too: the caches are those of a block of code, not of the process."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from fa4_prefixlm.fa4.build import locate
+    from fa4_prefixlm.fa4.builds import locate
 
     build = locate.installed()
     theirs = build.part("interface")._flash_attn_fwd.compile_cache

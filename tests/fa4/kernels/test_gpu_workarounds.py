@@ -26,7 +26,7 @@ print(relative_error(out, exact))
 
 
 def test_without_the_list_stride_workaround_head_dim_256_is_wrong() -> None:
-    from fa4_prefixlm.fa4.build.locate import installed
+    from fa4_prefixlm.fa4.builds.locate import installed
 
     if installed().sm90_list_stride != "128":
         pytest.skip("the installed build does not have the defect")

@@ -11,7 +11,7 @@ import torch
 
 from fa4_prefixlm.backends.reference import dense_attention
 from fa4_prefixlm.batch.options import Options
-from fa4_prefixlm.fa4.build.describe import CAUSAL_ARGUMENTS
+from fa4_prefixlm.fa4.builds.describe import CAUSAL_ARGUMENTS
 from fa4_prefixlm.fa4.kernels import launch
 from fa4_prefixlm.masks import PrefixLM
 from tests.backends.calls import NO_NATIVE

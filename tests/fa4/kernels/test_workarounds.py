@@ -31,7 +31,7 @@ print("tile_n", seen)
 @pytest.mark.parametrize(("workaround", "seen"), [("on", "tile_n {80}"), ("off", "tile_n {128}")])
 def test_the_workaround_gives_the_sm90_kernel_its_tile(workaround: str, seen: str) -> None:
     """With it off the kernel reads varlen block lists with the stride of a 128-key tile: the defect."""
-    from fa4_prefixlm.fa4.build import locate
+    from fa4_prefixlm.fa4.builds import locate
 
     if locate.installed().sm90_list_stride != "128":
         pytest.skip("the installed build does not have the defect")

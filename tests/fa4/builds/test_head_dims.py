@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fa4_prefixlm.fa4.build.head_dims import HeadDims
+from fa4_prefixlm.fa4.builds.head_dims import HeadDims
 
 
 @pytest.mark.parametrize(

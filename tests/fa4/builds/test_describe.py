@@ -8,11 +8,11 @@ import pathlib
 import pytest
 import torch
 
-from fa4_prefixlm.fa4.build import describe as builds
-from fa4_prefixlm.fa4.build import locate
-from fa4_prefixlm.fa4.build.head_dims import HeadDims
+from fa4_prefixlm.fa4.builds import describe as builds
+from fa4_prefixlm.fa4.builds import locate
+from fa4_prefixlm.fa4.builds.head_dims import HeadDims
 from tests.backends.calls import GOOD
-from tests.fa4.build.written import write_build
+from tests.fa4.builds.written import write_build
 
 
 def test_a_build_is_read_from_its_source(tmp_path: pathlib.Path) -> None:

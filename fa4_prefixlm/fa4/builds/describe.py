@@ -9,10 +9,10 @@ from types import ModuleType
 
 import torch
 
-from fa4_prefixlm.fa4.build import source
-from fa4_prefixlm.fa4.build.defects import Defect, defects
-from fa4_prefixlm.fa4.build.fingerprint import KNOWN, native_refusal
-from fa4_prefixlm.fa4.build.head_dims import HeadDims
+from fa4_prefixlm.fa4.builds import source
+from fa4_prefixlm.fa4.builds.defects import Defect, defects
+from fa4_prefixlm.fa4.builds.fingerprint import KNOWN, native_refusal
+from fa4_prefixlm.fa4.builds.head_dims import HeadDims
 
 # Arguments of the build's launch function that this library uses: for a causal call, for keys in pages, for a mask_mod.
 CAUSAL_ARGUMENTS = frozenset(

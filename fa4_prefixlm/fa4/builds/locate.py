@@ -12,8 +12,8 @@ import subprocess
 from dataclasses import dataclass
 
 from fa4_prefixlm.errors import InputError
-from fa4_prefixlm.fa4.build.describe import Build, describe
-from fa4_prefixlm.fa4.build.fingerprint import KNOWN, fingerprint
+from fa4_prefixlm.fa4.builds.describe import Build, describe
+from fa4_prefixlm.fa4.builds.fingerprint import KNOWN, fingerprint
 
 # Where an FA4 may be, in order of preference, and the distribution that contains it.
 MODULES = {"flash_attn.cute": "flash-attn-4", "vllm.vllm_flash_attn.cute": "vllm"}

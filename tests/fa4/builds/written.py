@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 
-from fa4_prefixlm.fa4.build import describe as builds
+from fa4_prefixlm.fa4.builds import describe as builds
 
 GOOD = dataclasses.replace(builds.BEST, name="flash-attn-4 9.9")
 INTERFACE = """

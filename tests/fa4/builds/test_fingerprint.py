@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from fa4_prefixlm.fa4.build import fingerprint
+from fa4_prefixlm.fa4.builds import fingerprint
 
 
 def test_a_build_is_known_by_its_code(tmp_path: pathlib.Path) -> None:
