@@ -36,7 +36,7 @@ class KernelRows(NamedTuple):
 
 def fills_in_one_launch(spec: CallSpec, traits: Traits, lengths: Lengths) -> bool:
     """The mask and the batch are of the kind that `kernels.row_update` fills."""
-    if traits.closed_form is None or traits.intervals > 1 or not lengths.is_bottom_right:
+    if traits.closed_form is None or traits.intervals > 1 or lengths.more_queries or not lengths.is_bottom_right:
         return False
     return spec.device.type == "cuda" and lengths.key_start is None and not is_fake(lengths.cu_seqlens_q)
 
