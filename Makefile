@@ -39,6 +39,7 @@ docs: $(ENVIRONMENT)
 bench: $(ENVIRONMENT)
 	$(PYTHON) benchmarks/forward.py
 	$(PYTHON) benchmarks/serving.py
+	$(PYTHON) benchmarks/backward.py
 
 pictures: $(ENVIRONMENT)
 	$(PYTHON) docs/pictures.py
