@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from fa4_prefixlm.backends.base import Backend, MaskedBatch, Prepared
-from fa4_prefixlm.backends.reference import _attend
+from fa4_prefixlm.backends.reference import attend
 from fa4_prefixlm.geometry import intervals
 from fa4_prefixlm.testing.accuracy import dense_attention, overlapping_two_pass
 
@@ -52,7 +52,7 @@ def by_bounds(work: MaskedBatch, bounds: intervals.Bounds, q, k, v, options):
         if rows == 0:
             key += keys
             continue
-        out, lse = _attend(q[own].float(), k[key : key + keys].float(), v[key : key + keys].float(), visible, options)
+        out, lse = attend(q[own].float(), k[key : key + keys].float(), v[key : key + keys].float(), visible, options)
         outs.append(out)
         lses.append(lse)
         row, key = row + rows, key + keys

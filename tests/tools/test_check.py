@@ -310,7 +310,7 @@ INTERFACE = """
 import os
 import torch
 from fa4_prefixlm.batch.options import Options
-from fa4_prefixlm.backends.reference import _attend
+from fa4_prefixlm.backends.reference import attend
 
 print("a compiler that talks")
 os.write(1, b"[and how]\\n")
@@ -322,7 +322,7 @@ def _flash_attn_fwd(q, k, v, {arguments}):
     visible = (kv >= bounds[:, 0, 0, None]) & (kv < bounds[:, 0, 1, None])
     if causal and {overrides}:
         visible = kv <= torch.arange(len(q))[:, None]
-    out, lse = _attend(q.float(), k.float(), v.float(), visible, Options(softmax_scale, 0.0, None))
+    out, lse = attend(q.float(), k.float(), v.float(), visible, Options(softmax_scale, 0.0, None))
     return out.to(q.dtype), lse
 
 
