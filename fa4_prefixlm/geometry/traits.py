@@ -37,6 +37,7 @@ class Traits:
         closed_form: the mask's, None if it has none.
         causal_part: every row sees at least what this causal mask shows it, and past that one interval around it.
         causal_only: the mask is this causal mask for all rows of the batch.
+        from_key_0: no row's first interval begins past key 0, as far as is known without a closed form.
     """
 
     intervals: int
@@ -47,6 +48,7 @@ class Traits:
     closed_form: ClosedForm | None = None
     causal_part: CausalWindow | None = None
     causal_only: CausalWindow | None = None
+    from_key_0: bool = False
 
 
 def traits(mask: Mask, spans: SpanSets, lengths: Lengths) -> Traits:
