@@ -141,19 +141,36 @@ def known(bounds: torch.Tensor, kv_length: int) -> Record:
         kv_length: keys of the layer that asks.
     """
     record = _records.get(bounds)
-    if record is None:  # rows of a mask: a tensor of its own, whose bounds are all there is
+    if record is None:
+        record = _of_same_memory(bounds)
+    if record is None:  # some rows of a mask: their bounds are all there is
         none = torch.zeros((), dtype=torch.bool, device=bounds.device)
-        read = _to_read(bounds.squeeze(1), none, kv_length)
-        record = _records[bounds] = Record(kv_length, read, lambda: visible(bounds, kv_length))
+        same = bounds.detach()  # another object: the record must not keep what it is found by
+        to_read = _to_read(bounds.squeeze(1), none, kv_length)
+        record = _records[bounds] = Record(kv_length, to_read, lambda: visible(same, kv_length))
     if record.kv_length != kv_length:
         expected = f"{record.kv_length} keys, as the mask was made for"
         raise InputError("key", f"{expected} (a cache that returns other keys can't be run exactly)", kv_length)
     if record.seen is None:
-        waiting = [own for own in _records.values() if own.seen is None and own.read.device == record.read.device]
-        for own, values in zip(waiting, torch.stack([own.read for own in waiting]).tolist(), strict=True):
-            intervals, overflow, from_key_0, longest, causal = values
-            own.seen = Seen(intervals, bool(overflow), bool(from_key_0), longest, bool(causal))
+        device = record.read.device
+        _read_back([own for own in _records.values() if own.seen is None and own.read.device == device])
     return record
+
+
+def _of_same_memory(bounds: torch.Tensor) -> Record | None:
+    """The record of a mask that `bounds` is another view of, with all of its rows; it goes for both."""
+    for own, record in _records.items():
+        if own.data_ptr() == bounds.data_ptr() and own.shape == bounds.shape and own.stride() == bounds.stride():
+            _records[bounds] = record
+            return record
+    return None
+
+
+def _read_back(waiting: list[Record]) -> None:
+    """Read what the records wait for, all at once: the one synchronisation of a forward."""
+    for own, values in zip(waiting, torch.stack([own.read for own in waiting]).tolist(), strict=True):
+        intervals, overflow, from_key_0, longest, causal = values
+        own.seen = Seen(intervals, bool(overflow), bool(from_key_0), longest, bool(causal))
 
 
 def visible(bounds: torch.Tensor, kv_length: int) -> torch.Tensor:
