@@ -1,9 +1,11 @@
 """The authoring API, and the masks of known models, one family a file. Installed as `fa4_prefixlm.masks`.
 
-from fa4_prefixlm.masks import causal, same_span, window, gemma3
+    from fa4_prefixlm.masks import causal, same_span, window, gemma3
 
-mine = (causal | same_span("image")) & window(1024)
-theirs = gemma3.local_layers(window=1024, like="transformers")
+    mine = (causal | same_span("image")) & window(1024)
+    theirs = gemma3.local_layers(window=1024, like="transformers")
+
+A mask is a value. Atoms and masks combine by `&` and `|`.
 """
 
 from fa4_prefixlm.masks.atoms import causal, key_in, one_block, prefix, query_in, same_span, window

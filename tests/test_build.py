@@ -89,7 +89,7 @@ def write_build(
 
 def test_a_build_is_read_from_its_source(tmp_path: pathlib.Path) -> None:
     sm90 = "SeqlenInfoCls = partial(SeqlenInfoQK.create, seqlen_q_static=1, tile_m=self.tile_m, tile_n=self.tile_n)"
-    lacking = "flash-attn-4 9.9 lacks parts of the SM90 kernel that the native lane builds on"
+    lacking = "flash-attn-4 9.9 lacks parts of the SM90 kernel that the native backend builds on"
     assert write_build(tmp_path, sm90=sm90) == dataclasses.replace(
         GOOD,
         native_refusal=lacking,
@@ -198,7 +198,7 @@ def test_auto_takes_the_first_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"varlen_mask": False}, "packed", "refuses mask_mod with aux_tensors for varlen"),
         ({"varlen_lists": False}, "packed", "has no varlen block sparsity"),
-        ({"sm90_list_stride": "unknown"}, "packed", "could not be told from its source"),
+        ({"sm90_list_stride": "unknown"}, "packed", "is not clear from its source"),
         ({"sm90_list_stride": "128"}, "varlen", None),
         ({"arguments": builds.CAUSAL_ARGUMENTS}, "two_pass", "has no argument aux_tensors, block_sparse_tensors"),
         ({"arguments": frozenset({"q"})}, "reference", "has no argument aux_tensors"),

@@ -208,8 +208,11 @@ def calls_that_fail():
         "sink": (call(learnable_sink=torch.zeros(3)), "learnable_sink: expected shape (4,), one per query head"),
         "out": (call(out=out[:, :2]), "out: expected shape (60, 4, 16), got (60, 2, 16)"),
         "out's strides": (call(out=out.mT.contiguous().mT), "out: expected a contiguous tensor"),
-        "an argument of the plan": (call(max_seqlen_q=60), "max_seqlen_q: expected to be given to plan(), not"),
-        "a mask": (call(mask=fp.PrefixLM(5)), "mask: expected to be given to plan(), not together with a plan"),
+        "an argument of the plan": (
+            call(max_seqlen_q=60),
+            "max_seqlen_q: expected None beside a plan, which has its own",
+        ),
+        "a mask": (call(mask=fp.PrefixLM(5)), "mask: expected None beside a plan, which has its own"),
     }
 
 

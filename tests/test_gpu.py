@@ -96,9 +96,7 @@ def _causal_error(q, k, v, batch: Batch, window: int | None, options: Options) -
         max_seqlen_q=longest_q,
         keys=Keys(longest_k, cu_seqlens_k=cu_k),
         window=window,
-        softmax_scale=options.softmax_scale,
-        softcap=options.softcap,
-        learnable_sink=options.learnable_sink,
+        options=options,
     )
     nothing = tuple(() for _ in batch.spans)
     exact, exact_lse = exact_attention(
@@ -373,7 +371,7 @@ print("fine")
     [
         ("[(50, 40)]", "reversed"),
         ("[(0, 20), (10, 30)]", "overlap"),
-        ("[(90, 101)]", "past its keys"),
+        ("[(90, 101)]", "cut by the end of its keys"),
         ("[(0, 61)]", "longer than max_range"),
         ("[(50, 60), (0, 50), (0, 0)]", None),
     ],
@@ -403,9 +401,9 @@ print(relative_error(out, exact))
 
 
 def test_without_the_list_stride_cure_head_dim_256_is_wrong() -> None:
-    from fa4_prefixlm.fa4.build import describe as build
+    from fa4_prefixlm.fa4.build.locate import installed
 
-    if build.installed().sm90_list_stride != "128":
+    if installed().sm90_list_stride != "128":
         pytest.skip("the installed build does not have the defect")
     errors = {}
     environment = {name: value for name, value in os.environ.items() if "DSL_CACHE" not in name}

@@ -1,7 +1,7 @@
 """reference: dense attention in torch, CPU or GPU. The oracle of the tests and the default where FA4 can't run.
 
 It knows nothing of intervals or tiles: the mask comes from the ranges through `Mask.visible`, pair by pair.
-O(seqlen_q * seqlen_k) work; the score matrix is made in chunks of rows. Differentiable (autograd keeps the chunks).
+O(seqlen_q * seqlen_k) work; scores are computed in chunks of rows. Differentiable (autograd keeps the chunks).
 """
 
 from __future__ import annotations
@@ -36,14 +36,22 @@ def dense_attention(
     starts: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
     accumulate: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(out, lse)` of packed tensors `(total, heads, head_dim)`, both in dtype `accumulate`; lse is `(heads, total_q)`.
+    """Attention under a mask, from every pair of tokens.
 
     A row that sees nothing gives 0 and an LSE of -inf (the sink, if there is one).
 
     Args:
+        q: `(total_q, heads, head_dim)`, packed.
+        k, v: `(total_k, kv_heads, head_dim)` and `(total_k, kv_heads, head_dim_v)`, packed.
+        mask: the mask.
         spans: by name and sequence, half-open positions.
         seqlens: (seqlens_q, seqlens_k).
+        options: scale, softcap and sink.
         starts: (positions of the first queries, of the first keys) by sequence; None: bottom-right alignment.
+        accumulate: dtype of the computation.
+
+    Returns:
+        `(out, lse)` in dtype `accumulate`: `(total_q, heads, head_dim_v)` and `(heads, total_q)`.
     """
     if starts is None:
         starts = tuple(map(first_query, *seqlens)), (0,) * len(seqlens[1])
@@ -88,6 +96,8 @@ def _attend(
 
 @dataclass
 class Dense(Prepared):
+    """The batch as it came: nothing is prepared."""
+
     batch: MaskedBatch
 
     def run(

@@ -1,4 +1,4 @@
-"""Which backend runs a call, and why: a value that can be printed and tested."""
+"""Which backend runs a call, and why, as a value that can be printed and tested."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BACKENDS: dict[str, Backend] = {
     backend.name: backend for backend in (Causal(), Native(), Varlen(), Packed(), TwoPass(), Reference())
 }
 
-# The same with keys in pages: (name, whether the keys are gathered). Gathering was up to 9 % faster than two passes
+# The same for keys in pages: (name, whether the keys are gathered). Gathering was up to 9 % faster than two passes
 # with pages of 16, and up to 14 % slower with larger ones (benchmarks/results/h200-serving.json).
 IN_PAGES = (
     *(("causal", False), ("native", False), ("causal", True), ("native", True), ("varlen", True)),
@@ -46,7 +46,7 @@ class Forward:
         name: of `BACKENDS`.
         reason: why this one.
         passed_over: (name, reason) of the ones preferred before it, in order.
-        gathered: it reads contiguous keys, which are copied out of their pages first.
+        gathered: keys are copied out of their pages first.
     """
 
     name: str
@@ -84,7 +84,7 @@ class Choice:
 
     @classmethod
     def after(cls, passed_over: Mapping[str, str], name: str, *, gathered: bool = False) -> Choice:
-        """The first that runs the call, after those that do not."""
+        """The choice of `name`, the first backend that runs the call, after those that do not."""
         why = f"{', '.join(passed_over)} passed over" if passed_over else "the first choice"
         return cls.of(Forward(name, why, tuple(passed_over.items()), gathered))
 
@@ -128,7 +128,9 @@ class Choice:
 def choose(name: str, spec: CallSpec, traits: Traits, lengths: Lengths, build: Build | None) -> Choice:
     """Take the named backend, or with "auto" the first that runs the call exactly.
 
-    Raises `UnsupportedError` if the named backend can't run the call; `InputError` if there is no such backend.
+    Raises:
+        UnsupportedError: the named backend can't run the call.
+        InputError: there is no such backend.
     """
     if name not in ("auto", *BACKENDS):
         raise InputError("backend", f"one of {', '.join(['auto', *BACKENDS])}", repr(name))
@@ -155,7 +157,7 @@ def choose(name: str, spec: CallSpec, traits: Traits, lengths: Lengths, build: B
 
 
 def _too_large(spec: CallSpec, traits: Traits, lengths: Lengths, build: Build | None) -> str | None:
-    """Why the varlen block lists would take too much memory; they grow with seqlen_q * seqlen_k whatever the mask."""
+    """Why the varlen block lists take too much memory: they grow with seqlen_q * seqlen_k whatever the mask."""
     tile = choose_tile(spec, traits, lengths.max_seqlen_q)
     varlen = block_lists.varlen_bytes(lengths, tile.block_m, tile.n)
     if varlen <= LARGE_LISTS:

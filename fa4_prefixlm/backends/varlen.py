@@ -27,7 +27,7 @@ class Varlen(Backend):
         if not build.varlen_lists:
             return f"{build} has no varlen block sparsity"
         if spec.arch // 10 == 9 and build.sm90_list_stride == "unknown":
-            return f"{build}: how its SM90 kernel reads varlen block lists could not be told from its source"
+            return f"{build}: how its SM90 kernel reads varlen block lists is not clear from its source"
         return None
 
     def prepare(self, batch: MaskedBatch) -> MaskModCall:

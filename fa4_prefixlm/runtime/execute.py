@@ -56,13 +56,15 @@ def run(
         spec: what the tensors look like, where that is known and is what the plan was made for.
     """
     if spec is None:
-        spec = describe(q, k, v, paged=plan.spec.page_size is not None)
+        spec = describe(q, k, v, cache=plan.spec.cache)
         plan.check(spec)
     check_out(out, spec)
     options = Options.checked(spec, softmax_scale, softcap, learnable_sink)
     _check_gradients(plan, spec, learnable_sink)
     if spec.batched:
-        q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+        q = q.flatten(0, 1)
+        if spec.page_size is None:
+            k, v = k.flatten(0, 1), v.flatten(0, 1)
         out = out.flatten(0, 1) if out is not None else None
     result, lse = plan.prepared.run(q, k, v, options, out)
     if spec.batched:

@@ -132,8 +132,8 @@ def attention(
             if value is not None:
                 raise InputError(name, torch_ops.PART_OF_THE_PLAN, value)
     else:
-        batch.check_together()
-        spec = describe(q, k, v, paged=batch.paged)
+        batch = batch.checked()
+        spec = describe(q, k, v, cache=batch.cache)
         ready = plan_for(spec, batch, PrefixLM() if mask is None else mask, find_build(build), backend or "auto")
     pair = run(
         ready,

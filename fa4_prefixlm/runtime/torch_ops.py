@@ -22,7 +22,7 @@ import torch
 from fa4_prefixlm.errors import InputError, UnsupportedError
 from fa4_prefixlm.runtime.execute import Pair, Runnable, run
 
-PART_OF_THE_PLAN = "to be given to plan(), not together with a plan"
+PART_OF_THE_PLAN = "None beside a plan, which has its own from fp.plan() or fp.serving_plan()"
 NEEDS_PLAN = "a plan, made with fp.plan(ranges, like=(q, k, v), ...) outside of the code that torch.compile compiles"
 NO_GRADIENT = "no gradient in torch.compile (torch.no_grad(), or attention in a function under torch.compiler.disable)"
 

@@ -1,4 +1,4 @@
-"""The FlashAttention-4 at hand, described from its own source: no list of versions, and nothing is imported."""
+"""The FlashAttention-4 at hand, described from its own source: without a list of versions, importing nothing."""
 
 from __future__ import annotations
 
@@ -31,21 +31,24 @@ SINK_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True)
 class Build:
-    """One FA4.
+    """One FA4, and what it can do.
 
-    module: the package it is imported as. name: what to call it, "flash-attn-4 4.0.0b36".
-    arguments: those of its forward launch function. backward_arguments: of its backward; empty if it has none.
-    varlen_mask: varlen calls take a `mask_mod` with `aux_tensors` (upstream: since 4.0.0b13).
-    varlen_lists: block-sparse tensors have a varlen layout.
-    sm90_list_stride: the row stride with which the SM90 kernel reads varlen block lists, as its source has it:
-        "tile" is right, "128" is a defect for any other key tile (seen in 4.0.0b36), "unknown" is not trusted.
-    native_refusal: why the native lane is not offered on it; None if its internals are known.
-    head_dims: what its kernels take.
-    sm90_pages: its SM90 kernel reads keys in pages.
-    causal_with_mask: what `causal=True` and windows do beside a mask_mod: "ignored", "kept" (then the mask_mod is not
-        applied as it stands, seen in vLLM's fork) or "unknown". This library passes neither.
-    sink_dtypes: dtypes of attention sinks that it takes. Others are applied to its output.
-    refuses_varlen_backward_lists: its varlen backward says that it takes no block lists.
+    Attributes:
+        module: the package it is imported as.
+        name: what to call it, such as "flash-attn-4 4.0.0b36".
+        arguments: those of its forward launch function.
+        backward_arguments: those of its backward launch function; empty if it has none.
+        varlen_mask: varlen calls take a `mask_mod` with `aux_tensors` (upstream: since 4.0.0b13).
+        varlen_lists: block-sparse tensors have a varlen layout.
+        sm90_list_stride: the row stride with which the SM90 kernel reads varlen block lists, as its source has it:
+            "tile" is right, "128" is a defect for any other key tile (seen in 4.0.0b36), "unknown" is not trusted.
+        native_refusal: why the native backend is not offered on it; None if its internals are known.
+        head_dims: which head dims its kernels take.
+        sm90_pages: its SM90 kernel reads keys in pages.
+        causal_with_mask: what `causal=True` and windows do beside a mask_mod: "ignored", "kept" (then the mask_mod is
+            not applied as it stands, seen in vLLM's fork) or "unknown". This library passes neither.
+        sink_dtypes: dtypes of attention sinks that it takes. Others are applied to its output.
+        refuses_varlen_backward_lists: its varlen backward refuses block lists.
     """
 
     module: str
@@ -66,7 +69,7 @@ class Build:
         return self.name
 
     def lacks(self, arguments: frozenset[str]) -> str | None:
-        """Why a call with these arguments can't be made; None if it can."""
+        """Why its forward can't be called with these arguments; None if it can."""
         missing = ", ".join(sorted(arguments - self.arguments))
         return f"the forward of {self} has no argument {missing}" if missing else None
 
@@ -74,7 +77,7 @@ class Build:
         """Why its kernels do not take these head dims with a mask_mod; None if they do."""
         if arch // 10 == 10 and head_dim == head_dim_v == 256 and not self.head_dims.sm100_masked_256:
             return f"{self} runs head dim 256 on SM100 by a kernel of its own, without mask_mod"
-        # Beyond 256 there is no tile that was ever run with a mask.
+        # Beyond 256 no tile was ever run with a mask.
         return HeadDims().refusal(arch, head_dim, head_dim_v) or self.head_dims.refusal(arch, head_dim, head_dim_v)
 
     @property
@@ -93,7 +96,7 @@ class Build:
         return importlib.import_module(f"{self.module}.{name}")
 
 
-# The build to compare others with: everything that this library can use. The newest release the GPU suite ran on.
+# The build to compare others with, the newest release on which the GPU suite ran: it has all that this library uses.
 BEST = Build(
     module="flash_attn.cute",
     name=next(name for name in KNOWN.values() if name.startswith("flash-attn-4")),
@@ -108,7 +111,7 @@ BEST = Build(
 
 
 def describe(folder: pathlib.Path, module: str, name: str) -> Build:
-    """Read the capabilities of the build whose `cute` package is `folder` from its source."""
+    """The build whose `cute` package is `folder`, described from its source."""
     interface = (folder / "interface.py").read_text()
     sparsity = folder / "block_sparsity.py"
     sm90 = folder / "flash_fwd_sm90.py"
