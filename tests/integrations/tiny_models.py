@@ -51,6 +51,10 @@ def model(name: str, attention: str = "eager", *, window: int = 8, seed: int = 0
     if name == "molmo2":
         rest = {**rest, "image_patch_id": IMAGE_TOKEN}
         rest["adapter_config"] = {**rest["adapter_config"], "text_hidden_size": 32}
+    if name == "gemma3":  # as many as the tiny tower has patches
+        rest = {**rest, "mm_tokens_per_image": 4}
+    if name.startswith("paligemma"):
+        rest = {**rest, "projection_dim": 32}
     config = transformers.AutoConfig.for_model(model_type, text_config=values, **rest)
     torch.manual_seed(seed)
     made = transformers.AutoModelForImageTextToText.from_config(config, attn_implementation=attention).eval()
@@ -68,9 +72,11 @@ def text_model(model_type: str, attention: str = "eager", *, seed: int = 0, **va
     torch.manual_seed(seed)
     made = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
     with torch.no_grad():
-        for parameter in made.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.4)
+        for name, parameter in made.named_parameters():
+            if name.endswith("sinks"):
+                parameter.normal_()
+            elif parameter.ndim > 1:
+                parameter.normal_(std=0.4 if "experts" not in name else 0.1)
     return made
 
 
