@@ -14,7 +14,6 @@ from fa4_prefixlm.errors import InputError, UnsupportedError
 from fa4_prefixlm.fa4.build import locate
 from fa4_prefixlm.integrations.transformers import masks
 from fa4_prefixlm.integrations.transformers.masks import FEW_QUERIES, Record, warn_once
-from fa4_prefixlm.integrations.transformers.paged import paged_attention
 from fa4_prefixlm.masks.atoms import causal, window
 from fa4_prefixlm.runtime.bounded_plans import BoundedBatch
 from fa4_prefixlm.runtime.execute import run
@@ -89,8 +88,9 @@ def attention(
     query, key, value = _in_autocast(query, key, value)
     call = Call(module, query, key, value, scaling, float(softcap or 0.0), s_aux, is_causal, kwargs)
     if attention_mask is None:
-        if "read_index" in kwargs and "cu_seq_lens_q" in kwargs:  # continuous batching: its masks are lengths
-            return paged_attention(*call.packed(), kwargs, scaling=scaling, softcap=call.softcap, sink=s_aux), None
+        if "read_index" in kwargs:  # its masks are lengths, and nobody says which tokens are of an image
+            expected = "a mask: continuous batching has none (transformers takes sdpa, paged|eager or flash for it)"
+            raise UnsupportedError("attention_mask", expected, None)
         return dense(call, None)
     if attention_mask.dtype != torch.int32:
         return dense(call, attention_mask)

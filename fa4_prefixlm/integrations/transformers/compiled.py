@@ -62,9 +62,10 @@ def _record(bounds: torch.Tensor, spec: CallSpec, layer: int, kind: int) -> Reco
     kept.pop(name, None)
     while len(kept) >= _KINDS:
         kept.pop(next(iter(kept)))
-    own = bounds.detach()
-    forward = kept[name] = _Forward(own, masks.known(own, spec.shape_k[1]), layer)
-    return forward.record
+    record = masks.record_of(bounds, spec.shape_k[1])
+    masks.read_back([record])
+    kept[name] = _Forward(bounds.detach(), record, layer)
+    return record
 
 
 def _sdpa(

@@ -140,21 +140,23 @@ def known(bounds: torch.Tensor, kv_length: int) -> Record:
         bounds: as `mask` returned them, or some of their rows.
         kv_length: keys of the layer that asks.
     """
-    record = _records.get(bounds)
-    if record is None:
-        record = _of_same_memory(bounds)
+    record = _records.get(bounds) or _of_same_memory(bounds)
     if record is None:  # some rows of a mask: their bounds are all there is
-        none = torch.zeros((), dtype=torch.bool, device=bounds.device)
-        same = bounds.detach()  # another object: the record must not keep what it is found by
-        to_read = _to_read(bounds.squeeze(1), none, kv_length)
-        record = _records[bounds] = Record(kv_length, to_read, lambda: visible(same, kv_length))
+        record = _records[bounds] = record_of(bounds, kv_length)
     if record.kv_length != kv_length:
         expected = f"{record.kv_length} keys, as the mask was made for"
         raise InputError("key", f"{expected} (a cache that returns other keys can't be run exactly)", kv_length)
     if record.seen is None:
         device = record.read.device
-        _read_back([own for own in _records.values() if own.seen is None and own.read.device == device])
+        read_back([own for own in _records.values() if own.seen is None and own.read.device == device])
     return record
+
+
+def record_of(bounds: torch.Tensor, kv_length: int) -> Record:
+    """What belongs to bounds of which nothing else is known; not read yet."""
+    same = bounds.detach()  # another object: the record must not keep what it is found by
+    none = torch.zeros((), dtype=torch.bool, device=bounds.device)
+    return Record(kv_length, _to_read(bounds.squeeze(1), none, kv_length), lambda: visible(same, kv_length))
 
 
 def _of_same_memory(bounds: torch.Tensor) -> Record | None:
@@ -166,7 +168,7 @@ def _of_same_memory(bounds: torch.Tensor) -> Record | None:
     return None
 
 
-def _read_back(waiting: list[Record]) -> None:
+def read_back(waiting: list[Record]) -> None:
     """Read what the records wait for, all at once: the one synchronisation of a forward."""
     for own, values in zip(waiting, torch.stack([own.read for own in waiting]).tolist(), strict=True):
         intervals, overflow, from_key_0, longest, causal = values
