@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 
 import fa4_prefixlm as fp
 from fa4_prefixlm.errors import InputError
-from fa4_prefixlm.fa4.build import locate
+from fa4_prefixlm.fa4.builds import locate
 from fa4_prefixlm.fa4.kernels import tiles
 from fa4_prefixlm.geometry import tiles as tiling
 from fa4_prefixlm.masks.dense import dense_mask

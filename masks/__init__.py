@@ -17,11 +17,12 @@ from fa4_prefixlm.masks.models import bagel, gemma3, gemma4, molmo2, moondream3,
 from fa4_prefixlm.masks.models.catalogue import CATALOGUE
 from fa4_prefixlm.masks.packing import in_documents
 from fa4_prefixlm.masks.prefix_lm import PrefixLM
-from fa4_prefixlm.masks.protocols import Pairs, Reach, Rows
+from fa4_prefixlm.masks.protocols import Ahead, Pairs, Reach, Rows
 from fa4_prefixlm.masks.spans import drop_longer, runs_of
 
 __all__ = [
     "CATALOGUE",
+    "Ahead",
     "EMPTY_HI",
     "EMPTY_LO",
     "END_OF_KEYS",

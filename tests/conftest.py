@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 
 import pytest
 import torch
 
-from fa4_prefixlm.fa4.build import locate
+from fa4_prefixlm.fa4.builds import locate
+
+# The workers of pytest-xdist share the cores already, and so do the processes that tests start.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def _why_no_gpu() -> str | None:

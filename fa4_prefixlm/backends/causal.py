@@ -11,7 +11,7 @@ from fa4_prefixlm.backends.fa4_verdicts import causal_refusal, kernel_line
 from fa4_prefixlm.batch.keys import Keys
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.batch.tensors import CallSpec
-from fa4_prefixlm.fa4.build.describe import Build
+from fa4_prefixlm.fa4.builds.describe import Build
 from fa4_prefixlm.fa4.kernels.launch import causal_forward
 from fa4_prefixlm.geometry.traits import Traits
 

@@ -7,7 +7,7 @@ import functools
 import torch
 
 from fa4_prefixlm.batch.tensors import CallSpec, device_arch
-from fa4_prefixlm.fa4.build.describe import CAUSAL_ARGUMENTS, MASKED_ARGUMENTS, PAGED_ARGUMENTS, Build
+from fa4_prefixlm.fa4.builds.describe import CAUSAL_ARGUMENTS, MASKED_ARGUMENTS, PAGED_ARGUMENTS, Build
 from fa4_prefixlm.fa4.kernels.tiles import Tile, forward_tile
 from fa4_prefixlm.geometry.traits import MOST_INTERVALS, Traits
 

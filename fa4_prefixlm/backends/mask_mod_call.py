@@ -10,7 +10,7 @@ from fa4_prefixlm.backends.base import Prepared
 from fa4_prefixlm.backends.fa4_verdicts import kernel_line, outputs
 from fa4_prefixlm.batch.lengths import Lengths
 from fa4_prefixlm.batch.options import Options
-from fa4_prefixlm.fa4.build.describe import Build
+from fa4_prefixlm.fa4.builds.describe import Build
 from fa4_prefixlm.fa4.kernels.launch import MaskCode, masked_forward
 from fa4_prefixlm.fa4.kernels.tiles import Tile
 from fa4_prefixlm.geometry.block_lists import BlockLists

@@ -1,6 +1,6 @@
 """native: one interval a row, run in FA4's own SM90 main loop. No block lists, no mask_mod; reads pages.
 
-Only on builds whose internals are known (`fa4.build.fingerprint`).
+Only on builds whose internals are known (`fa4.builds.fingerprint`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fa4_prefixlm.batch.keys import Keys
 from fa4_prefixlm.batch.lengths import Lengths
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.batch.tensors import CallSpec
-from fa4_prefixlm.fa4.build.describe import MASKED_ARGUMENTS, Build
+from fa4_prefixlm.fa4.builds.describe import MASKED_ARGUMENTS, Build
 from fa4_prefixlm.fa4.kernels.launch import PADDING
 from fa4_prefixlm.fa4.kernels.native_launch import NativeKernel, native_forward
 from fa4_prefixlm.geometry.tiles import TileCounts, TileRuns, count_tiles, query_tiles, tile_runs, tile_slots

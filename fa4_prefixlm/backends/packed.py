@@ -13,7 +13,7 @@ from fa4_prefixlm.backends.fa4_verdicts import choose_tile, masked_refusal
 from fa4_prefixlm.backends.mask_mod_call import MaskModCall
 from fa4_prefixlm.batch.lengths import as_one_sequence
 from fa4_prefixlm.batch.tensors import CallSpec
-from fa4_prefixlm.fa4.build.describe import Build
+from fa4_prefixlm.fa4.builds.describe import Build
 from fa4_prefixlm.fa4.kernels.launch import mask_code
 from fa4_prefixlm.geometry.block_lists import packed_lists
 from fa4_prefixlm.geometry.tiles import classify, query_tiles

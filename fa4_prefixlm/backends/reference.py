@@ -16,7 +16,7 @@ from fa4_prefixlm.batch.lengths import first_query
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.batch.ranges import HostSpans
 from fa4_prefixlm.batch.tensors import CallSpec
-from fa4_prefixlm.fa4.build.describe import Build
+from fa4_prefixlm.fa4.builds.describe import Build
 from fa4_prefixlm.geometry.traits import Traits
 from fa4_prefixlm.masks.base import Mask
 from fa4_prefixlm.masks.dense import DensePairs, mask_rows
@@ -80,7 +80,7 @@ def _attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows, heads, _ = q.shape
     grouped = q.reshape(rows, k.shape[1], -1, q.shape[2])  # (rows, kv heads, query heads per kv head, head_dim)
-    scores = torch.einsum("qhgd,khd->hgqk", grouped, k).reshape(heads, rows, -1) * options.softmax_scale
+    scores = torch.einsum("qhgd,khd->hgqk", grouped, k).reshape(heads, rows, k.shape[0]) * options.softmax_scale
     if options.softcap:
         scores = options.softcap * torch.tanh(scores / options.softcap)
     scores = scores.masked_fill(~visible, float("-inf"))
@@ -90,8 +90,8 @@ def _attend(
     lse = torch.logsumexp(scores, dim=2)
     # A row that sees nothing has lse = -inf: subtracting 0 instead keeps exp(-inf) = 0 rather than NaN.
     weights = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])[..., : k.shape[0]]
-    weights = weights.reshape(k.shape[1], -1, rows, k.shape[0])
-    return torch.einsum("hgqk,khd->qhgd", weights, v).reshape(rows, heads, -1), lse
+    weights = weights.reshape(k.shape[1], heads // k.shape[1], rows, k.shape[0])
+    return torch.einsum("hgqk,khd->qhgd", weights, v).reshape(rows, heads, v.shape[2]), lse
 
 
 @dataclass

@@ -18,7 +18,7 @@ from fa4_prefixlm.backends.varlen import Varlen
 from fa4_prefixlm.batch.lengths import Lengths
 from fa4_prefixlm.batch.tensors import CallSpec
 from fa4_prefixlm.errors import InputError, UnsupportedError
-from fa4_prefixlm.fa4.build.describe import Build
+from fa4_prefixlm.fa4.builds.describe import Build
 from fa4_prefixlm.geometry import block_lists
 from fa4_prefixlm.geometry.traits import Traits
 

@@ -19,7 +19,7 @@ import torch
 
 from fa4_prefixlm.backends.reference import Reference
 from fa4_prefixlm.errors import InputError, UnsupportedError
-from fa4_prefixlm.fa4.build import locate
+from fa4_prefixlm.fa4.builds import locate
 from fa4_prefixlm.masks import PrefixLM, causal
 from fa4_prefixlm.masks import window as sliding_window
 from fa4_prefixlm.masks.base import Mask

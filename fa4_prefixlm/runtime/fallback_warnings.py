@@ -9,7 +9,7 @@ import warnings
 from fa4_prefixlm.backends.select import BACKENDS, Choice, choose
 from fa4_prefixlm.batch.lengths import Lengths
 from fa4_prefixlm.batch.tensors import CallSpec
-from fa4_prefixlm.fa4.build.describe import BEST, Build
+from fa4_prefixlm.fa4.builds.describe import BEST, Build
 from fa4_prefixlm.geometry.traits import Traits
 
 # No build has anything faster, so that nothing has to be looked up for them.

@@ -13,8 +13,8 @@ from fa4_prefixlm.batch.ranges import MaxRange, NamedRanges, SpanSets
 from fa4_prefixlm.batch.ranges import parse as parse_ranges
 from fa4_prefixlm.batch.tensors import QKV, CallSpec, describe
 from fa4_prefixlm.errors import InputError
-from fa4_prefixlm.fa4.build import locate
-from fa4_prefixlm.fa4.build.describe import Build
+from fa4_prefixlm.fa4.builds import locate
+from fa4_prefixlm.fa4.builds.describe import Build
 from fa4_prefixlm.geometry import intervals
 from fa4_prefixlm.geometry.tiles import TileCounts
 from fa4_prefixlm.geometry.traits import Traits, in_words, traits

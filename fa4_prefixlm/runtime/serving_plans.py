@@ -23,7 +23,7 @@ from fa4_prefixlm.batch.ranges import NamedRanges
 from fa4_prefixlm.batch.tensors import QKV, CallSpec, describe
 from fa4_prefixlm.device_checks import host_knows, is_capturing, to_device
 from fa4_prefixlm.errors import InputError, UnsupportedError
-from fa4_prefixlm.fa4.build.describe import Build
+from fa4_prefixlm.fa4.builds.describe import Build
 from fa4_prefixlm.fa4.kernels.launch import PADDING
 from fa4_prefixlm.geometry.traits import Traits, text_only, traits_of_any
 from fa4_prefixlm.masks.base import Mask

@@ -23,8 +23,8 @@ from fa4_prefixlm.backends.select import Choice, choose
 from fa4_prefixlm.batch import lengths
 from fa4_prefixlm.batch.tensors import CallSpec, device_arch
 from fa4_prefixlm.errors import InputError, UnsupportedError, install_hint
-from fa4_prefixlm.fa4.build.describe import MASKED_ARGUMENTS, PAGED_ARGUMENTS, Build
-from fa4_prefixlm.fa4.build.locate import GivenBuild, all_installed, given
+from fa4_prefixlm.fa4.builds.describe import MASKED_ARGUMENTS, PAGED_ARGUMENTS, Build
+from fa4_prefixlm.fa4.builds.locate import GivenBuild, all_installed, given
 from fa4_prefixlm.geometry.traits import traits_of_any
 from fa4_prefixlm.masks import PrefixLM, causal, one_block, prefix, window
 from fa4_prefixlm.masks.base import Mask

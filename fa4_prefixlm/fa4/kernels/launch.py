@@ -12,7 +12,7 @@ import torch
 from fa4_prefixlm.batch.keys import Keys
 from fa4_prefixlm.batch.lengths import Lengths
 from fa4_prefixlm.batch.options import Options
-from fa4_prefixlm.fa4.build.describe import Build
+from fa4_prefixlm.fa4.builds.describe import Build
 from fa4_prefixlm.fa4.kernels import workarounds
 from fa4_prefixlm.fa4.kernels.tiles import Tile
 from fa4_prefixlm.geometry.block_lists import BlockLists

@@ -15,7 +15,7 @@ from fa4_prefixlm.batch.keys import Keys
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.device_checks import is_capturing
 from fa4_prefixlm.errors import UnsupportedError
-from fa4_prefixlm.fa4.build.describe import Build
+from fa4_prefixlm.fa4.builds.describe import Build
 from fa4_prefixlm.fa4.kernels.launch import on_device
 from fa4_prefixlm.fa4.kernels.tiles import Tile
 

@@ -3,8 +3,8 @@
 SM90 list stride. `FlashAttentionForwardSm90.kernel` makes its `SeqlenInfoQK` without the tile sizes, so varlen block
 lists are read with a row stride of ceil(seqlen_k / 128) whatever the key tile. With a key tile of 64, 80 or 112 (head
 dims above 128) the output is silently wrong, relative error about 0.9. Seen in 4.0.0b36; found in a build by
-`build.describe` (`sm90_list_stride == "128"`). Without the workaround tests fail in `tests/test_gpu.py` (the output)
-and in `tests/test_crosscompile.py` (the tile that the kernel is traced with).
+`build.describe` (`sm90_list_stride == "128"`). Without the workaround tests fail in `tests/fa4/kernels/`:
+`test_gpu_workarounds.py` (the output) and `test_workarounds.py` (the tile that the kernel is traced with).
 The workaround is a subclass that adds the tile sizes to the `SeqlenInfoCls` it is given. It is right for every call of
 the kernel, so it does no harm if another thread compiles while it is in place.
 """

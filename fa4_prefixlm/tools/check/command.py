@@ -21,7 +21,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from fa4_prefixlm.backends.select import BACKENDS
 from fa4_prefixlm.errors import InputError, install_hint
-from fa4_prefixlm.fa4.build.locate import all_installed, given
+from fa4_prefixlm.fa4.builds.locate import all_installed, given
 from fa4_prefixlm.tools.check.cases import cases
 from fa4_prefixlm.tools.check.crosscheck import crosscheck
 from fa4_prefixlm.tools.check.report import CheckReport

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fa4_prefixlm.fa4.build.defects import Defect
+from fa4_prefixlm.fa4.builds.defects import Defect
 from fa4_prefixlm.testing.accuracy import relative_error
 from fa4_prefixlm.testing.bands import Errors, causal_limits, limits
 from fa4_prefixlm.tools.check.cases import Case

@@ -14,9 +14,9 @@ from fa4_prefixlm.backends.mask_mod_call import MaskModCall
 from fa4_prefixlm.batch.arguments import BatchArguments
 from fa4_prefixlm.batch.tensors import describe, device_arch
 from fa4_prefixlm.errors import InputError, UnsupportedError
-from fa4_prefixlm.fa4.build.defects import CAUSAL_KEPT, PAGED_LISTS, SM90_LIST_STRIDE
-from fa4_prefixlm.fa4.build.describe import MASKED_ARGUMENTS, PAGED_ARGUMENTS, Build
-from fa4_prefixlm.fa4.build.locate import installed
+from fa4_prefixlm.fa4.builds.defects import CAUSAL_KEPT, PAGED_LISTS, SM90_LIST_STRIDE
+from fa4_prefixlm.fa4.builds.describe import MASKED_ARGUMENTS, PAGED_ARGUMENTS, Build
+from fa4_prefixlm.fa4.builds.locate import installed
 from fa4_prefixlm.fa4.kernels.launch import block_sparse_tensors, mask_code, on_device
 from fa4_prefixlm.masks import PrefixLM
 from fa4_prefixlm.runtime.plans import Plan, plan_for

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from fa4_prefixlm.backends.select import BACKENDS
-from fa4_prefixlm.fa4.build.describe import Build
-from fa4_prefixlm.fa4.build.locate import GivenBuild
+from fa4_prefixlm.fa4.builds.describe import Build
+from fa4_prefixlm.fa4.builds.locate import GivenBuild
 from fa4_prefixlm.tools.check.cases import CASES, Case
 from fa4_prefixlm.tools.check.judge import (
     CAUSAL,
