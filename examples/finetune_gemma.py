@@ -2,9 +2,9 @@
 
     python examples/finetune_gemma.py --steps 20
 
-Documents are text with an image in it, and the text after an image repeats a token of its own over and over: a few steps
-bring the loss down. A row holds several documents one after the other; `position_ids` that restart tell where each
-begins. Needs accelerate, as Trainer does.
+Documents are text with an image in it, and the text after an image repeats one token over and over: a few steps bring
+the loss down. A row holds several documents one after the other; `position_ids` that restart tell where each begins.
+Needs accelerate, as Trainer does.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ class GivenRows(Mask):
     A row is known by its number in its sequence, so the batch's positions have to be just that.
 
     Attributes:
-        bounds: `(batch, rows, 2 * n)` int32 on the device. The intervals of a row are disjoint and ascending; `lo >= hi`
-            is an empty one.
+        bounds: `(batch, rows, 2 * n)` int32 on the device. The intervals of a row are disjoint and ascending, and one
+            with `lo >= hi` is empty.
     """
 
     bounds: torch.Tensor

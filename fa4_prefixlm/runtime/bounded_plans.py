@@ -14,7 +14,7 @@ from fa4_prefixlm.batch.keys import Keys
 from fa4_prefixlm.batch.lengths import Lengths
 from fa4_prefixlm.batch.tensors import CallSpec
 from fa4_prefixlm.errors import InputError
-from fa4_prefixlm.fa4.build.describe import Build
+from fa4_prefixlm.fa4.builds.describe import Build
 from fa4_prefixlm.geometry import intervals
 from fa4_prefixlm.geometry.traits import Traits
 from fa4_prefixlm.masks.given import GivenRows

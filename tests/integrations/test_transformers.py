@@ -12,13 +12,12 @@ import torch
 
 transformers = pytest.importorskip("transformers", minversion="5.23")
 
-import tiny_models  # noqa: E402
-from tiny_models import CACHE, NAME, NAMES, WITH_WINDOW, inputs, logits, model, text_model, types_of  # noqa: E402
-
 import fa4_prefixlm as fp  # noqa: E402
 import fa4_prefixlm.integrations.transformers as integration  # noqa: E402
 from fa4_prefixlm.backends.reference import Dense  # noqa: E402
 from fa4_prefixlm.integrations.transformers import row_bounds  # noqa: E402
+from tests.integrations import tiny_models  # noqa: E402
+from tests.integrations.tiny_models import CACHE, NAME, NAMES, WITH_WINDOW, inputs, logits, model, text_model, types_of  # noqa: E402
 
 attention_module = sys.modules["fa4_prefixlm.integrations.transformers.attention"]  # the name is the function
 LENGTH = 64
@@ -325,13 +324,18 @@ def test_gemma4s_audio_tower_gets_its_own_kind_of_mask() -> None:
 
 @pytest.mark.parametrize("pad", [False, True])
 def test_pi0(pad: bool, runs: list[int]) -> None:
-    """A policy: what the camera sees and the prompt, the state, the actions; each block sees itself and those before."""
+    """A policy: images and prompt, state, actions. Each block sees itself and those before it."""
     text = {key: value for key, value in tiny_models._TEXT.items() if key != "num_hidden_layers"}
     text |= {"model_type": "gemma", "num_hidden_layers": 2}
     vision = {**tiny_models.oracles._SIGLIP["vision_config"], "model_type": "siglip_vision_model"}
     vlm = {"model_type": "paligemma", "text_config": text, "vision_config": vision, "projection_dim": 32}
     config = transformers.AutoConfig.for_model(
-        "pi0", vlm_config={**vlm, "image_token_id": 31}, dit_config=text, chunk_size=24, max_state_dim=8, max_action_dim=8
+        "pi0",
+        vlm_config={**vlm, "image_token_id": 31},
+        dit_config=text,
+        chunk_size=24,
+        max_state_dim=8,
+        max_action_dim=8,
     )
     torch.manual_seed(0)
     made = transformers.PI0ForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
@@ -400,7 +404,9 @@ def test_a_model_that_changes_its_masks_is_refused() -> None:
             integration.attention(layer, q, q, q, changed)
 
 
-@pytest.mark.parametrize(("version", "says"), [("5.22.3", "needs transformers 5.23 or 5.24"), ("5.31.0", "tested with")])
+@pytest.mark.parametrize(
+    ("version", "says"), [("5.22.3", "needs transformers 5.23 or 5.24"), ("5.31.0", "tested with")]
+)
 def test_versions(version: str, says: str) -> None:
     code = (
         "import transformers; transformers.__version__ = {!r}\n"

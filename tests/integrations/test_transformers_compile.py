@@ -9,17 +9,19 @@ import torch
 
 pytest.importorskip("transformers", minversion="5.23")
 
-import sys  # noqa: E402
+import sys
 
-import torch._dynamo.testing  # noqa: E402
-import transformers  # noqa: E402
-from tiny_models import CACHE, NAME, NAMES, WITH_WINDOW, inputs, logits, model, text_model, types_of  # noqa: E402
+import torch._dynamo.testing
+import transformers
 
-import fa4_prefixlm.integrations.transformers as integration  # noqa: E402
-from fa4_prefixlm.integrations.transformers import compiled  # noqa: E402
+import fa4_prefixlm.integrations.transformers as integration
+from fa4_prefixlm.integrations.transformers import compiled
+from tests.integrations.tiny_models import CACHE, NAME, NAMES, WITH_WINDOW, inputs, logits, model, text_model, types_of
 
 attention_module = sys.modules["fa4_prefixlm.integrations.transformers.attention"]
 LENGTH = 48
+# Of torch itself, where dynamo traces the vmap that transformers makes some masks with.
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""The row bounds that go to the layers against SDPA's own dense mask, pair by pair, for every mask transformers makes."""
+"""The row bounds that layers get, against SDPA's own dense mask, for every mask that transformers makes."""
 
 from __future__ import annotations
 
@@ -111,7 +111,12 @@ def test_offsets(q_offset: int | torch.Tensor, kv: tuple[int, int]) -> None:
     ids = block_ids(BATCH, kv_length + kv_offset, seed=1)
     for name in ("global", "gemma3 local"):
         real = padding("left", BATCH, 30, seed=2)
-        more = {"kv_length": kv_length, "kv_offset": kv_offset, "q_offset": q_offset + kv_offset, "attention_mask": real}
+        more = {
+            "kv_length": kv_length,
+            "kv_offset": kv_offset,
+            "q_offset": q_offset + kv_offset,
+            "attention_mask": real,
+        }
         _, shown, expected = both(FUNCTIONS[name](ids, 9), **more)
         assert (shown == expected).all()
 

@@ -9,15 +9,14 @@ import torch
 
 pytest.importorskip("transformers", minversion="5.23")
 
-from tiny_models import NAME, NAMES, inputs, model, text_model, types_of  # noqa: E402
-
-import fa4_prefixlm.integrations.transformers  # noqa: E402, F401
+import fa4_prefixlm.integrations.transformers  # noqa: F401
+from tests.integrations.tiny_models import NAME, NAMES, inputs, model, text_model, types_of
 
 LENGTH = 48
 
 
 def gradients(made: Any, attention: str, **given: Any) -> dict[str, torch.Tensor]:
-    """Of a loss over the tokens that are real: a row that sees nothing is 0 here, and an average with eager attention."""
+    """Of a loss over real tokens: a row that sees nothing is 0 here, and an average with eager attention."""
     made.set_attn_implementation(attention)
     made.zero_grad()
     real = given.get("attention_mask", torch.ones_like(given["input_ids"])) == 1

@@ -5,9 +5,10 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-import oracles
 import torch
 import transformers
+
+from tests.masks.models import oracles
 
 NAME = "fa4_prefixlm"
 VOCABULARY = 32

@@ -29,7 +29,7 @@ if _version.release[:2] < Version(OLDEST).release:
 if _version.release[:2] > Version(NEWEST).release:
     warnings.warn(
         f"fa4_prefixlm.integrations.transformers was tested with transformers {OLDEST} to {NEWEST}, and this is "
-        f"{transformers.__version__}. Mask functions that it does not recognise are evaluated pair by pair: exact, slower",
+        f"{transformers.__version__}. Mask functions that it does not know are evaluated pair by pair: exact, slower",
         stacklevel=2,
     )
 

@@ -11,7 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from fa4_prefixlm.batch.arguments import BatchArguments
 from fa4_prefixlm.batch.tensors import CallSpec, describe
 from fa4_prefixlm.errors import InputError, UnsupportedError
-from fa4_prefixlm.fa4.build import locate
+from fa4_prefixlm.fa4.builds import locate
 from fa4_prefixlm.integrations.transformers import masks
 from fa4_prefixlm.integrations.transformers.masks import FEW_QUERIES, Record, warn_once
 from fa4_prefixlm.masks.atoms import causal, window
@@ -96,7 +96,9 @@ def attention(
         return dense(call, attention_mask)
     if attention_mask.shape[:3] != (query.shape[0], 1, query.shape[2]) or attention_mask.shape[3] % 2:
         expected = f"row bounds {(query.shape[0], 1, query.shape[2], '2 n')}, as its mask function returned them"
-        raise InputError("attention_mask", f"{expected} (does the model change its masks?)", tuple(attention_mask.shape))
+        raise InputError(
+            "attention_mask", f"{expected} (does the model change its masks?)", tuple(attention_mask.shape)
+        )
     if call.rest.get("position_bias") is not None:
         return dense(call, masks.visible(attention_mask, key.shape[2]))
     if query.shape[2] <= FEW_QUERIES:
@@ -128,7 +130,7 @@ def _bounded(call: Call, bounds: torch.Tensor) -> Output:
 
 
 def plan_of(record: Record, bounds: torch.Tensor, spec: CallSpec) -> Plan | str:
-    """The plan of tensors like `spec` under the record's bounds `(batch, q, 2 * n)`; why there is none, if there is none.
+    """The plan of tensors like `spec` under the record's bounds `(batch, q, 2 * n)`; or why there is none.
 
     Made by the first layer that asks.
     """

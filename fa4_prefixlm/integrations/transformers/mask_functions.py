@@ -144,9 +144,7 @@ def is_bidirectional(expression: Expression) -> bool:
 
 def _closed_over(function: Any) -> dict[str, Any]:
     cells = function.__closure__ or ()
-    return {
-        name: cell.cell_contents for name, cell in zip(function.__code__.co_freevars, cells, strict=True)
-    }
+    return {name: cell.cell_contents for name, cell in zip(function.__code__.co_freevars, cells, strict=True)}
 
 
 def _parts(closed: dict[str, Any]) -> tuple[Expression, ...]:

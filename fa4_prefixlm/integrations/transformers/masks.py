@@ -17,8 +17,14 @@ from transformers import masking_utils
 
 from fa4_prefixlm.errors import InputError
 from fa4_prefixlm.geometry.traits import MOST_INTERVALS
-from fa4_prefixlm.integrations.transformers.mask_functions import is_bidirectional, is_known, read
-from fa4_prefixlm.integrations.transformers.mask_functions import AllOf, Expression, Unpadded
+from fa4_prefixlm.integrations.transformers.mask_functions import (
+    AllOf,
+    Expression,
+    Unpadded,
+    is_bidirectional,
+    is_known,
+    read,
+)
 from fa4_prefixlm.integrations.transformers.row_bounds import Grid, NotIntervals, bounds_of, first_runs
 from fa4_prefixlm.runtime.plans import Plan
 
@@ -226,7 +232,7 @@ def _evaluated(sizes: Sizes) -> tuple[torch.Tensor, torch.Tensor]:
     if torch.compiler.is_compiling():
         torch._assert_async(
             overflow.logical_not(),
-            "fa4_prefixlm: a row of the mask sees more runs of keys than bounds hold; run this batch without torch.compile",
+            "fa4_prefixlm: a row sees more runs of keys than bounds hold; run this batch without torch.compile",
         )
     return bounds.unsqueeze(1), overflow
 

@@ -209,7 +209,7 @@ def _in_documents(
     """`inner` of positions within documents.
 
     Within its own document a row's position and those of the keys count alike, so what `inner` shows the row there is
-    moved by the distance between the two ways of counting. Outside of it that would be wrong: `documents` has to cut it.
+    moved by the distance between the two ways of counting. Outside of it that is wrong: `documents` has to cut it.
     """
     if documents is None:
         raise NotIntervals("positions that restart, without the documents that they belong to")

@@ -7,7 +7,7 @@ import torch
 
 import fa4_prefixlm as fp
 from fa4_prefixlm.batch.tensors import describe
-from fa4_prefixlm.fa4.build.describe import BEST
+from fa4_prefixlm.fa4.builds.describe import BEST
 from fa4_prefixlm.geometry.tiles import query_tiles, tile_map, tile_runs
 from fa4_prefixlm.masks.interval_lists import EMPTY_HI, EMPTY_LO
 from fa4_prefixlm.runtime.bounded_plans import BoundedBatch
