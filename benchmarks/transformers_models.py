@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import gc
 import importlib.metadata
 import json
@@ -215,8 +216,8 @@ def measure(stack: Stack, work: str, tokens: int, *, eager: bool, rounds: int, d
                 found = run_with(name).float().cpu()
             result.error = float((found - answer).norm() / answer.norm())
             result.note = "; ".join(str(own.message) for own in caught if "fa4_prefixlm" in str(own.message))
-        except Exception as error:  # what does not run is a result too
-            result.note = f"{type(error).__name__}: {error}"[:200]
+        except Exception as raised:  # what does not run is a result too
+            result.note = f"{type(raised).__name__}: {raised}"[:200]
         free()
     band = results["sdpa"].error
     timed = [name for name, result in results.items() if result.error is not None and band is not None]
@@ -227,15 +228,15 @@ def measure(stack: Stack, work: str, tokens: int, *, eager: bool, rounds: int, d
         if not error <= BAND * band:
             timed.remove(name)
             results[name].note = f"WRONG: more than {BAND} times sdpa's error, not timed"
-    calls = {name: (lambda name=name: run_with(name)) for name in timed}
+    calls = {name: functools.partial(run_with, name) for name in timed}
     clock = None if torch.cuda.is_available() else wall_clock
     timings = time_in_rounds(calls, rounds=rounds, round_ms=ROUND_MS, clock=clock)
     for name in timed:
         result = results[name]
         result.ms, result.spread = timings[name].ms, timings[name].spread
         run_with(name)
-        result.peak_mib = peak_of(lambda name=name: run_with(name))
-        result.synchronisations = synchronisations_of(lambda name=name: run_with(name))
+        result.peak_mib = peak_of(calls[name])
+        result.synchronisations = synchronisations_of(calls[name])
     return list(results.values())
 
 
@@ -264,18 +265,18 @@ def time_of(results: list[Result], stack: str, work: str, tokens: int, attention
 
 def targets(results: list[Result]) -> list[str]:
     """What was to be reached and what was, for a prefill of Gemma 3's widths."""
-    lines, stack = [], STACKS[0].name
+    lines = []
     for tokens, attention, wanted in TARGETS:
-        own, other = (time_of(results, stack, "prefill", tokens, name) for name in (OURS, attention))
-        if own and other:
-            word = "reached" if other / own >= wanted else "MISSED"
-            lines.append(f"{word}: {other / own:.2f}x as fast as {attention} at {tokens}, wanted {wanted}x")
-    by_name = {(own.stack, own.work, own.tokens, own.attention): own for own in results}
-    for (stack, work, tokens, attention), own in by_name.items():
-        flex = by_name[stack, work, tokens, "flex_attention"]
-        if attention == OURS and own.peak_mib is not None and flex.peak_mib is not None:
-            word = "reached" if own.peak_mib <= 1.01 * flex.peak_mib else "MISSED"
-            lines.append(f"{word}: {own.peak_mib:.0f} MiB, flex {flex.peak_mib:.0f} ({stack}, {work}, {tokens})")
+        ours, other = (time_of(results, STACKS[0].name, "prefill", tokens, name) for name in (OURS, attention))
+        if ours and other:
+            word = "reached" if other / ours >= wanted else "MISSED"
+            lines.append(f"{word}: {other / ours:.2f}x as fast as {attention} at {tokens}, wanted {wanted}x")
+    peaks = {(own.stack, own.work, own.tokens, own.attention): own.peak_mib for own in results}
+    for (stack, work, tokens, attention), peak in peaks.items():
+        flex = peaks[stack, work, tokens, "flex_attention"]
+        if attention == OURS and peak is not None and flex is not None:
+            word = "reached" if peak <= 1.01 * flex else "MISSED"
+            lines.append(f"{word}: {peak:.0f} MiB, flex {flex:.0f} ({stack}, {work}, {tokens})")
     return lines
 
 

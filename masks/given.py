@@ -23,6 +23,8 @@ class GivenRows(Mask):
             with `lo >= hi` is empty.
     """
 
+    uses_position = False
+
     bounds: torch.Tensor
 
     @property

@@ -168,16 +168,22 @@ def test_too_many_runs_are_seen() -> None:
 
 
 def test_what_is_read_of_a_mask() -> None:
-    bounds, _, _ = both(CAUSAL)
-    assert masks.known(bounds, KEYS).seen == masks.Seen(1, False, True, KEYS, True)
-    bounds, _, _ = both(FUNCTIONS["sliding"](torch.empty(0), 5))
-    assert masks.known(bounds, KEYS).seen == masks.Seen(1, False, False, 5, True)
-    bounds, _, _ = both(CAUSAL, attention_mask=torch.ones(BATCH, KEYS, dtype=torch.bool))
-    assert masks.known(bounds, KEYS).seen == masks.Seen(1, False, True, KEYS, True)
-    bounds, _, _ = both(CAUSAL, attention_mask=padding("left", BATCH, KEYS, seed=0))
-    assert not masks.known(bounds, KEYS).seen.causal
-    bounds, _, _ = both(CAUSAL, kv_length=2 * KEYS)  # the slots of a static cache
-    assert masks.known(bounds, 2 * KEYS).seen == masks.Seen(1, False, True, KEYS, False)
+    def seen(function: Callable[..., Any], kv_length: int = KEYS, **more: Any) -> masks.Seen | None:
+        return masks.known(both(function, kv_length=kv_length, **more)[0], kv_length).seen
+
+    plain = masks.Seen(intervals=1, overflow=False, from_key_0=True, longest=KEYS, end=KEYS, causal=True)
+    assert seen(CAUSAL) == plain
+    assert seen(CAUSAL, attention_mask=torch.ones(BATCH, KEYS, dtype=torch.bool)) == plain
+    assert seen(CAUSAL, kv_length=2 * KEYS) == plain, "the slots of a static cache that nobody sees"
+    windowed = seen(FUNCTIONS["sliding"](torch.empty(0), 5))
+    assert windowed == masks.Seen(intervals=1, overflow=False, from_key_0=False, longest=5, end=KEYS, causal=True)
+    for pad in ("left", "right"):
+        padded = seen(CAUSAL, attention_mask=padding(pad, BATCH, KEYS, seed=0))
+        assert padded is not None
+        assert not padded.causal
+    spans = seen(gemma_global(block_ids(BATCH, KEYS, seed=0), 0))
+    assert spans is not None
+    assert (spans.intervals, spans.from_key_0, spans.causal) == (1, True, False)
 
 
 def test_one_reading_for_all_masks_of_a_forward(monkeypatch: pytest.MonkeyPatch) -> None:

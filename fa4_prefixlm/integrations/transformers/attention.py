@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from fa4_prefixlm.backends.fa4_verdicts import causal_refusal
 from fa4_prefixlm.batch.arguments import BatchArguments
 from fa4_prefixlm.batch.tensors import CallSpec, describe
 from fa4_prefixlm.errors import InputError, UnsupportedError
@@ -46,9 +47,10 @@ class Call:
         tensors = (self.query, self.key, self.value, *(() if self.sink is None else (self.sink,)))
         return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
-    def packed(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """q, k, v as this library has them: `(batch, tokens, heads, head_dim)`."""
-        return self.query.transpose(1, 2), self.key.transpose(1, 2), self.value.transpose(1, 2)
+    def packed(self, end: int | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q, k, v as this library has them: `(batch, tokens, heads, head_dim)`; of the keys those before `end`."""
+        key, value = self.key[:, :, :end], self.value[:, :, :end]
+        return self.query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
 
 def attention(
@@ -118,15 +120,21 @@ def _bounded(call: Call, bounds: torch.Tensor) -> Output:
             "not take: SDPA runs such batches, under its own dense mask"
         )
         return dense(call, record.as_dense())
-    q, k, v = call.packed()
+    q, k, v = call.packed(max(1, record.seen.end))
     made = plan_of(record, bounds.squeeze(1), describe(q, k, v))
     if isinstance(made, str):
-        warn_once(f"fa4_prefixlm: SDPA runs these layers, exactly and not as fast: {made}")
+        warn_once(no_kernel(made, needs_grad=call.needs_grad))
         return dense(call, *_without_a_kernel(record, call))
     out, _ = run(
         made, q, k, v, spec=made.spec, softmax_scale=call.scaling, softcap=call.softcap, learnable_sink=call.sink
     )
     return out, None
+
+
+def no_kernel(why: str, *, needs_grad: bool = False) -> str:
+    """What a user is told once."""
+    hint = "; to train, compare attn_implementation='flex_attention'" if needs_grad else ""
+    return f"fa4_prefixlm: SDPA runs some layers, exactly and not as fast: {why}{hint}"
 
 
 def plan_of(record: Record, bounds: torch.Tensor, spec: CallSpec) -> Plan | str:
@@ -145,19 +153,15 @@ def _make_plan(record: Record, bounds: torch.Tensor, spec: CallSpec) -> Plan | s
     assert seen is not None
     n = max(1, seen.intervals)
     lo, hi = bounds.chunk(2, dim=2)
-    narrowed = torch.cat([lo[..., :n], hi[..., :n]], dim=2)
+    narrowed = torch.cat([lo.narrow(2, 0, n), hi.narrow(2, 0, n)], dim=2)
     reach = seen.longest if 2 * seen.longest < spec.shape_k[1] else None
     batch = BoundedBatch(spec, narrowed, seen.from_key_0, reach)
-    if seen.causal and spec.shape_q[1] <= spec.shape_k[1]:
-        whole = seen.longest >= spec.shape_k[1]
-        plain = causal if whole else causal & window(seen.longest)
-        sizes = BatchArguments()
-        choice = batch.choose(build)  # whether FA4 runs such tensors at all
-        if spec.device.type != "cuda" or choice.name != "reference":
-            return plan_for(spec, sizes, plain, build)
+    if seen.causal and (spec.device.type != "cuda" or causal_refusal(spec, build) is None):
+        plain = causal if seen.longest >= spec.shape_k[1] else causal & window(seen.longest)
+        return plan_for(spec, BatchArguments(), plain, build)
     choice = batch.choose(build)
     if spec.device.type == "cuda" and choice.name == "reference":
-        return choice.passed_over[-1][1] if choice.passed_over else choice.reason
+        return dict(choice.passed_over).get("varlen", choice.reason)  # the one that takes any bounds
     return batch.plan(build, choice)
 
 
@@ -165,6 +169,7 @@ def _without_a_kernel(record: Record, call: Call) -> tuple[torch.Tensor | None, 
     """(mask, is_causal) for SDPA."""
     seen = record.seen
     assert seen is not None
+    # SDPA's own causal mask counts from the first key.
     whole = seen.longest >= call.key.shape[2] and call.query.shape[2] == call.key.shape[2]
     return (None, True) if seen.causal and whole else (record.as_dense(), None)
 

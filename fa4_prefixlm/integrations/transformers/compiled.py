@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from fa4_prefixlm.batch.tensors import CallSpec, describe
+from fa4_prefixlm.batch.tensors import describe
 from fa4_prefixlm.integrations.transformers import masks
-from fa4_prefixlm.integrations.transformers.attention import plan_of
+from fa4_prefixlm.integrations.transformers.attention import Call, dense, no_kernel, plan_of
 from fa4_prefixlm.integrations.transformers.masks import Record, warn_once
 from fa4_prefixlm.runtime.execute import run
 
@@ -43,18 +43,21 @@ def _attention(
     layer: int,
     kind: int,
 ) -> torch.Tensor:
-    spec = describe(q, k, v)
-    record = _record(bounds, spec, layer, kind)
+    record = _record(bounds, k.shape[1], layer, kind)
+    assert record.seen is not None
+    end = max(1, record.seen.end)
+    spec = describe(q, k[:, :end], v[:, :end])
     made = plan_of(record, bounds.squeeze(1), spec)
     if isinstance(made, str):
-        warn_once(f"fa4_prefixlm: SDPA runs these layers, exactly and not as fast: {made}")
+        warn_once(no_kernel(made))
         return _sdpa(q, k, v, record.as_dense(), scaling, softcap, sink)
+    k, v = k[:, :end], v[:, :end]
     return run(made, q, k, v, spec=spec, softmax_scale=scaling, softcap=softcap, learnable_sink=sink)[0]
 
 
-def _record(bounds: torch.Tensor, spec: CallSpec, layer: int, kind: int) -> Record:
+def _record(bounds: torch.Tensor, keys: int, layer: int, kind: int) -> Record:
     kept: dict[object, _Forward] = _running.__dict__.setdefault("forwards", {})
-    name = (bounds.data_ptr(), bounds.shape, bounds.stride(), bounds.device, spec.shape_k, kind)
+    name = (bounds.data_ptr(), bounds.shape, bounds.stride(), bounds.device, keys, kind)
     forward = kept.get(name)
     if forward is not None and layer > forward.layer:
         forward.layer = layer
@@ -62,7 +65,7 @@ def _record(bounds: torch.Tensor, spec: CallSpec, layer: int, kind: int) -> Reco
     kept.pop(name, None)
     while len(kept) >= _KINDS:
         kept.pop(next(iter(kept)))
-    record = masks.record_of(bounds, spec.shape_k[1])
+    record = masks.record_of(bounds, keys)
     masks.read_back([record])
     kept[name] = _Forward(bounds.detach(), record, layer)
     return record
@@ -77,8 +80,6 @@ def _sdpa(
     softcap: float,
     sink: torch.Tensor | None,
 ) -> torch.Tensor:
-    from fa4_prefixlm.integrations.transformers.attention import Call, dense
-
     module = torch.nn.Module()
     module.num_key_value_groups = q.shape[2] // k.shape[2]  # type: ignore[assignment]
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))

@@ -6,6 +6,7 @@ what was read back of it, once a forward for all masks that were made until then
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -46,13 +47,16 @@ class Seen:
         overflow: a row sees more intervals than the bounds hold, which are then not its mask.
         from_key_0: no row's first interval begins past key 0.
         longest: keys between a row's first and last, at most.
-        causal: under bottom-right alignment rows see just what comes before them, or the last `longest` of it.
+        end: no row sees a key from here on. A static cache has more slots than that.
+        causal: rows see just what comes before them, or the last `longest` of it, where the last row stands at the last
+            key before `end`.
     """
 
     intervals: int
     overflow: bool
     from_key_0: bool
     longest: int
+    end: int
     causal: bool
 
 
@@ -62,7 +66,7 @@ class Record:
 
     Attributes:
         kv_length: keys that the mask is for.
-        read: what `Seen` is made of, int64 `(5,)` on the device.
+        read: what `Seen` is made of, int64 `(6,)` on the device.
         dense: makes SDPA's own mask, bool `(batch, 1, q, kv)`.
         seen: once it was read.
         plans: by the tensors they are for, made by the first layer of a kind and used by all.
@@ -83,6 +87,7 @@ class Record:
 
 
 _records: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_lock = threading.Lock()  # models may run in several threads
 _warned: set[str] = set()
 
 
@@ -135,7 +140,8 @@ def mask(
     if q_length <= FEW_QUERIES:
         return _dense(sizes)
     bounds, overflow = _bounds(expression, sizes)
-    _records[bounds] = Record(kv_length, _to_read(bounds.squeeze(1), overflow, kv_length), lambda: _dense(sizes))
+    with _lock:
+        _records[bounds] = Record(kv_length, _to_read(bounds.squeeze(1), overflow), lambda: _dense(sizes))
     return bounds
 
 
@@ -146,15 +152,18 @@ def known(bounds: torch.Tensor, kv_length: int) -> Record:
         bounds: as `mask` returned them, or some of their rows.
         kv_length: keys of the layer that asks.
     """
-    record = _records.get(bounds) or _of_same_memory(bounds)
-    if record is None:  # some rows of a mask: their bounds are all there is
-        record = _records[bounds] = record_of(bounds, kv_length)
+    with _lock:
+        record = _records.get(bounds) or _of_same_memory(bounds)
+        if record is None:  # some rows of a mask: their bounds are all there is
+            record = _records[bounds] = record_of(bounds, kv_length)
     if record.kv_length != kv_length:
         expected = f"{record.kv_length} keys, as the mask was made for"
         raise InputError("key", f"{expected} (a cache that returns other keys can't be run exactly)", kv_length)
     if record.seen is None:
         device = record.read.device
-        read_back([own for own in _records.values() if own.seen is None and own.read.device == device])
+        with _lock:
+            waiting = {id(own): own for own in _records.values() if own.seen is None and own.read.device == device}
+        read_back(list(waiting.values()))
     return record
 
 
@@ -162,7 +171,7 @@ def record_of(bounds: torch.Tensor, kv_length: int) -> Record:
     """What belongs to bounds of which nothing else is known; not read yet."""
     same = bounds.detach()  # another object: the record must not keep what it is found by
     none = torch.zeros((), dtype=torch.bool, device=bounds.device)
-    return Record(kv_length, _to_read(bounds.squeeze(1), none, kv_length), lambda: visible(same, kv_length))
+    return Record(kv_length, _to_read(bounds.squeeze(1), none), lambda: visible(same, kv_length))
 
 
 def _of_same_memory(bounds: torch.Tensor) -> Record | None:
@@ -177,8 +186,8 @@ def _of_same_memory(bounds: torch.Tensor) -> Record | None:
 def read_back(waiting: list[Record]) -> None:
     """Read what the records wait for, all at once: the one synchronisation of a forward."""
     for own, values in zip(waiting, torch.stack([own.read for own in waiting]).tolist(), strict=True):
-        intervals, overflow, from_key_0, longest, causal = values
-        own.seen = Seen(intervals, bool(overflow), bool(from_key_0), longest, bool(causal))
+        intervals, overflow, from_key_0, longest, end, causal = values
+        own.seen = Seen(intervals, bool(overflow), bool(from_key_0), longest, end, bool(causal))
 
 
 def visible(bounds: torch.Tensor, kv_length: int) -> torch.Tensor:
@@ -237,14 +246,16 @@ def _evaluated(sizes: Sizes) -> tuple[torch.Tensor, torch.Tensor]:
     return bounds.unsqueeze(1), overflow
 
 
-def _to_read(bounds: torch.Tensor, overflow: torch.Tensor, kv_length: int) -> torch.Tensor:
-    """What `Seen` is made of: int64 `(5,)`. bounds: `(batch, q, 2 * n)`."""
+def _to_read(bounds: torch.Tensor, overflow: torch.Tensor) -> torch.Tensor:
+    """What `Seen` is made of: int64 `(6,)`. bounds: `(batch, q, 2 * n)`."""
     lo, hi = bounds.chunk(2, dim=2)
     used = lo < hi
     first, last = lo.amin(2), hi.amax(2)
     empty = used.any(2).logical_not()
     longest = (last - first).masked_fill(empty, 0).amax()
-    end = torch.arange(bounds.shape[1], device=bounds.device) + (kv_length - bounds.shape[1] + 1)
-    causal = (last == end) & (first == (end - longest).clamp(min=0)) & (used.sum(2) == 1)
-    seen = (used.sum(2).amax(), overflow, (first.masked_fill(empty, 0) == 0).all(), longest, causal.all())
+    end = last.amax()
+    own_end = torch.arange(1, bounds.shape[1] + 1, device=bounds.device) + (end - bounds.shape[1])
+    causal = (last == own_end) & (first == (own_end - longest).clamp(min=0)) & (used.sum(2) == 1)
+    from_key_0 = (first.masked_fill(empty, 0) == 0).all()
+    seen = (used.sum(2).amax(), overflow, from_key_0, longest, end, causal.all())
     return torch.stack([value.to(torch.int64) for value in seen])
