@@ -15,11 +15,11 @@ transformers = pytest.importorskip("transformers", minversion="5.23")
 import fa4_prefixlm as fp  # noqa: E402
 import fa4_prefixlm.integrations.transformers as integration  # noqa: E402
 from fa4_prefixlm.backends.reference import Dense  # noqa: E402
+from fa4_prefixlm.integrations.transformers import layer_attention as attention_module  # noqa: E402
 from fa4_prefixlm.integrations.transformers import row_bounds  # noqa: E402
 from tests.integrations import tiny_models  # noqa: E402
 from tests.integrations.tiny_models import CACHE, NAME, NAMES, WITH_WINDOW, inputs, logits, model, text_model, types_of  # noqa: E402
 
-attention_module = sys.modules["fa4_prefixlm.integrations.transformers.attention"]  # the name is the function
 LENGTH = 64
 IMAGES = {
     "one": [[(4, 20)], [(30, 37)]],

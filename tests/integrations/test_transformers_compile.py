@@ -9,16 +9,15 @@ import torch
 
 pytest.importorskip("transformers", minversion="5.23")
 
-import sys
 
 import torch._dynamo.testing
 import transformers
 
 import fa4_prefixlm.integrations.transformers as integration
 from fa4_prefixlm.integrations.transformers import compiled
+from fa4_prefixlm.integrations.transformers import layer_attention as attention_module
 from tests.integrations.tiny_models import CACHE, NAME, NAMES, WITH_WINDOW, inputs, logits, model, text_model, types_of
 
-attention_module = sys.modules["fa4_prefixlm.integrations.transformers.attention"]
 LENGTH = 48
 # Of torch itself, where dynamo traces the vmap that transformers makes some masks with.
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")

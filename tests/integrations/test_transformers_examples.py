@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -37,3 +40,16 @@ def test_finetune() -> None:
     losses = module.main(["--steps", "8"])
     assert losses == pytest.approx(module.train("eager", 8, checkpointing=False), rel=1e-3)
     assert losses[-1] < losses[0] - 0.5
+
+
+@pytest.mark.slow
+def test_benchmark(tmp_path: Path) -> None:
+    """It verifies before it times, and keeps what it found."""
+    file = tmp_path / "results.json"
+    command = [sys.executable, "benchmarks/transformers_models.py", "--tiny", "--rounds", "1", "--save", str(file)]
+    done = subprocess.run(command, cwd=EXAMPLES.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads(file.read_text())["results"]
+    ours = [own for own in results if own["attention"] == "fa4_prefixlm"]
+    assert len(ours) == 2
+    assert all(own["ms"] > 0 and own["error"] < 0.5 for own in ours)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -13,10 +11,10 @@ pytest.importorskip("flash_attn.cute")
 
 import fa4_prefixlm.integrations.transformers  # noqa: F401
 from fa4_prefixlm.batch.tensors import describe
+from fa4_prefixlm.integrations.transformers import layer_attention as attention_module
 from fa4_prefixlm.integrations.transformers.masks import Record, Seen
 from fa4_prefixlm.runtime.plans import Plan
 
-attention_module = sys.modules["fa4_prefixlm.integrations.transformers.attention"]
 TOKENS = 512
 IMAGES = Seen(intervals=1, overflow=False, from_key_0=True, longest=TOKENS, end=TOKENS, causal=False)
 

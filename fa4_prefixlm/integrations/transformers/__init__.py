@@ -36,7 +36,7 @@ if _version.release[:2] > Version(NEWEST).release:
 from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E402
 
 from fa4_prefixlm.integrations.transformers import compiled  # noqa: E402, F401 (defines the operation)
-from fa4_prefixlm.integrations.transformers.attention import attention  # noqa: E402
+from fa4_prefixlm.integrations.transformers.layer_attention import attention  # noqa: E402
 from fa4_prefixlm.integrations.transformers.masks import mask  # noqa: E402
 
 AttentionInterface.register(NAME, attention)

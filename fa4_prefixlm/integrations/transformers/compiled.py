@@ -14,7 +14,7 @@ import torch
 
 from fa4_prefixlm.batch.tensors import describe
 from fa4_prefixlm.integrations.transformers import masks
-from fa4_prefixlm.integrations.transformers.attention import Call, dense, no_kernel, plan_of
+from fa4_prefixlm.integrations.transformers.layer_attention import Call, dense, no_kernel, plan_of
 from fa4_prefixlm.integrations.transformers.masks import Record, warn_once
 from fa4_prefixlm.runtime.execute import run
 

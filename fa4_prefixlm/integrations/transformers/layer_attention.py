@@ -134,7 +134,7 @@ def _bounded(call: Call, bounds: torch.Tensor) -> Output:
 def no_kernel(why: str, *, needs_grad: bool = False) -> str:
     """What a user is told once."""
     hint = "; to train, compare attn_implementation='flex_attention'" if needs_grad else ""
-    return f"fa4_prefixlm: SDPA runs some layers, exactly and not as fast: {why}{hint}"
+    return f"fa4_prefixlm: SDPA (with softcap or sinks plain torch) runs some layers, exactly, not as fast: {why}{hint}"
 
 
 def plan_of(record: Record, bounds: torch.Tensor, spec: CallSpec) -> Plan | str:
@@ -161,7 +161,8 @@ def _make_plan(record: Record, bounds: torch.Tensor, spec: CallSpec) -> Plan | s
         return plan_for(spec, BatchArguments(), plain, build)
     choice = batch.choose(build)
     if spec.device.type == "cuda" and choice.name == "reference":
-        return dict(choice.passed_over).get("varlen", choice.reason)  # the one that takes any bounds
+        why = dict(choice.passed_over).get("varlen", choice.reason)  # the one that takes any bounds
+        return f"{why} (head dim {spec.head_dim}, {spec.dtype})"
     return batch.plan(build, choice)
 
 
