@@ -11,6 +11,8 @@ import torch
 
 from fa4_prefixlm.fa4.builds import locate
 
+# Tests compile, unless they say otherwise: what is on disk was compiled from other code, and by other tests.
+os.environ.setdefault("FA4_PREFIXLM_CACHE", "0")
 # The workers of pytest-xdist share the cores already, and so do the processes that tests start.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 from fa4_prefixlm.batch.tensors import CallSpec, device_arch
@@ -72,7 +70,6 @@ def kernel_line(build: Build, device: torch.device, what: str) -> tuple[str, str
     return "kernel", f"{build}, sm_{arch}{'' if arch // 10 == 9 else ' (compiled, not run)'}, {what}"
 
 
-@functools.lru_cache(maxsize=256)
 def choose_tile(spec: CallSpec, traits: Traits, max_seqlen_q: int) -> Tile:
     """The forward tile of a call."""
     arch = spec.arch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -85,8 +86,7 @@ class Choice:
     @classmethod
     def after(cls, passed_over: Mapping[str, str], name: str, *, gathered: bool = False) -> Choice:
         """The choice of `name`, the first backend that runs the call, after those that do not."""
-        why = f"{', '.join(passed_over)} passed over" if passed_over else "the first choice"
-        return cls.of(Forward(name, why, tuple(passed_over.items()), gathered))
+        return _after(tuple(passed_over.items()), name, gathered)
 
     @property
     def name(self) -> str:
@@ -125,6 +125,13 @@ class Choice:
         return f"{self.name}: {self.backend.summary}{gathered} ({self.reason})"
 
 
+@functools.lru_cache(maxsize=256)
+def _after(passed_over: tuple[tuple[str, str], ...], name: str, gathered: bool) -> Choice:
+    names = ", ".join(own for own, _ in passed_over)
+    why = f"{names} passed over" if passed_over else "the first choice"
+    return Choice.of(Forward(name, why, passed_over, gathered))
+
+
 def choose(name: str, spec: CallSpec, traits: Traits, lengths: Lengths, build: Build | None) -> Choice:
     """Take the named backend, or with "auto" the first that runs the call exactly.
 
@@ -137,7 +144,7 @@ def choose(name: str, spec: CallSpec, traits: Traits, lengths: Lengths, build: B
     paged = spec.page_size is not None
     if lengths.total_q == 0:
         return Choice.of(Forward(Reference.name, "there are no queries", gathered=paged))
-    copied = dataclasses.replace(spec, page_size=None)
+    copied = dataclasses.replace(spec, page_size=None) if paged else spec
     if name != "auto":
         gathered = paged and (not BACKENDS[name].reads_pages or BACKENDS[name].refusal(spec, traits, build) is not None)
         refusal = BACKENDS[name].refusal(copied if gathered else spec, traits, build)

@@ -15,7 +15,6 @@ from fa4_prefixlm.batch.lengths import Lengths
 from fa4_prefixlm.batch.tensors import CallSpec
 from fa4_prefixlm.errors import InputError
 from fa4_prefixlm.fa4.builds.describe import Build
-from fa4_prefixlm.geometry import intervals
 from fa4_prefixlm.geometry.traits import Traits
 from fa4_prefixlm.masks.given import GivenRows
 from fa4_prefixlm.masks.protocols import Reach
@@ -78,9 +77,7 @@ class BoundedBatch:
 
     def plan(self, build: Build | None, choice: Choice) -> Plan:
         """The plan, for tensors like `spec`. `choice` is what `choose` said."""
-        sizes, mask = self.lengths, GivenRows(self.bounds)
-        where = intervals.tokens(sizes)
-        lo, hi = self.bounds.flatten(0, 1).chunk(2, dim=1)
-        bounds = intervals.Bounds(*intervals.clipped(lo, hi, where))
-        batch = MaskedBatch(self.spec, mask, {}, sizes, self.traits, where, bounds, Keys.contiguous(sizes), build)
+        sizes = self.lengths
+        mask, keys = GivenRows(self.bounds), Keys.contiguous(sizes)
+        batch = MaskedBatch(self.spec, mask, {}, sizes, self.traits, keys, build)
         return Plan(batch, choice)

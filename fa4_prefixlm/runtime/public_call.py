@@ -20,6 +20,8 @@ from fa4_prefixlm.runtime.execute import run
 from fa4_prefixlm.runtime.plans import Plan, find_build, plan_for
 from fa4_prefixlm.runtime.serving_plans import ServingPlan
 
+DEFAULT_MASK = PrefixLM()
+
 
 class _Arguments(TypedDict, total=False):
     """The keyword arguments of `attention`, but for `return_lse`, which decides what it returns."""
@@ -116,11 +118,16 @@ def attention(
     Raises:
         InputError, UnsupportedError: see `plan`; no kernel was launched.
     """
-    batch = BatchArguments(
-        None if isinstance(ranges, CallablePlan) else ranges,
-        *(cu_seqlens_q, cu_seqlens_k, seqused_k, page_table, max_seqlen_q, max_seqlen_k, max_range),
-    )
-    beside_a_plan = {**batch.given(), "mask": mask, "backend": backend, "build": build}
+    of_the_batch = {
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        "seqused_k": seqused_k,
+        "page_table": page_table,
+        "max_seqlen_q": max_seqlen_q,
+        "max_seqlen_k": max_seqlen_k,
+        "max_range": max_range,
+    }
+    beside_a_plan = {**of_the_batch, "mask": mask, "backend": backend, "build": build}
     if torch.compiler.is_compiling():
         ready = ranges if isinstance(ranges, CallablePlan) else None
         pair = torch_ops.in_graph(q, k, v, ready, beside_a_plan, softmax_scale, softcap, learnable_sink, out)
@@ -132,9 +139,9 @@ def attention(
             if value is not None:
                 raise InputError(name, torch_ops.PART_OF_THE_PLAN, value)
     else:
-        batch = batch.checked()
+        batch = BatchArguments(ranges, **of_the_batch).checked()  # type: ignore[arg-type]
         spec = describe(q, k, v, cache=batch.cache)
-        ready = plan_for(spec, batch, PrefixLM() if mask is None else mask, find_build(build), backend or "auto")
+        ready = plan_for(spec, batch, DEFAULT_MASK if mask is None else mask, find_build(build), backend or "auto")
     pair = run(
         ready,
         q,

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from fa4_prefixlm.testing.machine import versions
-from fa4_prefixlm.tools import doctor
+from fa4_prefixlm.tools import doctor, warmup
 from fa4_prefixlm.tools.check import command as check
 
 
@@ -19,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, module, what in (
         ("doctor", doctor, "say what a call takes here and why; show the FA4 builds found and what each can do"),
         ("check", check, "check that the FA4 builds compute these masks right, against float64"),
+        ("warmup", warmup, "compile the kernels of a model's layers into the cache on disk"),
     ):
         own = commands.add_parser(name, help=what, description=module.__doc__)
         module.add_arguments(own)

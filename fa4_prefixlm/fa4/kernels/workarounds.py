@@ -27,7 +27,7 @@ _inside: Counter[str] = Counter()
 
 @contextlib.contextmanager
 def disabled() -> Iterator[None]:
-    """For tests only: launch without workarounds. Kernels that are compiled already stay as they are."""
+    """For tests only: launch without workarounds."""
     global _enabled
     _enabled, before = False, _enabled
     try:
@@ -37,10 +37,13 @@ def disabled() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def sm90_list_stride(module: str) -> Iterator[None]:
-    """While it is entered, SM90 kernels that the build compiles read varlen block lists with their own tile."""
+def sm90_list_stride(module: str) -> Iterator[str]:
+    """While it is entered, SM90 kernels that the build compiles read varlen block lists with their own tile.
+
+    Yields the workaround's name, "" if it is disabled: kernels that are compiled with it are others than those without.
+    """
     if not _enabled:
-        yield
+        yield ""
         return
     interface = importlib.import_module(f"{module}.interface")
     original, patched = _kernel_classes(module)
@@ -48,7 +51,7 @@ def sm90_list_stride(module: str) -> Iterator[None]:
         _inside[module] += 1
         interface.FlashAttentionForwardSm90 = patched  # type: ignore[attr-defined]
     try:
-        yield
+        yield "with sm90_list_stride"
     finally:
         with _lock:
             _inside[module] -= 1
