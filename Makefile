@@ -12,7 +12,7 @@ OLD_BUILD := $(OLD_VENV)/.ready
 export OLD_FA4_PYTHON := $(CURDIR)/$(OLD_VENV)/bin/python
 endif
 
-.PHONY: demo test-fast test test-gpu check docs bench pictures
+.PHONY: demo test-fast test test-old-transformers test-gpu check docs bench pictures
 
 demo: $(ENVIRONMENT)
 	$(PYTHON) examples/photo.py --out demo.png
@@ -22,6 +22,14 @@ test-fast: $(ENVIRONMENT)
 
 test: $(ENVIRONMENT) $(OLD_BUILD)
 	$(PYTHON) -m pytest -n 2 --dist loadfile
+
+# The integration with the oldest transformers that it supports; `make test` has the newest.
+test-old-transformers: $(ENVIRONMENT) .old-transformers/.ready
+	PYTHONPATH=.old-transformers $(PYTHON) -m pytest -n 2 tests/integrations -k transformers
+
+.old-transformers/.ready:
+	$(PYTHON) -m pip install --progress-bar off --no-deps --target .old-transformers transformers==5.23.0
+	touch $@
 
 test-gpu: $(ENVIRONMENT)
 	$(PYTHON) -m pytest -m gpu -n 8

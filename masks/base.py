@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fa4_prefixlm.batch.integers import whole_number
 from fa4_prefixlm.batch.ranges import NamedRanges, Whole, one_sequence
 from fa4_prefixlm.errors import InputError
 from fa4_prefixlm.masks.closed_form import RowEdges, edges_of, speaks_for_itself
@@ -69,8 +70,11 @@ class Mask(abc.ABC):
         return Reach(None, None)
 
     def ahead(self) -> Ahead:
-        """Up to where rows may see past their own position because of spans. A bound: it may say too much."""
-        return Ahead(spans=self.names)
+        """Up to where rows may see past their own position. A bound: it may say too much.
+
+        A mask of your own that does not say it is taken to see to the end of the keys.
+        """
+        return Ahead(keys=True, spans=self.names)
 
     def whole(self, name: str) -> Whole:
         """What a chunk of a prefill must hold of the spans of `name`, so that its rows see what they would see later.
@@ -153,8 +157,7 @@ class Mask(abc.ABC):
     def _checked_rows(self, seqlen: int, seqlen_q: int | None) -> int:
         """The number of queries."""
         for name, value in (("seqlen", seqlen), ("seqlen_q", seqlen if seqlen_q is None else seqlen_q)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise InputError(name, "a number of tokens, at least 0", value)
+            whole_number(name, value, "a number of tokens, at least 0")
         if seqlen_q is not None and seqlen_q > seqlen and self.uses_position:
             raise InputError("seqlen_q", f"at most seqlen = {seqlen}: the queries are its last positions", seqlen_q)
         return seqlen if seqlen_q is None else seqlen_q
@@ -279,7 +282,7 @@ def _operand(sign: str, value: object) -> Mask:
 
 def ahead_of(mask: Mask) -> Ahead:
     """`mask.ahead()`; of a subclass that says anew what its rows see, and not that, what is safe for any mask."""
-    return mask.ahead() if speaks_for_itself(mask, "ahead") else Ahead(spans=mask.names)
+    return mask.ahead() if speaks_for_itself(mask, "ahead") else Mask.ahead(mask)
 
 
 def _least(a: int | None, b: int | None) -> int | None:

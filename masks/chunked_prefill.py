@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 
+from fa4_prefixlm.batch.integers import whole_number
 from fa4_prefixlm.batch.ranges import SequenceSpans, check_pairs
 from fa4_prefixlm.errors import InputError
-from fa4_prefixlm.masks.base import Mask
+from fa4_prefixlm.masks.base import Mask, ahead_of
 from fa4_prefixlm.masks.prefix_lm import PrefixLM
 
 SequenceRanges = Sequence[tuple[int, int]] | Mapping[str, Sequence[tuple[int, int]]] | None
@@ -36,16 +36,15 @@ def safe_chunk_end(position: int, ranges: SequenceRanges, mask: Mask = PrefixLM(
         a position from 0 to `position`.
 
     Raises:
-        InputError: the position is no position, or the ranges are not pairs of one sequence.
+        InputError: the position is no position, the ranges are not pairs of one sequence, or some row of the mask sees
+            to the end of the keys, so that no chunk but the last is safe (`from_flex`, and masks of your own that do
+            not say how far they see ahead, `Mask.ahead`, are taken to).
     """
-    try:
-        position = operator.index(position)
-    except TypeError:
-        raise InputError("position", "an integer", position) from None
-    if position < 0:
-        raise InputError("position", "at least 0", position)
+    position = whole_number("position", position, "a number of tokens, at least 0")
     if not isinstance(mask, Mask):
         raise InputError("mask", "a fa4_prefixlm mask such as PrefixLM(window=1024)", type(mask).__name__)
+    if ahead_of(mask).keys:
+        raise InputError("mask", "a mask of which no row sees to the end of the keys, to be prefilled in chunks", mask)
     uncut = [_uncut(mask, name, spans) for name, spans in _by_name(mask, ranges).items()]
     end = position
     while True:
@@ -57,6 +56,9 @@ def safe_chunk_end(position: int, ranges: SequenceRanges, mask: Mask = PrefixLM(
 
 def _by_name(mask: Mask, ranges: SequenceRanges) -> dict[str, SequenceSpans]:
     if isinstance(ranges, Mapping):
+        for name in mask.names:
+            if name not in ranges:
+                raise InputError("ranges", f"spans for {name!r}, which {mask!r} reads", f"{sorted(ranges)}")
         return {name: check_pairs(f"ranges[{name!r}]", own) for name, own in ranges.items() if name in mask.names}
     if ranges is None:
         return {}

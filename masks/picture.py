@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
+import pathlib
+from collections.abc import Collection, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal
 
@@ -15,7 +16,7 @@ import torch
 
 from fa4_prefixlm.batch.lengths import first_query
 from fa4_prefixlm.batch.ranges import NamedRanges, SequenceSpans, one_sequence
-from fa4_prefixlm.errors import install_hint
+from fa4_prefixlm.errors import InputError, install_hint
 from fa4_prefixlm.masks.dense import dense_mask
 from fa4_prefixlm.masks.protocols import SeesPairs
 
@@ -59,7 +60,11 @@ class MaskPicture:
 
     def save(self, path: str | os.PathLike[str], *, cell: float | None = None, tiles: Sequence[DrawnTile] = ()) -> None:
         """Write the image to a file, in the format of its suffix; arguments as in `mask_image`."""
-        self.image(cell=cell, tiles=tiles).save(path)
+        image = self.image(cell=cell, tiles=tiles)
+        suffix = pathlib.Path(path).suffix.lower()
+        if suffix not in image_suffixes():
+            raise InputError("path", "the name of an image file, such as mask.png", repr(os.fspath(path)))
+        image.save(path)
 
     def _repr_png_(self) -> bytes | None:
         file = io.BytesIO()
@@ -159,6 +164,12 @@ def _pillow() -> tuple[ModuleType, ModuleType, ModuleType]:
     except ImportError as error:
         raise ImportError(f"pictures need Pillow ({install_hint('pictures')})") from error
     return Image, ImageDraw, ImageFont
+
+
+def image_suffixes() -> Collection[str]:
+    """Endings of files that Pillow writes."""
+    image = _pillow()[0]
+    return {suffix for suffix, kind in image.registered_extensions().items() if kind in image.SAVE}
 
 
 def _canvas(width: int, height: int) -> tuple[Image, ImageDraw]:

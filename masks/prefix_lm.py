@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from fa4_prefixlm.errors import InputError
-from fa4_prefixlm.masks.atoms import causal, same_span, window
+from fa4_prefixlm.masks.atoms import Window, causal, same_span, window
 from fa4_prefixlm.masks.base import Mask
 from fa4_prefixlm.masks.closed_form import RowEdges, edges_of
 from fa4_prefixlm.masks.interval_lists import Intervals
@@ -36,7 +36,9 @@ class PrefixLM(Mask):
 
     def __post_init__(self) -> None:
         if self.window is not None:
-            window(self.window)  # checks it
+            checked = window(self.window)
+            assert isinstance(checked, Window)
+            object.__setattr__(self, "window", checked.tokens)  # a Python int, whatever integer was given
         if not isinstance(self.clamp, bool):
             raise InputError("clamp", "True or False", repr(self.clamp))
 

@@ -37,9 +37,9 @@ print("fine")
 @pytest.mark.parametrize(
     ("spans", "message"),
     [
-        ("[(50, 40)]", "reversed"),
-        ("[(0, 20), (10, 30)]", "overlap"),
-        ("[(90, 101)]", "cut by the end of its keys"),
+        ("[(50, 40)]", "spans with 0 <= start < end"),
+        ("[(0, 20), (10, 30)]", "that share no query token"),
+        ("[(90, 101)]", "whole within the keys"),
         ("[(0, 61)]", "longer than max_range"),
         ("[(50, 60), (0, 50), (0, 0)]", None),
     ],

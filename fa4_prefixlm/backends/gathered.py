@@ -50,7 +50,7 @@ class Gathered(Prepared):
     def describe(self) -> list[tuple[str, str]]:
         most = "" if self.lengths.seqlens_k is not None else "at most "
         return [
-            ("gather", f"{most}{self.lengths.total_k} keys out of their pages"),
+            ("gather", f"{most}{self.lengths.total_k} keys out of the cache"),
             *self.inner.describe(),
         ]
 

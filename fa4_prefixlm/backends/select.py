@@ -107,7 +107,7 @@ class Choice:
         return Gathered(self.backend.prepare(inner), batch.keys, first_key, inner.lengths)
 
     def __str__(self) -> str:
-        gathered = ", keys gathered from their pages" * self.gathered
+        gathered = ", keys gathered from the cache" * self.gathered
         return f"{self.name}: {self.backend.summary}{gathered} ({self.reason})"
 
 

@@ -14,9 +14,9 @@ from fa4_prefixlm.batch import lengths
 from fa4_prefixlm.batch.integers import as_int32
 from fa4_prefixlm.batch.keys import Keys, check_entries, check_table
 from fa4_prefixlm.batch.lengths import CuSeqlens, Lengths
-from fa4_prefixlm.batch.ranges import MaxRange, NamedRanges, Spans, SpanSets
+from fa4_prefixlm.batch.ranges import MaxRange, NamedRanges, Spans, SpanSets, flat_values
 from fa4_prefixlm.batch.tensors import Cache, CallSpec
-from fa4_prefixlm.device_checks import to_device_together
+from fa4_prefixlm.device_checks import integers_to_device, to_device_together
 from fa4_prefixlm.errors import InputError
 
 CPU = torch.device("cpu")
@@ -52,6 +52,9 @@ class BatchArguments:
 
     def checked(self) -> BatchArguments:
         """The same with all integers as int32, where they fit."""
+        given = (self.cu_seqlens_q, self.cu_seqlens_k, self.seqused_k, self.page_table)
+        if all(values is None or type(values) in (list, tuple) for values in given):
+            return self
         cu_seqlens_q = as_int32("cu_seqlens_q", self.cu_seqlens_q)
         same = self.cu_seqlens_k is self.cu_seqlens_q
         return dataclasses.replace(
@@ -77,6 +80,9 @@ class BatchArguments:
             batch, seqlen_q, seqlen_k = *spec.shape_q, spec.shape_k[1]
             lengths.check_upper_bound("max_seqlen_q", self.max_seqlen_q, (seqlen_q,))
             lengths.check_upper_bound("max_seqlen_k", self.max_seqlen_k, (seqlen_k,))
+            if seqlen_q > seqlen_k and not more_queries:
+                got = f"seqlen_q = {seqlen_q}{spec.swapped_hint()}"
+                raise InputError("q", f"seqlen_q <= seqlen_k = {seqlen_k}", got)
             return lengths.batched(batch, seqlen_q, seqlen_k, device, more_queries=more_queries)
         for name, value in (("cu_seqlens_q", self.cu_seqlens_q), ("cu_seqlens_k", self.cu_seqlens_k)):
             if value is None:
@@ -92,10 +98,13 @@ class BatchArguments:
             max_seqlen_k=self.max_seqlen_k,
             device=device,
             more_queries=more_queries,
+            deferred=self.on_host,
         )
 
     def on_device(self, spec: CallSpec, sizes: Lengths, spans: SpanSets) -> tuple[Lengths, dict[str, Spans], Keys]:
         """The batch on the device of `spec`: its lengths, its spans, and where its keys are."""
+        if sizes.deferred:
+            return self._made(spec, sizes, spans)
         table = self.page_table
         if spec.page_size is not None and table is None:  # a static cache
             table = torch.arange(sizes.batch, dtype=torch.int32, device=sizes.device).unsqueeze(1)
@@ -116,6 +125,24 @@ class BatchArguments:
         if table is None:
             return sizes, own_spans, Keys.contiguous(sizes)
         return sizes, own_spans, Keys(sizes.max_seqlen_k, seqused_k=there[-2], page_table=there[-1])
+
+    def _made(self, spec: CallSpec, sizes: Lengths, spans: SpanSets) -> tuple[Lengths, dict[str, Spans], Keys]:
+        """The tensors of a deferred batch, in one copy of what the host knows."""
+        assert sizes.seqlens_q is not None
+        assert sizes.seqlens_k is not None
+        flat = {name: flat_values(own.on_host()) for name, own in spans.items()}
+        lists = [lengths.cumulative(sizes.seqlens_q), *(values for values, _ in flat.values())]
+        if not sizes.same:
+            lists.append(lengths.cumulative(sizes.seqlens_k))
+        made = integers_to_device(lists, spec.device)
+        sizes = dataclasses.replace(
+            sizes, cu_seqlens_q=made[0], cu_seqlens_k=made[0] if sizes.same else made[-1], deferred=False
+        )
+        own_spans = {
+            name: dataclasses.replace(own, values=values.view(sizes.batch, width, 2))
+            for (name, own), (_, width), values in zip(spans.items(), flat.values(), made[1:], strict=False)
+        }
+        return sizes, own_spans, Keys.contiguous(sizes)
 
     def _cached_lengths(self, spec: CallSpec, device: torch.device, more_queries: bool) -> Lengths:
         assert spec.page_size is not None

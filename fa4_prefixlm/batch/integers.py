@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import numbers
+import operator
 from typing import Any
 
 import torch
@@ -34,3 +37,24 @@ def as_int32(argument: str, values: Any) -> Any:
     if values.numel() and (int(values.max()) > _LARGEST or int(values.min()) < -_LARGEST - 1):
         raise InputError(argument, "values that fit int32", int(values.abs().max()))
     return values.to(torch.int32)
+
+
+def whole_number(argument: str, value: Any, expected: str, *, least: int = 0) -> int:
+    """A Python integer, of whatever integer was given: numpy's, or a tensor of one element on the host."""
+    try:
+        if isinstance(value, bool) or (isinstance(value, torch.Tensor) and value.device.type != "cpu"):
+            raise TypeError
+        number = operator.index(value)
+    except (TypeError, RuntimeError):
+        raise InputError(argument, expected, f"{value!r} ({type(value).__name__})") from None
+    if number < least:
+        raise InputError(argument, expected, number)
+    return number
+
+
+def finite_number(argument: str, value: Any, expected: str) -> float:
+    """A Python float, of whatever real number was given."""
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not real or not math.isfinite(value):
+        raise InputError(argument, expected, f"{value!r} ({type(value).__name__})")
+    return float(value)

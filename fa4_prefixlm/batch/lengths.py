@@ -14,10 +14,13 @@ from dataclasses import dataclass
 
 import torch
 
+from fa4_prefixlm.batch.integers import whole_number
 from fa4_prefixlm.device_checks import assert_on_device, host_knows, to_device
 from fa4_prefixlm.errors import InputError
 
 CuSeqlens = torch.Tensor | Sequence[int]
+
+_LATER = torch.zeros((), dtype=torch.int32, device="cpu")
 
 
 def first_query(seqlen_q: int, seqlen_k: int) -> int:
@@ -44,6 +47,7 @@ class Lengths:
         exact_total_k: `total_k` is the number of keys; else it is an upper bound.
         key_start: `(batch,)` int32 on the device, the position of each sequence's first key; None: 0.
         query_start: `(batch,)` int32 on the device, that of its first query; None: bottom-right alignment.
+        deferred: the tensors are still to be made, of what the host knows; see `BatchArguments.on_device`.
     """
 
     cu_seqlens_q: torch.Tensor
@@ -59,6 +63,7 @@ class Lengths:
     exact_total_k: bool = True
     key_start: torch.Tensor | None = None
     query_start: torch.Tensor | None = None
+    deferred: bool = False
 
     @property
     def is_bottom_right(self) -> bool:
@@ -132,10 +137,12 @@ def packed(
     max_seqlen_k: int | None,
     device: torch.device,
     more_queries: bool = False,
+    deferred: bool = False,
 ) -> Lengths:
     """Lengths of a varlen batch. Host values (lists, CPU tensors) are checked; device values are in debug mode.
 
-    more_queries: a sequence may have more queries than keys.
+    more_queries: a sequence may have more queries than keys. deferred: do not make the tensors yet, of values that are
+    all on the host.
     """
     for name, values in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if not hasattr(values, "__len__"):
@@ -153,10 +160,11 @@ def packed(
                 raise InputError(
                     f"cu_seqlens_q (sequence {index})", f"seqlen_q <= seqlen_k = {keys}", f"seqlen_q = {rows}"
                 )
-    own_cu_seqlens_q = _on_device(cu_seqlens_q, device)
+    own_cu_seqlens_q = _LATER.expand(batch_q + 1) if deferred else _on_device(cu_seqlens_q, device)
+    one = deferred or cu_seqlens_k is cu_seqlens_q
     lengths = Lengths(
         cu_seqlens_q=own_cu_seqlens_q,
-        cu_seqlens_k=own_cu_seqlens_q if cu_seqlens_k is cu_seqlens_q else _on_device(cu_seqlens_k, device),
+        cu_seqlens_k=own_cu_seqlens_q if one else _on_device(cu_seqlens_k, device),
         total_q=total_q,
         total_k=total_k,
         max_seqlen_q=_upper_bound("max_seqlen_q", max_seqlen_q, seqlens_q, total_q),
@@ -165,6 +173,7 @@ def packed(
         seqlens_k=seqlens_k,
         same=cu_seqlens_q is cu_seqlens_k or (seqlens_q is not None and seqlens_q == seqlens_k),
         more_queries=more_queries,
+        deferred=deferred,
     )
     if cu_seqlens_q is cu_seqlens_k and total_q != total_k:
         raise InputError("k", f"total_k = {total_q}, as q, with the same cu_seqlens", total_k)
@@ -334,8 +343,8 @@ def _integers(name: str, values: object, least: int) -> list[int]:
 
 def check_upper_bound(name: str, given: int | None, seqlens: tuple[int, ...] | None) -> None:
     """Refuse a given upper bound that is none."""
-    if given is not None and (not isinstance(given, int) or isinstance(given, bool) or given < 0):
-        raise InputError(name, "a non-negative integer", given)
+    if given is not None:
+        given = whole_number(name, given, "a non-negative integer")
     longest = max(seqlens or (), default=0)
     if given is not None and given < longest:
         raise InputError(name, f"at least the longest sequence, {longest}", given)
@@ -348,8 +357,13 @@ def _upper_bound(name: str, given: int | None, seqlens: tuple[int, ...] | None, 
     return max(seqlens, default=0)
 
 
+def cumulative(seqlens: Sequence[int]) -> list[int]:
+    """`[0, 2, 6]` for lengths 2 and 4."""
+    return [0, *itertools.accumulate(seqlens)]
+
+
 def _cumulative(seqlens: Sequence[int]) -> torch.Tensor:
-    return torch.tensor([0, *itertools.accumulate(seqlens)], dtype=torch.int32, device="cpu")
+    return torch.tensor(cumulative(seqlens), dtype=torch.int32, device="cpu")
 
 
 def _differences(cumulative: Sequence[int]) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fa4_prefixlm.batch.integers import finite_number
 from fa4_prefixlm.batch.tensors import CallSpec
 from fa4_prefixlm.errors import InputError
 
@@ -52,12 +53,14 @@ def _scale(softmax_scale: float | None, spec: CallSpec) -> float:
     if softmax_scale is None:
         return 1.0 / math.sqrt(spec.head_dim)
     # FA4 multiplies masked scores, which are -inf, with it: only a positive scale leaves them so.
-    if not isinstance(softmax_scale, int | float) or not math.isfinite(softmax_scale) or softmax_scale <= 0:
+    scale = finite_number("softmax_scale", softmax_scale, "a positive finite number")
+    if scale <= 0:
         raise InputError("softmax_scale", "a positive finite number", softmax_scale)
-    return float(softmax_scale)
+    return scale
 
 
 def _softcap(softcap: float) -> float:
-    if not isinstance(softcap, int | float) or not math.isfinite(softcap) or softcap < 0:
+    cap = finite_number("softcap", softcap, "a non-negative finite number, 0.0 for none")
+    if cap < 0:
         raise InputError("softcap", "a non-negative finite number, 0.0 for none", softcap)
-    return float(softcap)
+    return cap

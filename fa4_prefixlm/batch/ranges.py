@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 
 import torch
 
-from fa4_prefixlm.batch.integers import as_int32
+from fa4_prefixlm.batch.integers import as_int32, whole_number
 from fa4_prefixlm.batch.lengths import Lengths, batched, first_query
 from fa4_prefixlm.device_checks import assert_on_device, host_knows, to_device
 from fa4_prefixlm.errors import InputError
@@ -24,6 +24,9 @@ NamedRanges = Ranges | Mapping[str, Ranges]
 MaxRange = int | Mapping[str, int] | None
 SequenceSpans = tuple[tuple[int, int], ...]
 HostSpans = tuple[SequenceSpans, ...]
+LARGEST = torch.iinfo(torch.int32).max
+
+_LATER = torch.zeros(0, 0, 2, dtype=torch.int32, device="cpu")
 # What a chunk of a prefill must hold of a span set, for its rows to see all that they ever see: nothing (no row sees
 # ahead of itself on its account); each span whole or not at all; all spans, if a query token is in one; all spans.
 Whole = Literal["nothing", "span", "block", "all"]
@@ -95,6 +98,9 @@ def parse(mask: ReadsSpans, ranges: NamedRanges, lengths: Lengths, max_range: Ma
     """
     named = by_name(mask, ranges)
     plain = not isinstance(ranges, Mapping)
+    for name in max_range if isinstance(max_range, Mapping) else ():
+        if name not in named:
+            raise InputError(f"max_range[{name!r}]", f"a span set that {mask!r} reads: {sorted(named)}", "another name")
     return {
         name: _parse_set(
             "ranges" if plain else f"ranges[{name!r}]", given, lengths, _longest(name, max_range), mask.whole(name)
@@ -138,9 +144,7 @@ def _as_batch(spans: object) -> Ranges:
 
 def _longest(name: str, max_range: MaxRange) -> int | None:
     value = max_range.get(name) if isinstance(max_range, Mapping) else max_range
-    if value is not None and (not isinstance(value, int) or value < 1):
-        raise InputError("max_range", "a positive number of tokens", value)
-    return value
+    return None if value is None else whole_number("max_range", value, "a positive number of tokens", least=1)
 
 
 def _parse_set(argument: str, ranges: Ranges, lengths: Lengths, max_range: int | None, whole: Whole) -> Spans:
@@ -153,10 +157,10 @@ def _parse_set(argument: str, ranges: Ranges, lengths: Lengths, max_range: int |
             longest = lengths.max_seqlen_k if max_range is None else min(max_range, lengths.max_seqlen_k)
             return Spans(ranges.clone(), None, longest, whole)  # the plan's own, as its lengths are
         checked = _check_host(argument, _used_rows(ranges), lengths, max_range, whole)
-        values = to_device(ranges, lengths.device)
+        values = _LATER if lengths.deferred else to_device(ranges, lengths.device)
     else:
         checked = _check_host(argument, _as_pairs(argument, ranges, lengths.batch), lengths, max_range, whole)
-        values = to_device(_padded(checked), lengths.device)
+        values = _LATER if lengths.deferred else to_device(_padded(checked), lengths.device)
     longest = max((end - start for spans in checked for start, end in spans), default=0)
     return Spans(values, checked, longest, whole)
 
@@ -188,7 +192,10 @@ def _as_pairs(argument: str, ranges: Sequence[Sequence[tuple[int, int]]], batch:
     if not isinstance(ranges, Sequence) or isinstance(ranges, str):
         raise InputError(argument, "an int32 tensor, or a list of spans per sequence", type(ranges).__name__)
     if len(ranges) != batch:
-        raise InputError(argument, f"one list per sequence, {batch}", f"{len(ranges)} lists")
+        first = ranges[0] if len(ranges) else ()
+        pairs = isinstance(first, Sequence) and len(first) == 2 and isinstance(first[0], int)
+        hint = ": pairs; one list of pairs per sequence is wanted, [[(2, 6)]] and not [(2, 6)]" if pairs else ""
+        raise InputError(argument, f"one list per sequence, {batch}", f"{len(ranges)}{hint}")
     return tuple(_pairs(f"{argument}[{sequence}]", spans) for sequence, spans in enumerate(ranges))
 
 
@@ -204,6 +211,8 @@ def check_pairs(argument: str, spans: object) -> SequenceSpans:
 def _pairs(argument: str, spans: object) -> SequenceSpans:
     if not isinstance(spans, Iterable):
         raise InputError(argument, "a list of pairs (start, end)", spans)
+    if isinstance(spans, torch.Tensor):  # unused rows are (0, 0)
+        spans = [pair for pair in spans.tolist() if pair != [0, 0]]
     pairs = []
     for index, pair in enumerate(spans):
         try:
@@ -219,7 +228,7 @@ def _hinted(pair: object) -> object:
     if isinstance(pair, int):
         return f"{pair}: one list of pairs per sequence is wanted, [[(2, 6)]] and not [(2, 6)]"
     if isinstance(pair, Sequence) and pair and isinstance(pair[0], Sequence):
-        return f"{pair}: one list too many, the spans of one sequence are [(2, 6)]"
+        return f"{pair}: one list too many, the spans of one sequence are a list such as [(4, 260)]"
     return pair
 
 
@@ -234,6 +243,8 @@ def _check_host(
                 raise InputError(name, "a start of at least 0", (start, end))
             if start >= end:
                 raise InputError(name, "start below end", (start, end))
+            if end > LARGEST:
+                raise InputError(name, f"positions of at most {LARGEST}, int32", (start, end))
             if max_range is not None and end - start > max_range:
                 raise InputError(name, f"at most max_range = {max_range} tokens", (start, end))
         ordered = tuple(sorted(spans))
@@ -295,8 +306,18 @@ def _used_rows(ranges: torch.Tensor) -> HostSpans:
     return tuple(tuple((start, end) for start, end in rows if (start, end) != (0, 0)) for rows in ranges.tolist())
 
 
+def flat_values(host: HostSpans) -> tuple[list[int], int]:
+    """(the edges of all spans, sequence by sequence, unused rows `(0, 0)`; spans of a sequence, at most)."""
+    width = max((len(spans) for spans in host), default=0)
+    flat: list[int] = []
+    for spans in host:
+        for span in spans:
+            flat += span
+        flat += (0, 0) * (width - len(spans))
+    return flat, width
+
+
 def _padded(host: HostSpans) -> torch.Tensor:
     """`(batch, max_spans, 2)` int32 on the host, unused rows `(0, 0)`."""
-    width = max((len(spans) for spans in host), default=0)
-    rows = [[*spans, *[(0, 0)] * (width - len(spans))] for spans in host]
-    return torch.tensor(rows, dtype=torch.int32, device="cpu").reshape(len(host), width, 2)
+    flat, width = flat_values(host)
+    return torch.tensor(flat, dtype=torch.int32, device="cpu").reshape(len(host), width, 2)

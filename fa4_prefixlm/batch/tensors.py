@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,6 +48,10 @@ class CallSpec:
     def cache(self) -> Cache:
         """What `k` and `v` are, as `describe` takes it."""
         return None if self.page_size is None else "static" if self.static_cache else "pages"
+
+    def swapped_hint(self) -> str:
+        """See `_swapped`; for an error that is raised anyway."""
+        return _swapped((*self.shape_q, self.heads_q, 1), (*self.shape_k, self.heads_kv, 1))
 
     @property
     def out_shape(self) -> tuple[int, ...]:
@@ -100,13 +105,10 @@ def describe(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, cache: Cache 
     if q.shape[-1] != k.shape[-1]:
         raise InputError("k", f"q's head_dim {q.shape[-1]}", k.shape[-1])
     if q.shape[-2] % k.shape[-2]:
-        got = f"{q.shape[-2]} heads{_swapped(q, k)}"
+        got = f"{q.shape[-2]} heads{_swapped(q.shape, k.shape)}"
         raise InputError("q", f"a multiple of the {k.shape[-2]} key heads", got)
     if q.ndim == 4 and q.shape[0] != k.shape[0]:
         raise InputError("k", f"q's batch size {q.shape[0]}", k.shape[0])
-    if q.ndim == 4 and cache is None and q.shape[1] != k.shape[1] and _swapped(q, k):
-        expected = "seqlen in the second dimension of (batch, seqlen, heads, head_dim)"
-        raise InputError("q", expected, f"shape {tuple(q.shape)} with k {tuple(k.shape)}{_swapped(q, k)}")
     if cache is not None and k.shape[1] == 0:
         raise InputError("k", "pages of at least one token", f"shape {tuple(k.shape)}")
     return CallSpec(
@@ -141,11 +143,9 @@ def _check_layout(name: str, tensor: object, q: torch.Tensor, cache: Cache) -> N
         raise InputError(name, f"{q.ndim} dimensions, as q", got)
 
 
-def _swapped(q: torch.Tensor, k: torch.Tensor) -> str:
-    """A hint if the tensors look like `(batch, heads, seqlen, head_dim)`."""
-    looks = (
-        q.ndim == k.ndim == 4 and q.shape[2] > q.shape[1] and k.shape[2] > k.shape[1] and q.shape[1] % k.shape[1] == 0
-    )
+def _swapped(shape_q: Sequence[int], shape_k: Sequence[int]) -> str:
+    """A hint if the tensors look like `(batch, heads, seqlen, head_dim)`: more heads than tokens on both sides."""
+    looks = len(shape_q) == len(shape_k) == 4 and shape_q[2] > shape_q[1] and shape_k[2] > shape_k[1]
     return "; (batch, heads, seqlen, head_dim) goes in as tensor.transpose(1, 2)" if looks else ""
 
 

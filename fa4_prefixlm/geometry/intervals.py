@@ -225,7 +225,8 @@ class TokenRows:
         end = end.gather(1, order)
         if start.shape[1] == 0:
             start, end = (torch.nn.functional.pad(edge, (0, 1)) for edge in (start, end))
-        return emptied(start.index_select(0, self.sequence), end.index_select(0, self.sequence))
+        start, end = start.index_select(0, self.sequence), end.index_select(0, self.sequence)
+        return emptied(start, torch.minimum(end, self.seqlen_k.unsqueeze(1)))  # those to come are not here yet
 
 
 def latest_span(spans: Spans, sequence: torch.Tensor, position: torch.Tensor) -> Intervals:

@@ -43,6 +43,7 @@ class Traits:
         causal_part: a causal mask contained in this one, of which every row sees one interval; None: there is none.
         causal_only: the causal mask that this one is for all rows of the batch; None: it is another, or the host
             can't know.
+        from_key_0: no row's first interval begins past key 0, as far as is known without a closed form.
     """
 
     intervals: int
@@ -53,6 +54,7 @@ class Traits:
     closed_form: ClosedForm | None = None
     causal_part: CausalWindow | None = None
     causal_only: CausalWindow | None = None
+    from_key_0: bool = False
 
 
 def traits(mask: Mask, spans: SpanSets, lengths: Lengths) -> Traits:

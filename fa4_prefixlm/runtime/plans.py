@@ -185,16 +185,19 @@ def plan(
             `[[(4, 260)], [(0, 256), (300, 556)]]`, or an int32 tensor `(batch, max_ranges, 2)` on the host or the
             device with unused rows `(0, 0)`. None: no spans. They must not overlap; adjacent spans stay two spans.
             A mask that reads several span sets takes a dictionary, `{"image": [[(8, 24)]], "prompt": [[(0, 8)]]}`.
+            Spans may lie past the keys that are present, to be prefilled later; what a chunk must hold of them is the
+            mask's to say (`Mask.whole`, `safe_chunk_end`), and a chunk that does not is an error.
         like: the `(q, k, v)` that the plan is for; only shapes, dtypes and devices matter. Packed
             `(total, heads, head_dim)` with both `cu_seqlens`, or `(batch, seqlen, heads, head_dim)` without. With a
-            `page_table`: `q` packed, `k` and `v` the cache, `(pages, page_size, kv_heads, head_dim)`.
+            `page_table`: `q` packed, `k` and `v` the cache, `(pages, page_size, kv_heads, head_dim)`. With `seqused_k`
+            alone: a static cache, `(batch, max_seqlen, kv_heads, head_dim)`, and `q` packed or batched.
         cu_seqlens_q, cu_seqlens_k: `(batch + 1,)` int32 cumulative lengths, on the host (checked) or the device.
-            Queries are the last `seqlen_q` of the `seqlen_k` positions of their sequence.
-        seqused_k: `(batch,)` int32, the keys that each sequence has in its pages, those of this call included.
+            Queries are the last `seqlen_q` of the `seqlen_k` positions of their sequence; they may be more than the
+            keys for masks that do not use their position (`key_in`).
+        seqused_k: `(batch,)` int32, the keys that each sequence has in the cache, those of this call included.
         page_table: `(batch, max_pages)` int32, on the host (checked) or the device: the pages of each sequence in
             order; entries past its last key are not read. Rows of the last page past the last key must be finite. Goes
-            with `seqused_k`, instead of `cu_seqlens_k`. Spans may lie past the keys that are present, to be prefilled
-            later; one that begins before their end and ends after it is an error (see `safe_chunk_end`).
+            with `seqused_k`, instead of `cu_seqlens_k`.
         max_seqlen_q, max_seqlen_k: upper bounds of the lengths; they spare memory when `cu_seqlens` is on the device.
         max_range: upper bound of a span's length in tokens, or one per name; it spares memory when `ranges` is on the
             device.

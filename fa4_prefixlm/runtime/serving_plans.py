@@ -15,7 +15,7 @@ from fa4_prefixlm.backends.select import BACKENDS, Choice, choose
 from fa4_prefixlm.backends.two_pass import TwoPasses
 from fa4_prefixlm.batch import lengths, ranges
 from fa4_prefixlm.batch.arguments import BatchArguments
-from fa4_prefixlm.batch.integers import as_int32
+from fa4_prefixlm.batch.integers import as_int32, whole_number
 from fa4_prefixlm.batch.keys import Keys, check_table
 from fa4_prefixlm.batch.lengths import CuSeqlens, Lengths
 from fa4_prefixlm.batch.options import Options
@@ -118,6 +118,7 @@ class ServingPlan(CallablePlan):
         self._state = _state(mask, spec, limits, build)
         self.in_place = isinstance(self._state, _InPlace)
         self._rows = self._pages = 0
+        self._updated = False
 
     @property
     def spec(self) -> CallSpec:
@@ -152,11 +153,13 @@ class ServingPlan(CallablePlan):
         given = _checked(ranges, cu_seqlens_q, seqused_k, page_table, total_q, self)
         self._state.take(given)
         self._rows = self.limits.tokens if given.rows is None else given.rows
-        self._pages = given.pages
+        self._pages, self._updated = given.pages, True
 
     @property
     def prepared(self) -> Prepared:
-        return self._state.prepared()
+        prepared = self._state.prepared()
+        # A graph that is captured before the first update runs the batches of later ones.
+        return prepared if self._updated or is_capturing() else _BeforeTheFirst(prepared)
 
     def gradients(self, deterministic: bool) -> Gradients:
         """There are none: a serving plan has keys in pages."""
@@ -168,7 +171,7 @@ class ServingPlan(CallablePlan):
         if spec.shape_k[0] < self._pages:
             expected = f"a cache of at least {self._pages} pages, which the page_table of the last update names"
             raise InputError("k", expected, f"{spec.shape_k[0]} pages")
-        rows, exactly = spec.shape_q[0], not self.in_place and self._state.has_batch
+        rows, exactly = spec.shape_q[0], not self.in_place and self._updated
         if not self._rows <= rows <= (self._rows if exactly else self.limits.tokens):
             expected = f"{self._rows} rows" if exactly else f"{self._rows} to {self.limits.tokens} rows"
             raise InputError("q", f"{expected}, as the plan's batch has", rows)
@@ -196,8 +199,8 @@ def serving_plan(
 ) -> ServingPlan:
     """Allocate a plan for an engine.
 
-    Call `attention` with it once before the first `update`, to compile its kernel: there is no batch yet, and nothing
-    is written. (A plan that is not `in_place` compiles at its first batch instead.)
+    Call `attention` with it once before the first `update`, to compile its kernel: there is no batch yet, so all rows
+    give 0 and an LSE of -inf. (A plan that is not `in_place` compiles at its first batch instead.)
 
     Args:
         like: the `(q, k_cache, v_cache)` that the plan is for: packed queries of any length, and caches
@@ -208,8 +211,7 @@ def serving_plan(
     """
     spec = describe(*three(like), cache="pages")
     for name, value in (("max_tokens", max_tokens), ("max_sequences", max_sequences), ("max_pages", max_pages)):
-        if not isinstance(value, int) or value < 1:
-            raise InputError(name, "a positive integer", value)
+        whole_number(name, value, "a positive integer", least=1)
     check_mask(mask)
     assert spec.page_size is not None
     return ServingPlan(mask, spec, Limits(max_tokens, max_sequences, max_pages, spec.page_size), find_build(build))
@@ -217,7 +219,6 @@ def serving_plan(
 
 class _State(abc.ABC):
     choice: Choice
-    has_batch = True
 
     @abc.abstractmethod
     def take(self, batch: Update) -> None: ...
@@ -314,13 +315,17 @@ class _InPlace(_State):
         return self._causal if alone else self._for_any_batch
 
 
-class _NoBatch(Prepared):
-    """What runs before the first batch: nothing is written."""
+class _BeforeTheFirst(Prepared):
+    """Without a batch every row sees nothing. Runs what will run it, to have its kernel compiled."""
+
+    def __init__(self, inner: Prepared | None) -> None:
+        self._inner = inner
 
     def run(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, out: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return outputs(q, v, out)
+        out, lse = outputs(q, v, out) if self._inner is None else self._inner.run(q, k, v, options, out)
+        return out.zero_(), lse.fill_(-torch.inf)
 
     def describe(self) -> list[tuple[str, str]]:
         return []
@@ -354,16 +359,12 @@ class _Rebuilt(_State):
         )
         self.choice = self._plan.choice
 
-    @property
-    def has_batch(self) -> bool:  # type: ignore[override]
-        return self._plan is not None
-
     def describe(self) -> list[tuple[str, str]]:
         return [] if self._plan is None else self._plan.prepared.describe()
 
     def prepared(self) -> Prepared:
         if self._plan is None:
-            return _NoBatch()
+            return _BeforeTheFirst(None)
         if is_capturing():
             expected = "no CUDA graph capture: this backend does not read buffers that update() writes in place"
             raise UnsupportedError("plan", expected, f"backend {self.choice.name}")

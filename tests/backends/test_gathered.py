@@ -74,7 +74,7 @@ def test_a_window_copies_little() -> None:
     q, _, _, pages = paged(batch)
     plan = fp.plan(batch.spans, like=(q, pages.k, pages.v), mask=fp.PrefixLM(100), **where(batch, pages))
     assert plan.choice.gathered
-    assert "1000 keys out of their pages" in str(plan)  # the reference looks at positions: it takes them all
+    assert "1000 keys out of the cache" in str(plan)  # the reference looks at positions: it takes them all
     stages = prepare(batch, fp.PrefixLM(100))
     spec = describe(q, pages.k, pages.v, cache="pages")
     work = masked_batch(spec, plan.mask, stages, pages)

@@ -26,7 +26,7 @@ def test_the_error_is_a_value_error_with_its_parts() -> None:
         ([[], [(-1, 2)]], "ranges[1][0]: expected a start of at least 0, got (-1, 2)"),
         ([[], [(0, 3), (2, 5)]], "ranges[1]: expected spans that do not overlap, got (0, 3) and (2, 5)"),
         ([[], [(2, 5), (0, 3)]], "ranges[1]: expected spans that do not overlap, got (0, 3) and (2, 5)"),
-        ([[]], "ranges: expected one list per sequence, 2, got 1 lists"),
+        ([[]], "ranges: expected one list per sequence, 2, got 1"),
         (5, "ranges: expected an int32 tensor, or a list of spans per sequence, got int"),
         ([[], 4], "ranges[1]: expected a list of pairs (start, end), got 4"),
         ([[], [4]], "ranges[1][0]: expected a pair of integers (start, end), got 4"),

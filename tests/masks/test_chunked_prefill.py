@@ -10,6 +10,7 @@ import torch
 
 import fa4_prefixlm as fp
 from fa4_prefixlm.masks import (
+    Ahead,
     causal,
     from_flex,
     in_documents,
@@ -169,7 +170,17 @@ def test_a_mask_of_ones_own_is_taken_to_look_ahead() -> None:
             return super().visible(pairs)
 
     assert Mine().whole("image") == "span"
-    assert fp.safe_chunk_end(10, [(0, 24)], Mine()) == 0
+    with pytest.raises(fp.InputError, match="mask: expected a mask of which no row sees to the end of the keys"):
+        fp.safe_chunk_end(10, [(0, 24)], Mine())
+
+    class Said(Mine):
+        def ahead(self) -> Ahead:
+            return Ahead(spans=self.names)
+
+        def visible(self, pairs):  # type: ignore[no-untyped-def]
+            return super().visible(pairs)
+
+    assert fp.safe_chunk_end(10, [(0, 24)], Said()) == 0
 
 
 @pytest.mark.parametrize(
@@ -178,8 +189,8 @@ def test_a_mask_of_ones_own_is_taken_to_look_ahead() -> None:
         ((4, [[(2, 6)]]), r"ranges\[0\]: expected a pair of integers.*one list too many"),
         ((4, [2, 6]), r"ranges\[0\]: expected a pair of integers"),
         ((4, [(6, 2)]), "pairs with 0 <= start < end"),
-        ((-1, []), "position: expected at least 0"),
-        (("a", []), "position: expected an integer"),
+        ((-1, []), "position: expected a number of tokens, at least 0, got -1"),
+        (("a", []), "position: expected a number of tokens, at least 0, got 'a'"),
         ((4, [(2, 6)], "gemma3"), "mask: expected a fa4_prefixlm mask"),
         ((4, [(2, 6)], in_documents(causal | same_span("image"))), "a dictionary with spans for"),
     ],
@@ -189,5 +200,28 @@ def test_bad_input(arguments: tuple, text: str) -> None:
         fp.safe_chunk_end(*arguments)
 
 
-def test_a_function_of_positions_may_end_anywhere() -> None:
-    assert fp.safe_chunk_end(5, None, from_flex(lambda b, h, q, kv: kv <= q)) == 5
+@pytest.mark.parametrize(
+    "mask",
+    [from_flex(lambda b, h, q, kv: kv <= q), window(4), causal | query_in("g"), same_span("g") | window(3)],
+    ids=["flex", "window", "global tokens", "spans"],
+)
+def test_masks_that_may_see_to_the_end_have_no_safe_chunk(mask: fp.Mask) -> None:
+    """Global tokens, say: a row in a span of `query_in` misses every key of the chunks to come."""
+    with pytest.raises(fp.InputError, match="no row sees to the end of the keys"):
+        fp.safe_chunk_end(8, [(0, 4)] if mask.names else None, mask)
+
+
+def test_spans_to_come_are_not_seen_by_any_expression() -> None:
+    """Masks whose bound ahead is the end of the keys take spans to come, and do not see them."""
+    q = torch.randn(1, 5, 2, 8)
+    for mask in (query_in("a") & (query_in("b") | key_in("b")), window(3) & (key_in("b") | query_in("a"))):
+        ranges = {"a": [[(0, 3)]], "b": [[(5, 9)]]}
+        now = {"a": [[(0, 3)]], "b": [[]]}
+        assert torch.equal(fp.attention(q, q, q, ranges, mask=mask), fp.attention(q, q, q, now, mask=mask))
+
+
+def test_a_set_that_the_mask_reads_is_asked_for() -> None:
+    with pytest.raises(fp.InputError, match="ranges: expected spans for 'image'"):
+        fp.safe_chunk_end(3, {"imag": [(1, 5)]})
+    assert fp.safe_chunk_end(3, {"image": [(1, 5)], "document": [(0, 9)]}) == 1
+    assert fp.safe_chunk_end(3, torch.tensor([[1, 5], [0, 0]])) == 1  # unused rows of a tensor

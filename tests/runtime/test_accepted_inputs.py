@@ -178,3 +178,23 @@ def test_spans_to_come_are_passed_over_everywhere() -> None:
         fp.attention(q[None], q[None], q[None], [[(2, 5), (12, 14)]], mask=fp.PrefixLM(4))[0],
         fp.attention(q, q, q, [[(2, 5)]], mask=(causal | same_span()) & window(4), **where),
     )
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    q = normal(2, 12, 2, 8)
+    options = {"softmax_scale": np.float32(0.25), "softcap": np.float64(9.0), "max_seqlen_q": np.int64(12)}
+    out = fp.attention(q, q, q, [[(1, 3)], []], mask=fp.PrefixLM(np.int64(4)), max_range=np.int32(3), **options)
+    wanted = fp.attention(q, q, q, [[(1, 3)], []], mask=fp.PrefixLM(4), softmax_scale=0.25, softcap=9.0)
+    assert torch.equal(out, wanted)
+    for window_of in (np.int64(4), torch.tensor(4)):
+        mask = fp.PrefixLM(window_of)  # type: ignore[arg-type]
+        assert mask == fp.PrefixLM(4)
+        assert hash(mask) == hash(fp.PrefixLM(4))
+        assert repr(mask) == repr(fp.PrefixLM(4))
+    assert torch.equal(causal.dense(seqlen=np.int64(5)), causal.dense(seqlen=5))
+
+
+def test_few_tokens_of_many_heads_are_not_taken_for_a_swapped_layout() -> None:
+    q, k = normal(2, 6, 8, 16), normal(2, 3, 4, 16, seed=1)
+    fp.attention(q, k, k, [[(0, 2)], []], mask=key_in("image"))
+    assert fp.attention(normal(2, 0, 8, 32), normal(2, 5, 8, 32), normal(2, 5, 8, 32), [[], []]).shape == (2, 0, 8, 32)

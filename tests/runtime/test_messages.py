@@ -25,8 +25,22 @@ def attend(q: torch.Tensor = Q, k: torch.Tensor | None = None, ranges: object = 
 @pytest.mark.parametrize(
     ("call", "text"),
     [
+        (
+            lambda: attend(ranges=[[(2**33, 2**33 + 5)], []]),
+            r"ranges\[0\]\[0\]: expected positions of at most 2147483647",
+        ),
+        (lambda: attend(max_range={"imag": 3}), r"max_range\['imag'\]: expected a span set that"),
+        (lambda: attend(softcap=True), "softcap: expected a non-negative finite number.*True"),
+        (
+            lambda: attend(softmax_scale=torch.tensor(0.1)),
+            r"softmax_scale: expected a positive finite number, got tensor\(0.1",
+        ),
+        (lambda: causal.show(seqlen=4).save("mask.what"), "path: expected the name of an image file, such as mask.png"),
         (lambda: attend(ranges=[(2, 6), (3, 9)]), r"ranges\[0\]\[0\]: .* \[\[\(2, 6\)\]\] and not \[\(2, 6\)\]"),
-        (lambda: attend(Q[:1], ranges=[(2, 6), (3, 9)]), r"ranges: expected one list per sequence, 1, got 2"),
+        (
+            lambda: attend(Q[:1], ranges=[(2, 6), (3, 9)]),
+            r"ranges: expected one list per sequence, 1, got 2: .*\[\[\(2, 6\)\]\] and not",
+        ),
         (lambda: attend(ranges=[[[(2, 6)]], []]), r"ranges\[0\]\[0\]: .* one list too many"),
         (lambda: attend(max_seqlen_q=3), "max_seqlen_q: expected at least the longest sequence, 30, got 3"),
         (lambda: attend(max_seqlen_k=True), "max_seqlen_k: expected a non-negative integer, got True"),
@@ -118,8 +132,10 @@ class TestServing:
     def test_a_call_before_the_first_update(self, mask: fp.Mask) -> None:
         plan = self.plan(mask)
         out = torch.full((7, 4, 8), 3.0)
-        assert plan(self.q[:7], self.cache, self.cache, out=out) is not None
-        assert (out == 3.0).all(), "there is no batch yet"
+        result, lse = plan(self.q[:7], self.cache, self.cache, out=out, return_lse=True)
+        assert result is out
+        assert (out == 0).all(), "there is no batch yet"
+        assert (lse == -torch.inf).all()
 
 
 def test_vllm_refuses_what_has_no_kernel() -> None:

@@ -1,0 +1,261 @@
+"""The mask function that is registered with transformers: row bounds instead of a dense mask.
+
+What it returns goes from layer to layer as it is, so every layer of a kind gets the same object. `known` finds by it
+what was read back of it, once a forward for all masks that were made until then.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import masking_utils
+
+from fa4_prefixlm.errors import InputError
+from fa4_prefixlm.geometry.traits import MOST_INTERVALS
+from fa4_prefixlm.integrations.transformers.mask_functions import (
+    AllOf,
+    Expression,
+    Unpadded,
+    is_bidirectional,
+    is_known,
+    read,
+)
+from fa4_prefixlm.integrations.transformers.row_bounds import Grid, NotIntervals, bounds_of, first_runs
+from fa4_prefixlm.runtime.plans import Plan
+
+# A forward of this few queries (decoding, the candidates of assisted decoding) runs SDPA under SDPA's own mask: no
+# kernel of FA4's is made for it, and its dense mask is small.
+FEW_QUERIES = 16
+# A mask function that is not transformers' own is evaluated for this many (query, key) pairs at a time.
+EVALUATED_PAIRS = 2**24
+
+Sizes = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the host has read of a mask.
+
+    Attributes:
+        intervals: of a row, at most.
+        overflow: a row sees more intervals than the bounds hold, which are then not its mask.
+        from_key_0: no row's first interval begins past key 0.
+        longest: keys between a row's first and last, at most.
+        end: no row sees a key from here on. A static cache has more slots than that.
+        causal: rows see just what comes before them, or the last `longest` of it, where the last row stands at the last
+            key before `end`.
+    """
+
+    intervals: int
+    overflow: bool
+    from_key_0: bool
+    longest: int
+    end: int
+    causal: bool
+
+
+@dataclass(eq=False)
+class Record:
+    """What belongs to the bounds of one forward and one kind of layer.
+
+    Attributes:
+        kv_length: keys that the mask is for.
+        read: what `Seen` is made of, int64 `(6,)` on the device.
+        dense: makes SDPA's own mask, bool `(batch, 1, q, kv)`.
+        seen: once it was read.
+        plans: by the tensors they are for, made by the first layer of a kind and used by all.
+    """
+
+    kv_length: int
+    read: torch.Tensor
+    dense: Callable[[], torch.Tensor]
+    seen: Seen | None = None
+    dense_mask: torch.Tensor | None = None
+    plans: dict[object, Plan | str] = field(default_factory=dict)
+
+    def as_dense(self) -> torch.Tensor:
+        """SDPA's own mask, made once."""
+        if self.dense_mask is None:
+            self.dense_mask = self.dense()
+        return self.dense_mask
+
+
+_records: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_lock = threading.Lock()  # models may run in several threads
+_warned: set[str] = set()
+
+
+def warn_once(message: str) -> None:
+    """Say it the first time in this process."""
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, stacklevel=3)
+
+
+def mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = masking_utils.causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    allow_is_bidirectional_skip: bool = False,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """The mask of a forward for one kind of layer. Registered as `fa4_prefixlm` with `AttentionMaskInterface`.
+
+    Returns:
+        row bounds, int32 `(batch, 1, q, 2 * n)`; SDPA's dense mask, bool `(batch, 1, q, kv)`, for a few queries and for
+        what bounds can't say; or None where every query sees every key.
+    """
+    sizes: Sizes = {
+        "batch_size": batch_size,
+        "q_length": q_length,
+        "kv_length": kv_length,
+        "q_offset": q_offset,
+        "kv_offset": kv_offset,
+        "mask_function": mask_function,
+        "attention_mask": attention_mask,
+        "use_vmap": use_vmap,
+        "device": device,
+        "allow_is_causal_skip": False,
+    }
+    if allow_is_bidirectional_skip and attention_mask is None:
+        return None
+    if torch.compiler.is_compiling():
+        return _dense(sizes) if q_length <= FEW_QUERIES else _evaluated(sizes)[0]
+    expression = read(mask_function)
+    if not is_known(expression) and is_bidirectional(expression):
+        # Models that work on such a mask themselves (Gemma 4's audio tower) take it as eager attention has it.
+        return masking_utils.eager_mask(**sizes, **kwargs)
+    if q_length <= FEW_QUERIES:
+        return _dense(sizes)
+    bounds, overflow = _bounds(expression, sizes)
+    with _lock:
+        _records[bounds] = Record(kv_length, _to_read(bounds.squeeze(1), overflow), lambda: _dense(sizes))
+    return bounds
+
+
+def known(bounds: torch.Tensor, kv_length: int) -> Record:
+    """What belongs to `bounds`, with what was read of it. Synchronises for the first of those that are not yet read.
+
+    Args:
+        bounds: as `mask` returned them, or some of their rows.
+        kv_length: keys of the layer that asks.
+    """
+    with _lock:
+        record = _records.get(bounds) or _of_same_memory(bounds)
+        if record is None:  # some rows of a mask: their bounds are all there is
+            record = _records[bounds] = record_of(bounds, kv_length)
+    if record.kv_length != kv_length:
+        expected = f"{record.kv_length} keys, as the mask was made for"
+        raise InputError("key", f"{expected} (a cache that returns other keys can't be run exactly)", kv_length)
+    if record.seen is None:
+        device = record.read.device
+        with _lock:
+            waiting = {id(own): own for own in _records.values() if own.seen is None and own.read.device == device}
+        read_back(list(waiting.values()))
+    return record
+
+
+def record_of(bounds: torch.Tensor, kv_length: int) -> Record:
+    """What belongs to bounds of which nothing else is known; not read yet."""
+    same = bounds.detach()  # another object: the record must not keep what it is found by
+    none = torch.zeros((), dtype=torch.bool, device=bounds.device)
+    return Record(kv_length, _to_read(bounds.squeeze(1), none), lambda: visible(same, kv_length))
+
+
+def _of_same_memory(bounds: torch.Tensor) -> Record | None:
+    """The record of a mask that `bounds` is another view of, with all of its rows; it goes for both."""
+    for own, record in _records.items():
+        if own.data_ptr() == bounds.data_ptr() and own.shape == bounds.shape and own.stride() == bounds.stride():
+            _records[bounds] = record
+            return record
+    return None
+
+
+def read_back(waiting: list[Record]) -> None:
+    """Read what the records wait for, all at once: the one synchronisation of a forward."""
+    for own, values in zip(waiting, torch.stack([own.read for own in waiting]).tolist(), strict=True):
+        intervals, overflow, from_key_0, longest, end, causal = values
+        own.seen = Seen(intervals, bool(overflow), bool(from_key_0), longest, end, bool(causal))
+
+
+def visible(bounds: torch.Tensor, kv_length: int) -> torch.Tensor:
+    """Bounds `(batch, 1, q, 2 * n)` as a dense mask, bool `(batch, 1, q, kv)`."""
+    key = torch.arange(kv_length, device=bounds.device, dtype=torch.int32)
+    n = bounds.shape[3] // 2
+    seen = torch.zeros((), dtype=torch.bool, device=bounds.device)
+    for k in range(n):
+        seen = seen | ((key >= bounds[..., k : k + 1]) & (key < bounds[..., n + k : n + k + 1]))
+    return seen
+
+
+def _dense(sizes: Sizes) -> torch.Tensor:
+    """SDPA's own mask."""
+    made = masking_utils.sdpa_mask(**sizes)
+    assert made is not None, "SDPA's mask is skipped only where that is allowed"
+    return made
+
+
+def _bounds(expression: Expression, sizes: Sizes) -> tuple[torch.Tensor, torch.Tensor]:
+    """(bounds `(batch, 1, q, 2 * n)`, overflow), in the cheaper of the two ways."""
+    padding = masking_utils.prepare_padding_mask(sizes["attention_mask"], sizes["kv_length"], sizes["kv_offset"])
+    if padding is not None:
+        expression = AllOf((expression, Unpadded(padding)))
+    try:
+        position = torch.arange(sizes["q_length"], device=sizes["device"]) + sizes["q_offset"]
+        grid = Grid(position.expand(sizes["batch_size"], -1), sizes["kv_offset"], sizes["kv_length"])
+        bounds, overflow = bounds_of(expression, grid)
+        return bounds.unsqueeze(1), overflow
+    except NotIntervals:
+        return _evaluated(sizes)
+
+
+def _evaluated(sizes: Sizes) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same from the dense mask, some rows at a time."""
+    q_length, kv_length, begin = sizes["q_length"], sizes["kv_length"], 0
+    step = max(1, EVALUATED_PAIRS // max(1, sizes["batch_size"] * kv_length))
+    if torch.compiler.is_compiling():
+        step = q_length  # a compiler fuses it, and would unroll the loop
+    los, his, overflows = [], [], []
+    while begin < q_length:
+        rows = min(step, q_length - begin)
+        seen = _dense({**sizes, "q_length": rows, "q_offset": sizes["q_offset"] + begin})
+        (lo, hi), overflow = first_runs(seen.reshape(-1, kv_length), MOST_INTERVALS)
+        los.append(lo.view(-1, rows, MOST_INTERVALS))
+        his.append(hi.view(-1, rows, MOST_INTERVALS))
+        overflows.append(overflow.any())
+        begin += rows
+    bounds = torch.cat([torch.cat(los, dim=1), torch.cat(his, dim=1)], dim=2)
+    overflow = torch.stack(overflows).any()
+    if torch.compiler.is_compiling():
+        torch._assert_async(
+            overflow.logical_not(),
+            "fa4_prefixlm: a row sees more runs of keys than bounds hold; run this batch without torch.compile",
+        )
+    return bounds.unsqueeze(1), overflow
+
+
+def _to_read(bounds: torch.Tensor, overflow: torch.Tensor) -> torch.Tensor:
+    """What `Seen` is made of: int64 `(6,)`. bounds: `(batch, q, 2 * n)`."""
+    lo, hi = bounds.chunk(2, dim=2)
+    used = lo < hi
+    first, last = lo.amin(2), hi.amax(2)
+    empty = used.any(2).logical_not()
+    longest = (last - first).masked_fill(empty, 0).amax()
+    end = last.amax()
+    own_end = torch.arange(1, bounds.shape[1] + 1, device=bounds.device) + (end - bounds.shape[1])
+    causal = (last == own_end) & (first == (own_end - longest).clamp(min=0)) & (used.sum(2) == 1)
+    from_key_0 = (first.masked_fill(empty, 0) == 0).all()
+    seen = (used.sum(2).amax(), overflow, from_key_0, longest, end, causal.all())
+    return torch.stack([value.to(torch.int64) for value in seen])

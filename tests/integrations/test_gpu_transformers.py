@@ -1,0 +1,118 @@
+"""On a Hopper GPU: as far from float32 as SDPA in bfloat16 is, on this library's kernels, one wait a forward."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", minversion="5.23")
+
+import fa4_prefixlm.integrations.transformers  # noqa: F401
+from fa4_prefixlm.integrations.transformers import layer_attention
+from tests.integrations.tiny_models import NAME, NAMES, WITH_WINDOW, inputs, model, types_of
+
+pytestmark = pytest.mark.gpu
+LENGTH, WINDOW = 1536, 256
+IMAGES = [[(40, 296), (400, 1000)], [(700, 956)]]
+WIDTHS = {"head_dim": 128, "hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def made_for(name: str, attention: str, dtype: torch.dtype) -> Any:
+    """Weights that are the same bfloat16 numbers in any dtype; small ones, which do not blow rounding up."""
+    widths: dict[str, Any] = dict(WIDTHS)
+    if name.startswith("gemma4"):
+        widths["global_head_dim"] = 256
+    if name == "molmo2":
+        widths.pop("hidden_size")  # that of its adapter
+    if name.startswith("paligemma"):
+        widths["hidden_size"] = 32
+    made = model(name, attention, window=WINDOW, **widths)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(0.2)
+    return made.to("cuda", torch.bfloat16).to(dtype)
+
+
+def given_for(name: str, pad: bool) -> dict[str, Any]:
+    types = types_of(name, IMAGES, LENGTH)
+    real = torch.ones(2, LENGTH, dtype=torch.long)
+    if pad:
+        real[1, :100] = 0
+        types = types.masked_fill(real == 0, 0) if name.startswith("paligemma") else types
+    given: dict[str, Any] = inputs(name, types) | {"attention_mask": real}
+    encoded = given.pop("mm_encoder_outputs", None)
+    given = {key: own.cuda() for key, own in given.items()}
+    if encoded is not None:
+        encoded["image"].pooler_output = [own.cuda() for own in encoded["image"].pooler_output]
+        given["mm_encoder_outputs"] = encoded
+    return given
+
+
+def run(made: Any, attention: str, given: dict[str, Any], dtype: torch.dtype) -> torch.Tensor:
+    made.set_attn_implementation(attention)
+    given = dict(given)
+    if "mm_encoder_outputs" in given:
+        features = given["mm_encoder_outputs"]["image"]
+        features.pooler_output = [own.to(dtype) for own in features.pooler_output]
+    with torch.no_grad():
+        return made(**given, use_cache=False).logits.float()
+
+
+@pytest.mark.parametrize("pad", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_as_exact_as_sdpa(name: str, pad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans: list[Any] = []
+    make = layer_attention._make_plan
+    monkeypatch.setattr(layer_attention, "_make_plan", lambda *a: plans.append(make(*a)) or plans[-1])
+    given = given_for(name, pad)
+    real = given["attention_mask"] == 1
+    exact = run(made_for(name, "eager", torch.float32), "eager", given, torch.float32)[real]
+    short = made_for(name, "eager", torch.bfloat16)
+    errors = {}
+    baseline = "eager" if name == "paligemma2" else "sdpa"  # SDPA has no softcap
+    for attention in (baseline, NAME):
+        found = run(short, attention, given, torch.bfloat16)[real]
+        assert found.isfinite().all()
+        errors[attention] = float((found - exact).norm() / exact.norm())
+    assert errors[NAME] <= 1.5 * errors[baseline]
+    assert len(plans) == (2 if name in WITH_WINDOW else 1)
+    assert {plan.choice.name for plan in plans} <= {"native", "causal", "varlen", "packed"}
+
+
+def test_one_wait_a_forward() -> None:
+    """With padding to look for: the read of the masks. Without a plan's kernels being compiled."""
+    made, given = made_for("gemma3", NAME, torch.bfloat16), given_for("gemma3", True)
+    run(made, NAME, given, torch.bfloat16)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            run(made, NAME, given, torch.bfloat16)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert sum("synchroniz" in str(own.message) for own in caught) <= 1
+
+
+def test_static_cache_generates_what_sdpa_does() -> None:
+    """Greedy, with the decoding step compiled, in float32 where kernels agree to the token."""
+    made, given = made_for("gemma3", "sdpa", torch.float32), given_for("gemma3", True)
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "cache_implementation": "static"}
+    tokens = []
+    for attention in ("sdpa", NAME):
+        made.set_attn_implementation(attention)
+        tokens.append(made.generate(**given, **options))
+    assert (tokens[0] == tokens[1]).all()
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_compiled_prefill() -> None:
+    made, given = made_for("gemma3", NAME, torch.bfloat16), given_for("gemma3", True)
+    real = given["attention_mask"] == 1
+    eager = run(made, NAME, given, torch.bfloat16)[real]
+    with torch.no_grad():
+        found = torch.compile(made, fullgraph=True)(**given, use_cache=False).logits.float()[real]
+    assert (found - eager).norm() <= 0.02 * eager.norm()

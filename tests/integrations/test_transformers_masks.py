@@ -1,0 +1,235 @@
+"""The row bounds that layers get, against SDPA's own dense mask, for every mask that transformers makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+masking_utils = pytest.importorskip("transformers.masking_utils")
+
+import fa4_prefixlm.integrations.transformers as integration  # noqa: E402
+from fa4_prefixlm.integrations.transformers import masks  # noqa: E402
+from fa4_prefixlm.integrations.transformers.mask_functions import is_known, read  # noqa: E402
+
+ROWS, KEYS, BATCH = 40, 48, 3
+CAUSAL = masking_utils.causal_mask_function
+
+
+def block_ids(batch: int, width: int, seed: int, *, blocks: int = 3, joined: bool = False) -> torch.Tensor:
+    """Random runs of tokens: of an id each, or (joined) all of id 0, as PaliGemma and Molmo 2 have them."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.full((batch, width), -1)
+    for row in ids:
+        edges = torch.randperm(width, generator=generator)[: 2 * blocks].sort().values.view(-1, 2)
+        for number, (start, end) in enumerate(edges.tolist()):
+            row[start:end] = 0 if joined else number
+    return ids
+
+
+def padding(kind: str, batch: int, width: int, seed: int) -> torch.Tensor | None:
+    if kind == "none":
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    real = torch.ones(batch, width, dtype=torch.bool)
+    for index, row in enumerate(real):
+        pad = int(torch.randint(0, width - 5, (), generator=generator)) if index else 0
+        if kind == "left":
+            row[:pad] = False
+        elif kind == "right":
+            row[width - pad :] = False
+        else:
+            row[pad : pad + 3] = False
+            row[pad // 2 : pad // 2 + 2] = False
+    return real
+
+
+def both(function: Callable[..., Any], **more: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(bounds, what they show, SDPA's mask)."""
+    sizes = {"batch_size": BATCH, "q_length": ROWS, "kv_length": KEYS, "q_offset": KEYS - ROWS, "kv_offset": 0}
+    sizes |= {"mask_function": function, "attention_mask": None} | more
+    bounds = integration.mask(**sizes, config=None, dtype=torch.float32, local_size=None)
+    assert bounds is not None
+    assert bounds.dtype == torch.int32
+    assert bounds.shape[:3] == (sizes["batch_size"], 1, sizes["q_length"])
+    expected = masking_utils.sdpa_mask(**sizes, allow_is_causal_skip=False)
+    return bounds, masks.visible(bounds, sizes["kv_length"]), expected
+
+
+def gemma3_local(ids: torch.Tensor, window: int) -> Callable[..., Any]:
+    both_ways = masking_utils.or_masks(CAUSAL, masking_utils.blockwise_overlay(ids))
+    return masking_utils.and_masks(both_ways, masking_utils.sliding_window_overlay(window))
+
+
+def paligemma2_local(ids: torch.Tensor, window: int) -> Callable[..., Any]:
+    sliding = masking_utils.sliding_window_causal_mask_function(window)
+    return masking_utils.or_masks(sliding, masking_utils.blockwise_overlay(ids))
+
+
+def gemma_global(ids: torch.Tensor, window: int) -> Callable[..., Any]:
+    return masking_utils.or_masks(CAUSAL, masking_utils.blockwise_overlay(ids))
+
+
+FUNCTIONS: dict[str, Callable[[torch.Tensor, int], Callable[..., Any]]] = {
+    "causal": lambda ids, window: CAUSAL,
+    "bidirectional": lambda ids, window: masking_utils.bidirectional_mask_function,
+    "sliding": lambda ids, window: masking_utils.sliding_window_causal_mask_function(window),
+    "sliding both ways": lambda ids, window: masking_utils.sliding_window_bidirectional_mask_function(window),
+    "chunked": lambda ids, window: masking_utils.chunked_causal_mask_function(window, torch.tensor([0, 1, 5])),
+    "global": gemma_global,
+    "gemma3 local": gemma3_local,
+    "paligemma2 local": paligemma2_local,
+}
+
+
+@pytest.mark.parametrize("pad", ["none", "left", "right", "holes"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("joined", [False, True], ids=["own", "joined"])
+@pytest.mark.parametrize("seed", range(4))
+def test_as_sdpa(name: str, pad: str, joined: bool, seed: int) -> None:
+    window = (1, 4, 13, 100)[seed]
+    function = FUNCTIONS[name](block_ids(BATCH, KEYS, seed, joined=joined, blocks=2 if pad == "holes" else 3), window)
+    assert is_known(read(function))
+    bounds, shown, expected = both(function, attention_mask=padding(pad, BATCH, KEYS, seed))
+    assert bool(masks.known(bounds, KEYS).seen.overflow) == bool((runs_of(expected) > 4).any())
+    if not masks.known(bounds, KEYS).seen.overflow:
+        assert (shown == expected).all()
+
+
+def runs_of(dense: torch.Tensor) -> torch.Tensor:
+    """How many runs of keys each row sees."""
+    before = torch.nn.functional.pad(dense, (1, 0))[..., :-1]
+    return (dense & ~before).sum(-1)
+
+
+@pytest.mark.parametrize("q_offset", [0, 7, torch.tensor(7)], ids=["0", "7", "tensor"])
+@pytest.mark.parametrize("kv", [(200, 0), (47, 0), (60, 30)], ids=["static", "dynamic", "sliding"])
+def test_offsets(q_offset: int | torch.Tensor, kv: tuple[int, int]) -> None:
+    kv_length, kv_offset = kv
+    ids = block_ids(BATCH, kv_length + kv_offset, seed=1)
+    for name in ("global", "gemma3 local"):
+        real = padding("left", BATCH, 30, seed=2)
+        more = {
+            "kv_length": kv_length,
+            "kv_offset": kv_offset,
+            "q_offset": q_offset + kv_offset,
+            "attention_mask": real,
+        }
+        _, shown, expected = both(FUNCTIONS[name](ids, 9), **more)
+        assert (shown == expected).all()
+
+
+@pytest.mark.parametrize("order", ["(causal or block) and packed", "(packed and causal) or block"])
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("seed", range(5))
+def test_packed(order: str, window: int | None, seed: int) -> None:
+    """Both orders, of 5.24 and 5.23, and the image mask inside of the positions too, as Gemma's sliding layers have."""
+    lengths = torch.tensor([[5, 20, 15], [40, 0, 0], [1, 1, 38]])
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths.tolist()])
+    documents = (torch.diff(positions, prepend=positions[:, :1] - 1, dim=-1) != 1).cumsum(-1)
+    ids, packed = block_ids(BATCH, ROWS, seed), masking_utils.packed_sequence_mask_function(documents)
+    inner = CAUSAL if window is None else gemma3_local(ids, window)
+    inner = masking_utils.remap_positions_for_packed_sequence(inner, positions)
+    overlay = masking_utils.blockwise_overlay(ids)
+    if order == "(causal or block) and packed":
+        function = masking_utils.and_masks(masking_utils.or_masks(inner, overlay), packed)
+    else:
+        function = masking_utils.or_masks(masking_utils.and_masks(packed, inner), overlay)
+    assert is_known(read(function))
+    _, shown, expected = both(function, kv_length=ROWS, q_offset=0)
+    assert (shown == expected).all()
+
+
+def test_a_function_of_ones_own_is_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it is vmapped, and in several chunks of rows."""
+    monkeypatch.setattr(masks, "EVALUATED_PAIRS", 7 * KEYS * BATCH)
+
+    def every_third(batch: torch.Tensor, head: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+        return (q - kv) // 16 % 3 == 0
+
+    for use_vmap in (False, True):
+        function = masking_utils.and_masks(CAUSAL, every_third)
+        assert not is_known(read(function))
+        _, shown, expected = both(function, use_vmap=use_vmap, attention_mask=padding("left", BATCH, KEYS, seed=3))
+        assert (shown == expected).all()
+
+
+def test_too_many_runs_are_seen() -> None:
+    ids = torch.full((BATCH, KEYS), -1)
+    ids[:, ::3] = 0
+    bounds, shown, expected = both(gemma_global(ids, 0))
+    record = masks.known(bounds, KEYS)
+    assert record.seen is not None
+    assert record.seen.overflow
+    assert not (shown == expected).all()
+    assert (record.as_dense() == expected).all()
+
+
+def test_what_is_read_of_a_mask() -> None:
+    def seen(function: Callable[..., Any], kv_length: int = KEYS, **more: Any) -> masks.Seen | None:
+        return masks.known(both(function, kv_length=kv_length, **more)[0], kv_length).seen
+
+    plain = masks.Seen(intervals=1, overflow=False, from_key_0=True, longest=KEYS, end=KEYS, causal=True)
+    assert seen(CAUSAL) == plain
+    assert seen(CAUSAL, attention_mask=torch.ones(BATCH, KEYS, dtype=torch.bool)) == plain
+    assert seen(CAUSAL, kv_length=2 * KEYS) == plain, "the slots of a static cache that nobody sees"
+    windowed = seen(FUNCTIONS["sliding"](torch.empty(0), 5))
+    assert windowed == masks.Seen(intervals=1, overflow=False, from_key_0=False, longest=5, end=KEYS, causal=True)
+    for pad in ("left", "right"):
+        padded = seen(CAUSAL, attention_mask=padding(pad, BATCH, KEYS, seed=0))
+        assert padded is not None
+        assert not padded.causal
+    spans = seen(gemma_global(block_ids(BATCH, KEYS, seed=0), 0))
+    assert spans is not None
+    assert (spans.intervals, spans.from_key_0, spans.causal) == (1, True, False)
+
+
+def test_one_reading_for_all_masks_of_a_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, _, _ = both(CAUSAL)
+    second, _, _ = both(FUNCTIONS["sliding"](torch.empty(0), 5))
+    reads = []
+    whole = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: reads.append(tensor.shape) or whole(tensor))
+    masks.known(first, KEYS)
+    masks.known(second, KEYS)
+    masks.known(first, KEYS)
+    assert len(reads) == 1
+
+
+def test_records_go_with_their_masks() -> None:
+    bounds, _, _ = both(CAUSAL)
+    rows = bounds[:, :, -20:]
+    for made in (bounds, rows):
+        masks.known(made, KEYS).as_dense()
+    before = len(masks._records)
+    del bounds, rows, made
+    assert len(masks._records) == before - 2
+
+
+def test_rows_of_a_mask() -> None:
+    """Gemma 4 cuts masks to the last rows for its layers that share keys."""
+    bounds, shown, _ = both(FUNCTIONS["gemma3 local"](block_ids(BATCH, KEYS, seed=5), 9))
+    record = masks.known(bounds[:, :, -20:], KEYS)
+    assert (record.as_dense() == shown[:, :, -20:]).all()
+
+
+def test_other_keys_than_the_mask_is_for() -> None:
+    bounds, _, _ = both(CAUSAL)
+    with pytest.raises(ValueError, match="key: expected 48 keys, as the mask was made for"):
+        masks.known(bounds, KEYS + 1)
+
+
+def test_few_queries_get_sdpas_own_mask() -> None:
+    made = integration.mask(batch_size=2, q_length=3, kv_length=9, q_offset=6, mask_function=CAUSAL)
+    assert made is not None
+    assert made.dtype == torch.bool
+    assert (made == masking_utils.sdpa_mask(2, 3, 9, q_offset=6, allow_is_causal_skip=False)).all()
+
+
+def test_everything_is_no_mask() -> None:
+    function = masking_utils.bidirectional_mask_function
+    sizes = {"batch_size": 2, "q_length": 30, "kv_length": 30, "mask_function": function}
+    assert integration.mask(**sizes, allow_is_bidirectional_skip=True) is None
+    assert integration.mask(**sizes) is not None

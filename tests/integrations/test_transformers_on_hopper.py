@@ -1,0 +1,69 @@
+"""What would run on a Hopper GPU, and what goes to SDPA there: decided from shapes, on tensors that have no values."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+pytest.importorskip("transformers", minversion="5.23")
+pytest.importorskip("flash_attn.cute")
+
+import fa4_prefixlm.integrations.transformers  # noqa: F401
+from fa4_prefixlm.batch.tensors import describe
+from fa4_prefixlm.integrations.transformers import layer_attention as attention_module
+from fa4_prefixlm.integrations.transformers.masks import Record, Seen
+from fa4_prefixlm.runtime.plans import Plan
+
+TOKENS = 512
+IMAGES = Seen(intervals=1, overflow=False, from_key_0=True, longest=TOKENS, end=TOKENS, causal=False)
+
+
+def made(
+    monkeypatch: pytest.MonkeyPatch,
+    seen: Seen,
+    *,
+    head_dim: int = 256,
+    dtype: torch.dtype = torch.bfloat16,
+    grad: bool = False,
+) -> Plan | str:
+    """The plan, or why there is none."""
+    monkeypatch.setenv("FLASH_ATTENTION_ARCH", "sm_90")
+    with FakeTensorMode():
+        q = torch.empty(2, TOKENS, 8, head_dim, device="cuda", dtype=dtype, requires_grad=grad)
+        k = torch.empty(2, TOKENS, 4, head_dim, device="cuda", dtype=dtype)
+        bounds = torch.empty(2, TOKENS, 8, device="cuda", dtype=torch.int32)
+        record = Record(TOKENS, torch.empty(6), dense=lambda: bounds, seen=seen)
+        return attention_module.plan_of(record, bounds, describe(q, k, k))
+
+
+@pytest.mark.parametrize(
+    ("seen", "backend"),
+    [
+        (IMAGES, "native"),
+        (Seen(3, False, True, TOKENS, TOKENS, False), "varlen"),
+        (Seen(1, False, True, TOKENS, TOKENS, True), "causal"),
+        (Seen(1, False, False, 64, TOKENS, True), "causal"),
+    ],
+    ids=["images", "three intervals", "causal", "window"],
+)
+def test_backends(monkeypatch: pytest.MonkeyPatch, seen: Seen, backend: str) -> None:
+    plan = made(monkeypatch, seen)
+    assert isinstance(plan, Plan), plan
+    assert plan.choice.name == backend
+
+
+def test_native_knows_that_rows_begin_at_key_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = made(monkeypatch, IMAGES)
+    local = made(monkeypatch, Seen(1, False, False, 64, TOKENS, False))
+    assert isinstance(plan, Plan)
+    assert isinstance(local, Plan)
+    assert (plan.prepared.kernel.lower, local.prepared.kernel.lower) == (False, True)  # type: ignore[attr-defined]
+    assert plan.prepared.kernel.tile.n > local.prepared.kernel.tile.n  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_what_goes_to_sdpa_says_why(monkeypatch: pytest.MonkeyPatch, causal: bool) -> None:
+    seen = Seen(1, False, True, TOKENS, TOKENS, causal)
+    assert "512" in made(monkeypatch, seen, head_dim=512)
+    assert "float32" in made(monkeypatch, seen, dtype=torch.float32)
