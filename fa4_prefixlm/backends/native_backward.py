@@ -73,7 +73,7 @@ class NativeBackward(BackwardBackend):
     def prepare(self, batch: MaskedBatch, *, deterministic: bool) -> NativeGradients | Refusal:
         spec, traits, lengths = batch.spec, batch.traits, batch.lengths
         windowed = traits.banded and traits.reach.left is not None
-        tile = native_tile(spec.head_dim, spec.head_dim_v, windowed=windowed)
+        tile = native_tile(spec.head_dim, spec.head_dim_v, windowed=windowed, deterministic=deterministic)
         keys = transposed(batch)
         if isinstance(keys, int):
             return Refusal(f"a key is seen by {keys} intervals of rows, it takes {MOST_ROW_INTERVALS}")

@@ -253,6 +253,7 @@ def _compile(parts: _BuildParts, tile: BackwardTile, softcap: float, tensors: di
         dQ_single_wg=tile.dq_by_one,
         intervals=tables.intervals,
         skip_full=tile.skip_full,
+        softcap=softcap,
     )
 
     def describe(name: str, value: Any) -> Any:
@@ -303,5 +304,5 @@ def _parts(build: Build) -> _BuildParts:
 
 @functools.cache
 def _own_source() -> str:
-    names = ("native.py", "native_backward.py", "native_backward_launch.py")
+    names = ("native.py", "native_backward.py", "backward_step_256.py", "native_backward_launch.py")
     return hashlib.sha256(b"".join(pathlib.Path(__file__).with_name(name).read_bytes() for name in names)).hexdigest()
