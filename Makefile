@@ -45,13 +45,15 @@ pictures: $(ENVIRONMENT)
 
 # torch first and by its version: where a CPU build is at hand this takes it instead of fetching gigabytes of CUDA.
 $(VENV)/.ready: pyproject.toml
+	@echo "Setting up $(VENV), once: torch, then FlashAttention-4 and the tools. Some minutes; see pip's lines below."
 	python3 -m venv $(VENV)
-	$(VENV)/bin/python -m pip install -q torch==2.13.0
-	$(VENV)/bin/python -m pip install -q -e ".[dev]"
+	$(VENV)/bin/python -m pip install --progress-bar off torch==2.13.0
+	$(VENV)/bin/python -m pip install --progress-bar off -e ".[dev]"
 	touch $@
 
 $(OLD_VENV)/.ready: pyproject.toml
+	@echo "Setting up $(OLD_VENV), once: torch and flash-attn-4 4.0.0b12. Some minutes; see pip's lines below."
 	python3 -m venv $(OLD_VENV)
-	$(OLD_VENV)/bin/python -m pip install -q torch==2.13.0
-	$(OLD_VENV)/bin/python -m pip install -q -e ".[old-fa4]"
+	$(OLD_VENV)/bin/python -m pip install --progress-bar off torch==2.13.0
+	$(OLD_VENV)/bin/python -m pip install --progress-bar off -e ".[old-fa4]"
 	touch $@

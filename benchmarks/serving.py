@@ -26,7 +26,7 @@ from harness import Path, Result, measure, save, show
 import fa4_prefixlm as fp
 from fa4_prefixlm.batch.keys import Keys
 from fa4_prefixlm.batch.options import Options
-from fa4_prefixlm.fa4.build.locate import installed
+from fa4_prefixlm.fa4.builds.locate import installed
 from fa4_prefixlm.fa4.kernels.launch import causal_forward, mask_code, on_device
 from fa4_prefixlm.testing.accuracy import exact_attention
 

@@ -1,6 +1,6 @@
 """Make the pictures in docs/pictures again: `python docs/pictures.py`. Each is drawn from the library's own masks.
 
-Those in docs/pictures/catalogue are one for each entry of `fa4_prefixlm.masks.catalogue`.
+Those in docs/pictures/catalogue are one for each entry of `fa4_prefixlm.masks.models.catalogue`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def catalogue() -> dict[str, Image]:
     return {
         f"catalogue/{name}.png": titled(
             textwrap.fill(repr(example.mask), 42),
-            mask_image(example.mask, seqlen_k=example.seqlen, ranges=example.spans, cell=7),
+            mask_image(example.mask, seqlen_k=example.seqlen, ranges=example.ranges, cell=7),
         )
         for name, example in CATALOGUE.items()
     }

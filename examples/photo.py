@@ -2,20 +2,22 @@
 
 Photos are cut into patches of 14x14 pixels, one token each. Queries and keys come from the same projection, so patches
 that look alike attend to each other. Runs on a Hopper GPU with FlashAttention-4 where there is one, else on the CPU.
-Needs `pip install fa4_prefixlm[pictures]`.
+Needs Pillow, which `make demo` installs, as does `pip install -e ".[pictures]"` in this checkout.
 """
 
 from __future__ import annotations
 
 import argparse
 import pathlib
+import sys
 from dataclasses import dataclass
 
 import torch
 from PIL import Image, ImageDraw
 
 import fa4_prefixlm as fp
-from fa4_prefixlm.fa4.build import describe as build
+from fa4_prefixlm.errors import InputError
+from fa4_prefixlm.fa4.builds import locate
 from fa4_prefixlm.fa4.kernels import tiles
 from fa4_prefixlm.geometry import tiles as tiling
 from fa4_prefixlm.masks.dense import dense_mask
@@ -108,7 +110,7 @@ def project(tokens: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, t
 
 def choose_device() -> torch.device:
     hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-    return torch.device("cuda" if hopper and build.installed() is not None else "cpu")
+    return torch.device("cuda" if hopper and locate.installed() is not None else "cpu")
 
 
 def print_errors(batch: Batch, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> float:
@@ -144,10 +146,11 @@ def print_tiles(plan: fp.Plan) -> None:
 
 def cross_compile() -> bool:
     """Compile the kernel for a GPU that is not here. Returns whether that worked, or could not be tried."""
-    installed = build.installed()
+    installed = locate.installed()
     if installed is None:
         print("sm_90 kernel: not compiled, flash-attn-4 is not installed")
         return True
+    print("sm_90 kernel: compiling it, which takes some seconds ...", flush=True)
     try:
         report = compile_in_subprocess("sm_90", [Variant("varlen", HEAD_DIM, HEAD_DIM)])[0]
     except RuntimeError as error:
@@ -210,10 +213,15 @@ def main(arguments: list[str] | None = None) -> int:
         "--no-compile", action="store_true", help="without a Hopper GPU, don't cross-compile the kernel"
     )
     options = parser.parse_args(arguments)
+    if not options.out.absolute().parent.is_dir():
+        print(f"photo.py: {InputError('--out', 'a file in an existing folder', options.out)}", file=sys.stderr)
+        return 2
     photo = Image.open(PHOTO).convert("RGB")
     batch = pack(sequences(photo))
     q, k, v = project(batch.tokens, choose_device())
     cu = batch.cu_seqlens
+    if q.device.type == "cuda":
+        print("compiling the kernel on the first call, which takes some seconds ...", flush=True)
     plan = fp.plan(batch.spans, like=(q, k, v), cu_seqlens_q=cu, cu_seqlens_k=cu)
     out = fp.attention(q, k, v, plan)
     print(plan, end="\n\n")

@@ -1,10 +1,10 @@
 """Exact PrefixLM attention at FlashAttention-4 speed: text runs causally, the tokens of an image see each other."""
 
 from fa4_prefixlm.backends.select import Choice
-from fa4_prefixlm.batch.chunked_prefill import safe_chunk_end
 from fa4_prefixlm.device_checks import debug
 from fa4_prefixlm.errors import InputError, UnsupportedError
 from fa4_prefixlm.masks.base import Mask
+from fa4_prefixlm.masks.chunked_prefill import safe_chunk_end
 from fa4_prefixlm.masks.prefix_lm import PrefixLM
 from fa4_prefixlm.runtime.plans import Plan, plan
 from fa4_prefixlm.runtime.public_call import attention

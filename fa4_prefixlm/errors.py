@@ -19,3 +19,13 @@ class InputError(ValueError):
 
 class UnsupportedError(InputError):
     """The arguments make sense, but the asked-for backend can't run this call exactly."""
+
+
+REPOSITORY = "https://github.com/fa4-prefixlm/fa4_prefixlm"
+
+
+def install_hint(extra: str) -> str:
+    """How to install this library with an extra; no package index has it."""
+    cuda = ", for CUDA 13" if extra == "fa4" else ""
+    address = f'pip install "fa4_prefixlm[{extra}] @ git+{REPOSITORY}"'
+    return f'in a checkout of fa4_prefixlm: pip install -e ".[{extra}]"; without one: {address}{cuda}'

@@ -1,9 +1,11 @@
 """The authoring API, and the masks of known models, one family a file. Installed as `fa4_prefixlm.masks`.
 
-from fa4_prefixlm.masks import causal, same_span, window, gemma3
+    from fa4_prefixlm.masks import causal, same_span, window, gemma3
 
-mine = (causal | same_span("image")) & window(1024)
-theirs = gemma3.local_layers(window=1024, like="transformers")
+    mine = (causal | same_span("image")) & window(1024)
+    theirs = gemma3.local_layers(window=1024, like="transformers")
+
+A mask is a value. Atoms and masks combine by `&` and `|`.
 """
 
 from fa4_prefixlm.masks.atoms import causal, key_in, one_block, prefix, query_in, same_span, window
@@ -15,11 +17,12 @@ from fa4_prefixlm.masks.models import bagel, gemma3, gemma4, molmo2, moondream3,
 from fa4_prefixlm.masks.models.catalogue import CATALOGUE
 from fa4_prefixlm.masks.packing import in_documents
 from fa4_prefixlm.masks.prefix_lm import PrefixLM
-from fa4_prefixlm.masks.protocols import Pairs, Reach, Rows
+from fa4_prefixlm.masks.protocols import Ahead, Pairs, Reach, Rows
 from fa4_prefixlm.masks.spans import drop_longer, runs_of
 
 __all__ = [
     "CATALOGUE",
+    "Ahead",
     "EMPTY_HI",
     "EMPTY_LO",
     "END_OF_KEYS",

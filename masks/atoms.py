@@ -26,7 +26,7 @@ from fa4_prefixlm.errors import InputError
 from fa4_prefixlm.masks.base import Mask
 from fa4_prefixlm.masks.closed_form import Edges, RowEdges
 from fa4_prefixlm.masks.interval_lists import EMPTY_HI, EMPTY_LO, END_OF_KEYS, Intervals, normalised
-from fa4_prefixlm.masks.protocols import Pairs, Reach, Rows
+from fa4_prefixlm.masks.protocols import Ahead, Pairs, Reach, Rows
 
 INT32_MAX = torch.iinfo(torch.int32).max
 
@@ -41,7 +41,15 @@ class Atom(Mask):
         return frozenset({self.name}) if self.name else frozenset()
 
     def count(self, spans: Mapping[str, int]) -> int:
+        for name in self.names:
+            _require(name, spans)
         return 1
+
+
+def _require(name: str, spans: Mapping[str, int]) -> int:
+    if name not in spans:
+        raise InputError("spans", f"a number of spans of {name!r}", f"those of {sorted(spans)}")
+    return spans[name]
 
 
 class _Named(Atom):
@@ -64,6 +72,9 @@ class Causal(Atom):
 
     def edges(self) -> RowEdges:
         return RowEdges(Edges("keys", "row"), Edges("keys", "row"))
+
+    def ahead(self) -> Ahead:
+        return Ahead()
 
     def visible(self, pairs: Pairs) -> torch.Tensor:
         return pairs.key <= pairs.query
@@ -91,6 +102,9 @@ class Window(Atom):
     def edges(self) -> RowEdges:
         return RowEdges(Edges("window", "keys"), Edges("window", "keys"), windows=frozenset({self.tokens}))
 
+    def ahead(self) -> Ahead:
+        return Ahead(keys=True)
+
     def visible(self, pairs: Pairs) -> torch.Tensor:
         return pairs.query - pairs.key < self.tokens
 
@@ -114,6 +128,9 @@ class SameSpan(_Named):
     def edges(self) -> RowEdges:
         return RowEdges(None, Edges("window or span", "span"), spans=self.names)
 
+    def ahead(self) -> Ahead:
+        return Ahead(spans=self.names)
+
     def visible(self, pairs: Pairs) -> torch.Tensor:
         return pairs.same_span(self.name)
 
@@ -129,6 +146,9 @@ class Prefix(_Named):
     def intervals(self, rows: Rows) -> Intervals:
         _, end = rows.latest_span(self.name)
         return _column(torch.where(end > 0, 0, EMPTY_LO).to(torch.int32)), _column(end)
+
+    def ahead(self) -> Ahead:
+        return Ahead(spans=self.names)
 
     def visible(self, pairs: Pairs) -> torch.Tensor:
         return pairs.before_end_of_latest(self.name)
@@ -148,6 +168,9 @@ class QueryIn(_Named):
     def edges(self) -> RowEdges:
         return RowEdges(None, Edges("keys", "keys"), spans=self.names)
 
+    def ahead(self) -> Ahead:
+        return Ahead(keys=True)
+
     def visible(self, pairs: Pairs) -> torch.Tensor:
         return pairs.query_in(self.name)
 
@@ -157,11 +180,16 @@ class KeyIn(_Named):
     name: str
     _call = "key_in"
 
+    uses_position = False
+
     def count(self, spans: Mapping[str, int]) -> int:
-        return max(1, spans[self.name])
+        return max(1, _require(self.name, spans))
 
     def intervals(self, rows: Rows) -> Intervals:
         return normalised(*rows.spans_of(self.name))
+
+    def ahead(self) -> Ahead:
+        return Ahead(everywhere=self.names)
 
     def visible(self, pairs: Pairs) -> torch.Tensor:
         return pairs.key_in(self.name)
@@ -177,10 +205,13 @@ class OneBlock(_Named):
         return self.name
 
     def count(self, spans: Mapping[str, int]) -> int:
-        return max(1, spans[self.name])
+        return max(1, _require(self.name, spans))
 
     def intervals(self, rows: Rows) -> Intervals:
         return (QueryIn(self.name) & KeyIn(self.name)).intervals(rows)
+
+    def ahead(self) -> Ahead:
+        return Ahead(blocks=self.names)
 
     def visible(self, pairs: Pairs) -> torch.Tensor:
         return pairs.query_in(self.name) & pairs.key_in(self.name)

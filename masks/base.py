@@ -15,14 +15,14 @@ from dataclasses import dataclass
 
 import torch
 
-from fa4_prefixlm.batch.ranges import NamedRanges, one_sequence
+from fa4_prefixlm.batch.ranges import NamedRanges, Whole, one_sequence
 from fa4_prefixlm.errors import InputError
-from fa4_prefixlm.masks.closed_form import RowEdges, edges_of
+from fa4_prefixlm.masks.closed_form import RowEdges, edges_of, speaks_for_itself
 from fa4_prefixlm.masks.dense import dense_mask
 from fa4_prefixlm.masks.flex_export import to_flex
 from fa4_prefixlm.masks.interval_lists import Intervals, emptied, normalised
 from fa4_prefixlm.masks.picture import MaskPicture
-from fa4_prefixlm.masks.protocols import CustomKernel, MaskMod, Pairs, Reach, Rows
+from fa4_prefixlm.masks.protocols import Ahead, CustomKernel, MaskMod, Pairs, Reach, Rows
 
 
 class Mask(abc.ABC):
@@ -32,12 +32,15 @@ class Mask(abc.ABC):
         around_position: each row sees one interval, which holds the row's own position, or nothing.
         no_empty_rows: every row sees some key.
         evaluated: `intervals` looks at values and synchronises.
+        uses_position: what a row sees depends on where it stands. Only a mask of which that is not true may have more
+            queries than keys (cross-attention).
         block_of: the span set of which the mask is `one_block`; None for any other mask.
     """
 
     around_position: bool = False
     no_empty_rows: bool = False
     evaluated: bool = False
+    uses_position: bool = True
     block_of: str | None = None
 
     @property
@@ -65,6 +68,18 @@ class Mask(abc.ABC):
         """Upper bound over all rows, for spans of at most `longest[name]` tokens. It sizes buffers, nothing else."""
         return Reach(None, None)
 
+    def ahead(self) -> Ahead:
+        """Up to where rows may see past their own position because of spans. A bound: it may say too much."""
+        return Ahead(spans=self.names)
+
+    def whole(self, name: str) -> Whole:
+        """What a chunk of a prefill must hold of the spans of `name`, so that its rows see what they would see later.
+
+        "nothing": a span may be cut, because no row sees ahead of itself on its account. "span": each span is in one
+        chunk. "block": all spans are in the chunk that holds a token of one. "all": they are in the first chunk.
+        """
+        return ahead_of(self).whole(name)
+
     def split_block(self) -> tuple[Mask, str] | None:
         """`(rest, name)` if the mask is written as `rest | one_block(name)`; None if it is not."""
         return None
@@ -82,13 +97,22 @@ class Mask(abc.ABC):
         return None
 
     def __and__(self, other: Mask) -> Mask:
-        return And(self, other) if isinstance(other, Mask) else NotImplemented
+        return And(self, _operand("&", other))
 
     def __bool__(self) -> bool:
         raise TypeError("a mask is neither true nor false: combine masks with & and |, not with `and`, `or`, `not`")
 
     def __or__(self, other: Mask) -> Mask:
-        return Or(self, other) if isinstance(other, Mask) else NotImplemented
+        return Or(self, _operand("|", other))
+
+    def __rand__(self, other: object) -> Mask:
+        return And(_operand("&", other), self)
+
+    def __ror__(self, other: object) -> Mask:
+        return Or(_operand("|", other), self)
+
+    def __invert__(self) -> Mask:
+        raise TypeError(f"~mask: a mask has no complement; {_ANY_RULE}")
 
     def dense(self, *, seqlen: int, ranges: NamedRanges = None, seqlen_q: int | None = None) -> torch.Tensor:
         """The mask of one sequence as a dense tensor.
@@ -101,7 +125,8 @@ class Mask(abc.ABC):
         Returns:
             bool `(seqlen_q, seqlen)` on the CPU, True attends.
         """
-        return dense_mask(self, seqlen if seqlen_q is None else seqlen_q, seqlen, one_sequence(self, ranges, seqlen))
+        rows = self._checked_rows(seqlen, seqlen_q)
+        return dense_mask(self, rows, seqlen, one_sequence(self, ranges, seqlen))
 
     def show(self, *, seqlen: int, ranges: NamedRanges = None, seqlen_q: int | None = None) -> MaskPicture:
         """A picture of the mask of one sequence: text in a terminal (`print` it), an image in a notebook.
@@ -109,6 +134,7 @@ class Mask(abc.ABC):
         Args:
             seqlen, ranges, seqlen_q: as for `dense`.
         """
+        self._checked_rows(seqlen, seqlen_q)
         return MaskPicture(self, seqlen, ranges, seqlen_q)
 
     def flex(
@@ -121,7 +147,17 @@ class Mask(abc.ABC):
             ranges: per batch entry, as `plan` takes them for batched tensors.
             device: where the mask_mod will be evaluated.
         """
+        self._checked_rows(seqlen, seqlen_q)
         return to_flex(self, seqlen=seqlen, ranges=ranges, seqlen_q=seqlen_q, device=device)
+
+    def _checked_rows(self, seqlen: int, seqlen_q: int | None) -> int:
+        """The number of queries."""
+        for name, value in (("seqlen", seqlen), ("seqlen_q", seqlen if seqlen_q is None else seqlen_q)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise InputError(name, "a number of tokens, at least 0", value)
+        if seqlen_q is not None and seqlen_q > seqlen and self.uses_position:
+            raise InputError("seqlen_q", f"at most seqlen = {seqlen}: the queries are its last positions", seqlen_q)
+        return seqlen if seqlen_q is None else seqlen_q
 
 
 @dataclass(frozen=True, repr=False)
@@ -146,12 +182,19 @@ class _Two(Mask):
         return self.left.names | self.right.names
 
     @property
+    def uses_position(self) -> bool:  # type: ignore[override]
+        return self.left.uses_position or self.right.uses_position
+
+    @property
     def around_position(self) -> bool:  # type: ignore[override]
         # Intervals that hold the row's own position meet in one, and join to one.
         return self.left.around_position and self.right.around_position
 
 
 class And(_Two):
+    def ahead(self) -> Ahead:
+        return ahead_of(self.left).met(ahead_of(self.right))
+
     @property
     def no_empty_rows(self) -> bool:  # type: ignore[override]
         return self.around_position and self.left.no_empty_rows and self.right.no_empty_rows
@@ -185,6 +228,9 @@ class And(_Two):
 
 
 class Or(_Two):
+    def ahead(self) -> Ahead:
+        return ahead_of(self.left).joined(ahead_of(self.right))
+
     @property
     def no_empty_rows(self) -> bool:  # type: ignore[override]
         return self.left.no_empty_rows or self.right.no_empty_rows
@@ -220,6 +266,20 @@ class Or(_Two):
 
     def __repr__(self) -> str:
         return f"{self.left!r} | {self.right!r}"
+
+
+_ANY_RULE = "any rule of positions can be written as from_flex(lambda b, h, q, kv: ...)"
+
+
+def _operand(sign: str, value: object) -> Mask:
+    if isinstance(value, Mask):
+        return value
+    raise TypeError(f"mask {sign} {type(value).__name__}: a mask is combined with masks; {_ANY_RULE}")
+
+
+def ahead_of(mask: Mask) -> Ahead:
+    """`mask.ahead()`; of a subclass that says anew what its rows see, and not that, what is safe for any mask."""
+    return mask.ahead() if speaks_for_itself(mask, "ahead") else Ahead(spans=mask.names)
 
 
 def _least(a: int | None, b: int | None) -> int | None:

@@ -8,9 +8,9 @@ Every row then sees one interval around its own position `p`, whose edges are pi
 | outside of spans | 0, `left` | `p + 1`, the end of the keys |
 | inside a span | 0, `left`, `min(left, s)` | `p + 1`, `e`, the end of the keys |
 
-`|` takes the earlier begin and the later end, `&` the later begin and the earlier end. What `same_span` and `query_in`
-show a row outside of spans is empty: it adds nothing to `|` and leaves nothing of `&`. No atom shows a row less inside
-a span than outside, nor do `|` and `&` of them, so no row begins after `left`.
+`|` takes the earlier begin and the later end, `&` the later begin and the earlier end. Outside of spans, `same_span`
+and `query_in` show a row nothing, which adds nothing to `|` and makes `&` empty. No atom shows a row less inside a span
+than outside, and neither do combinations by `|` and `&`, so no row begins after `left`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ End = Literal["row", "span", "keys"]
 class Edges:
     """The interval of a row.
 
-    begin: "keys" is 0, "window" is `left`, "window or span" is `min(left, s)`.
-    end: "row" is `p + 1`, "span" is `e`, "keys" is the end of the sequence's keys.
+    Attributes:
+        begin: "keys" is 0, "window" is `left`, "window or span" is `min(left, s)`.
+        end: "row" is `p + 1`, "span" is `e`, "keys" is the end of the sequence's keys.
     """
 
     begin: Begin
@@ -38,11 +39,13 @@ class Edges:
 class ClosedForm:
     """A mask in closed form.
 
-    span: name of the span set that the mask reads; None: it reads none, and `inside` is `outside`.
-    window: its window in tokens; None: it has none.
-    outside, inside: the edges of rows outside of spans, and of rows in one.
+    `PrefixLM(window=4)` is `ClosedForm("image", 4, Edges("window", "row"), Edges("window", "span"))`.
 
-    Example, `PrefixLM(window=4)`: `ClosedForm("image", 4, Edges("window", "row"), Edges("window", "span"))`.
+    Attributes:
+        span: name of the span set that the mask reads; None: it reads none, and `inside` is `outside`.
+        window: its window in tokens; None: it has none.
+        outside: the edges of rows outside of spans.
+        inside: those of rows in a span.
     """
 
     span: str | None
@@ -56,7 +59,7 @@ class ClosedForm:
         return self.outside.end == "row"
 
     def interval(self, position: int, seqlen_k: int, span: tuple[int, int] | None) -> tuple[int, int]:
-        """`[lo, hi)` of the row at `position`, in plain numbers. span: the one that holds it, None if none does."""
+        """`[lo, hi)` of the row at `position`, on the host. span: the one that holds the position; None: none does."""
         edges = self.outside if span is None else self.inside
         start, end = span or (0, 0)
         left = 0 if self.window is None else max(0, position - self.window + 1)
@@ -65,7 +68,7 @@ class ClosedForm:
         return lo, hi
 
 
-# From the left. A form begins at `left` or before, so where `s` is later than that, `left` stands for it.
+# In order from the left. A form begins at `left` or before: where `s` is later than that, `left` takes its place.
 _BEGINS: tuple[Begin, ...] = ("keys", "window or span", "window")
 _ENDS: tuple[End, ...] = ("row", "span", "keys")
 
@@ -87,14 +90,14 @@ class RowEdges:
     windows: frozenset[int] = frozenset()
 
     def joined(self, other: RowEdges) -> RowEdges:
-        """Those of `|`."""
+        """The edges of `self | other`."""
         outside = self.outside or other.outside
         if self.outside is not None and other.outside is not None:
             outside = _joined(self.outside, other.outside)
         return self._with(other, outside, _joined(self.inside, other.inside))
 
     def met(self, other: RowEdges) -> RowEdges:
-        """Those of `&`."""
+        """The edges of `self & other`."""
         outside = None
         if self.outside is not None and other.outside is not None:
             outside = _met(self.outside, other.outside)
@@ -105,7 +108,7 @@ class RowEdges:
 
 
 class HasEdges(Protocol):
-    """A mask, as far as its closed form can be asked for."""
+    """The part of a mask that its closed form is read from."""
 
     def edges(self) -> RowEdges | None:
         """What its rows see; None if they have no closed form."""
@@ -114,14 +117,19 @@ class HasEdges(Protocol):
 def edges_of(mask: HasEdges) -> RowEdges | None:
     """What the mask's rows see; None if that is not known.
 
-    A subclass that says anew what its rows see (`intervals`, `visible`), and not their edges, does not inherit these.
+    A subclass that overrides what its rows see (`intervals`, `visible`) but not `edges` does not inherit the edges.
     """
+    return mask.edges() if speaks_for_itself(mask, "edges") else None
+
+
+def speaks_for_itself(mask: object, method: str) -> bool:
+    """The method comes from the class that says what rows see (`intervals`, `visible`), or from a subclass of it."""
     order = type(mask).__mro__
-    depth = {name: next(at for at, kind in enumerate(order) if name in vars(kind)) for name in _SAID}
-    return mask.edges() if depth["edges"] == min(depth.values()) else None
+    own, *others = (next(at for at, kind in enumerate(order) if name in vars(kind)) for name in (method, *_ROW_METHODS))
+    return own <= min(others)
 
 
-_SAID = ("edges", "intervals", "visible")
+_ROW_METHODS = ("intervals", "visible")
 
 
 def closed_form(mask: HasEdges) -> ClosedForm | None:

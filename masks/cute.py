@@ -1,4 +1,4 @@
-"""A mask with kernel code of its own: a CuTe mask_mod, the tensors it reads, and an eager twin that says the same."""
+"""A mask with its own kernel code: a CuTe mask_mod, the tensors it reads, and an eager twin of the same mask."""
 
 from __future__ import annotations
 
@@ -16,6 +16,12 @@ from fa4_prefixlm.masks.protocols import CustomKernel, MaskMod
 
 @dataclass(frozen=True)
 class CuteMask(EvaluatedMask):
+    """A mask that brings its own kernel code.
+
+    Attributes:
+        kernel: its mask_mod, and the tensors that it reads.
+    """
+
     kernel: CustomKernel
 
     @property
@@ -36,7 +42,10 @@ def from_cute(mask_mod: Callable[..., Any], *, aux_tensors: Sequence[torch.Tenso
         twin: the same mask as a FlexAttention mask_mod of absolute positions `(b, h, q_idx, kv_idx)`. The reference
             backend runs it, and every block list is derived from it, so where the two disagree the output is wrong:
             compare `attention(..., backend="varlen")` with `backend="reference"` in a test of yours. A plan holds the
-            twin's runs of keys: memory in proportion to the tokens times the most runs that a row has.
+            twin's runs of keys, so its memory grows with the tokens times the most runs that a row has.
+
+    Returns:
+        A mask that stands alone: combining it by `&` or `|` is refused.
     """
     for name, function in (("mask_mod", mask_mod), ("twin", twin)):
         if not callable(function):

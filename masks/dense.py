@@ -1,4 +1,4 @@
-"""A mask pair by pair: bool `(queries, keys)` of one sequence, from `Mask.visible` and every span. No intervals."""
+"""A mask pair by pair: bool `(queries, keys)` of one sequence, from `Mask.visible` and spans, not intervals."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def mask_rows(mask: SeesPairs, pairs: DensePairs) -> torch.Tensor:
 
 
 def dense_mask(mask: SeesPairs, seqlen_q: int, seqlen_k: int, spans: SequenceSets) -> torch.Tensor:
-    """The boolean mask `(seqlen_q, seqlen_k)` of one sequence with the spans `{name: ((start, end), ...)}`."""
+    """Bool `(seqlen_q, seqlen_k)` on the CPU: the mask of one sequence with the spans `{name: ((start, end), ...)}`."""
     position = torch.arange(first_query(seqlen_q, seqlen_k), seqlen_k)
     return mask_rows(mask, DensePairs(position, seqlen_k, spans))
 

@@ -16,7 +16,7 @@ from fa4_prefixlm.masks.protocols import MaskMod, Pairs, Rows
 # A mask_mod is evaluated for this many (query, key) pairs at a time.
 EVALUATED_PAIRS = 2**24
 
-# A function of many more runs of keys a row is nearly always a mistake, and slow; whoever means it says how many.
+# More runs of keys in a row are nearly always a mistake, and slow. Where they are meant, max_intervals allows them.
 DEFAULT_MAX_INTERVALS = 4
 
 
@@ -27,7 +27,13 @@ def from_flex(mask_mod: MaskMod, *, max_intervals: int = DEFAULT_MAX_INTERVALS) 
     function of its indices that does not read `h`. `b` is the sequence of the packed batch, `q_idx` and `kv_idx` are
     absolute positions in it, never past its keys. A plan made from it synchronises.
 
-    max_intervals: how many separate runs of keys a row may see; a row that sees more is an error that shows it.
+    Args:
+        mask_mod: takes four 0-d integer tensors (under `torch.vmap`) and returns a boolean one.
+        max_intervals: how many separate runs of keys a row may see. The error for a row that sees more shows its runs.
+
+    Raises:
+        InputError: here if an argument is of the wrong kind; when a plan is made if the function is not one of the
+            kind above, or a row sees more than `max_intervals` runs.
     """
     if not callable(mask_mod):
         raise InputError("mask_mod", "a function (b, h, q_idx, kv_idx) -> bool tensor", type(mask_mod).__name__)
@@ -37,7 +43,7 @@ def from_flex(mask_mod: MaskMod, *, max_intervals: int = DEFAULT_MAX_INTERVALS) 
 
 
 class _NoHead:
-    """Stands for the head index: a function that does anything with it but pass it on is refused."""
+    """Stands in for the head index. A function that does more with it than pass it on is refused."""
 
     @classmethod
     def _refuse(cls, *arguments: object, **keywords: object) -> NoReturn:
@@ -56,7 +62,12 @@ NO_HEAD: Any = _NoHead()
 
 @dataclass(frozen=True)
 class EvaluatedMask(Mask):
-    """A mask that is known by evaluating a function. max_intervals None: as many as there are."""
+    """A mask that is known only by evaluating a function for every pair.
+
+    Attributes:
+        mask_mod: the function `(b, h, q_idx, kv_idx)`.
+        max_intervals: runs of keys that a row may see; None: any number.
+    """
 
     evaluated = True
 
@@ -93,8 +104,6 @@ class EvaluatedMask(Mask):
         width = max((lo.shape[1] for lo, _ in chunks), default=1)
         lo = [torch.nn.functional.pad(own, (0, width - own.shape[1]), value=EMPTY_LO) for own, _ in chunks]
         hi = [torch.nn.functional.pad(own, (0, width - own.shape[1]), value=EMPTY_HI) for _, own in chunks]
-        if lo and not any((own > EMPTY_HI).any() for own in hi):
-            raise InputError("mask_mod", "a mask that lets some query see some key", "an empty mask")
         empty = torch.zeros(0, width, dtype=torch.int32, device=rows.position.device)
         return torch.cat([empty, *lo]), torch.cat([empty, *hi])
 
@@ -113,6 +122,9 @@ class EvaluatedMask(Mask):
             raise InputError("mask_mod", kind, f"{type(error).__name__}: {error}") from error
         if not isinstance(result, torch.Tensor) or result.dtype != torch.bool:
             raise InputError("mask_mod", "a boolean tensor for every pair", getattr(result, "dtype", type(result)))
+        if result.shape != kv.shape:
+            per_pair = tuple(result.shape[2:]) if result.ndim > 2 else tuple(result.shape)
+            raise InputError("mask_mod", "one boolean, of shape (), for every pair", f"shape {per_pair}")
         return result
 
     def _check_pure(self, first: torch.Tensor, b: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> None:

@@ -31,7 +31,12 @@ def to_flex(
 
 
 class _Table(NamedTuple):
-    """`(batch, seqlen)` int64: which span a position is in (-1: none), and the end of the latest span there."""
+    """Spans by position, `(batch, seqlen)` int64 each.
+
+    Attributes:
+        owner: index of the span that holds the position; -1: none.
+        latest_end: end of the last span that starts at or before the position; 0: none.
+    """
 
     owner: torch.Tensor
     latest_end: torch.Tensor

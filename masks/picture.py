@@ -1,4 +1,4 @@
-"""Pictures of masks: `dense_mask` says who sees whom, `geometry.drawn_tiles` what a kernel visits.
+"""Pictures of masks: which pairs are visible (`dense_mask`), and which tiles a kernel visits (`geometry.drawn_tiles`).
 
 Queries run down, keys run to the right. Images need Pillow; `mask_text` does not.
 """
@@ -6,6 +6,7 @@ Queries run down, keys run to the right. Images need Pillow; `mask_text` does no
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal
@@ -14,6 +15,7 @@ import torch
 
 from fa4_prefixlm.batch.lengths import first_query
 from fa4_prefixlm.batch.ranges import NamedRanges, SequenceSpans, one_sequence
+from fa4_prefixlm.errors import install_hint
 from fa4_prefixlm.masks.dense import dense_mask
 from fa4_prefixlm.masks.protocols import SeesPairs
 
@@ -28,9 +30,11 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom
 DrawnTile = tuple[Box, Literal["full", "partial", "skipped"]]
 
 # The state of a (query, key) pair, to which the kind of its tile is added.
-HIDDEN, PLAIN, SPAN = 0, 1, 2
+HIDDEN, VISIBLE, SPAN, MIXED = 0, 1, 2, 3
 TILES = {"partial": 0, "full": 3, "skipped": 6}
-LETTERS = ".#o"
+LETTERS = ".#o+"
+# Characters of a line of text, at most; larger masks are shown smaller.
+TEXT_WIDTH = 128
 # Blue and orange, which the colour-blind can tell apart; darker where a tile is full. Pink never shows unless the tiles
 # are wrong: a full one with a hidden pair, or a skipped one with a visible pair.
 COLOURS = ("#dcdfe4", "#64abdb", "#f2b134", "#d60078", "#14619c", "#c06c00", "#ffffff", "#d60078", "#d60078")
@@ -53,9 +57,16 @@ class MaskPicture:
     def __repr__(self) -> str:
         return mask_text(self.mask, seqlen_k=self.seqlen, ranges=self.ranges, seqlen_q=self.seqlen_q)
 
-    def _repr_png_(self) -> bytes:
+    def save(self, path: str | os.PathLike[str], *, cell: float | None = None, tiles: Sequence[DrawnTile] = ()) -> None:
+        """Write the image to a file, in the format of its suffix; arguments as in `mask_image`."""
+        self.image(cell=cell, tiles=tiles).save(path)
+
+    def _repr_png_(self) -> bytes | None:
         file = io.BytesIO()
-        self.image().save(file, "PNG")
+        try:
+            self.image().save(file, "PNG")
+        except ImportError:  # without Pillow a notebook shows the text
+            return None
         return file.getvalue()
 
 
@@ -63,15 +74,31 @@ def mask_text(mask: SeesPairs, *, seqlen_k: int, ranges: NamedRanges = None, seq
     """The mask of one sequence as text: one line per query, one character per key, then a legend.
 
     Args:
+        mask: the mask.
         seqlen_k: keys of the sequence, in tokens.
         ranges: half-open `(start, end)` key positions, or a dictionary of them for a mask that reads several sets.
         seqlen_q: the queries are the last `seqlen_q` of the `seqlen_k` positions; None: all of them.
     """
     rows, sets = _sequence(mask, seqlen_q, seqlen_k, ranges)
     states = _pair_states(mask, rows, seqlen_k, sets)
+    step = -(-max(states.shape) // TEXT_WIDTH)
+    if step > 1:
+        states = _shrunk(states, step)
     lines = ["".join(LETTERS[state] for state in row) for row in states.tolist()]
-    legend = f"{LETTERS[PLAIN]} visible, {LETTERS[SPAN]} visible because of a span, {LETTERS[HIDDEN]} hidden"
+    legend = f"{LETTERS[VISIBLE]} visible, {LETTERS[SPAN]} visible because of a span, {LETTERS[HIDDEN]} hidden"
+    if step > 1:
+        legend += f", {LETTERS[MIXED]} some of each; a character is {step} x {step} pairs"
     return "\n".join([*lines, legend])
+
+
+def _shrunk(states: torch.Tensor, step: int) -> torch.Tensor:
+    """One state for every `step` x `step` pairs; `MIXED` where they differ."""
+    rows, columns = (-(-size // step) for size in states.shape)
+    down = torch.nn.functional.pad(states, (0, 0, 0, rows * step - states.shape[0]), value=255)
+    padded = torch.nn.functional.pad(down, (0, columns * step - states.shape[1]), value=255)
+    blocks = padded.view(rows, step, columns, step)
+    largest = blocks.masked_fill(blocks == 255, 0).amax(dim=(1, 3))
+    return torch.where(blocks.amin(dim=(1, 3)) == largest, largest, MIXED)
 
 
 def mask_image(
@@ -83,22 +110,23 @@ def mask_image(
     cell: float | None = None,
     tiles: Sequence[DrawnTile] = (),
 ) -> Image:
-    """The mask of one sequence as an RGB image with axes, span markers and a legend; arguments as in `mask_text`.
+    """The mask of one sequence as an RGB image with axes, span markers and a legend.
 
     Args:
+        mask, seqlen_k, ranges, seqlen_q: as for `mask_text`.
         cell: pixels per token, below 1 for long sequences; None: the keys are at most 600 pixels wide.
-        tiles: tiles to draw as well, of `geometry.drawn_tiles`.
+        tiles: tiles to draw as well, from `geometry.drawn_tiles`.
     """
     rows, sets = _sequence(mask, seqlen_q, seqlen_k, ranges)
     marked = sorted(span for own in sets.values() for span in own)
     if cell is None:
         cell = 600 / seqlen_k if seqlen_k > 600 else 600 // max(seqlen_k, 1)
     plot = _plot(_pair_states(mask, rows, seqlen_k, sets), cell, tiles)
-    lines = [[(PLAIN, PLAIN, "without spans"), (SPAN, SPAN, "because of a span"), (HIDDEN, HIDDEN, "hidden")]]
+    lines = [[(VISIBLE, VISIBLE, "without spans"), (SPAN, SPAN, "because of a span"), (HIDDEN, HIDDEN, "hidden")]]
     if tiles:
         kinds = [kind for _, kind in tiles]
-        full = (TILES["full"] + SPAN, TILES["full"] + PLAIN, f"{kinds.count('full')} tiles full: no mask needed")
-        partial = (HIDDEN, PLAIN, f"{kinds.count('partial')} partial")
+        full = (TILES["full"] + SPAN, TILES["full"] + VISIBLE, f"{kinds.count('full')} tiles full: no mask needed")
+        partial = (HIDDEN, VISIBLE, f"{kinds.count('partial')} partial")
         skipped = TILES["skipped"]
         lines.append([full, partial, (skipped, skipped, f"{kinds.count('skipped')} skipped")])
     width = max(plot.width, 440 if tiles else 330)  # room for the legend
@@ -129,7 +157,7 @@ def _pillow() -> tuple[ModuleType, ModuleType, ModuleType]:
     try:
         from PIL import Image, ImageDraw, ImageFont
     except ImportError as error:
-        raise ImportError("pictures need Pillow: pip install fa4_prefixlm[pictures]") from error
+        raise ImportError(f"pictures need Pillow ({install_hint('pictures')})") from error
     return Image, ImageDraw, ImageFont
 
 
@@ -147,10 +175,10 @@ def _sequence(mask: SeesPairs, seqlen_q: int | None, seqlen_k: int, ranges: Name
 
 
 def _pair_states(mask: SeesPairs, rows: int, keys: int, sets: Sets) -> torch.Tensor:
-    """`(seqlen_q, seqlen_k)` uint8: HIDDEN, PLAIN or SPAN."""
+    """`(seqlen_q, seqlen_k)` uint8: HIDDEN, VISIBLE or SPAN."""
     visible = dense_mask(mask, rows, keys, sets)
     without_spans = dense_mask(mask, rows, keys, dict.fromkeys(sets, ()))
-    return torch.where(visible, torch.where(without_spans, PLAIN, SPAN), HIDDEN).to(torch.uint8)
+    return torch.where(visible, torch.where(without_spans, VISIBLE, SPAN), HIDDEN).to(torch.uint8)
 
 
 def _plot(states: torch.Tensor, cell: float, tiles: Sequence[DrawnTile]) -> Image:

@@ -1,4 +1,4 @@
-"""Causal text whose spans (images, prompts) see themselves in both directions, with or without a sliding window."""
+"""Causal text with spans (images, prompts) that see themselves in both directions, with or without a window."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from fa4_prefixlm.masks.atoms import causal, same_span, window
 from fa4_prefixlm.masks.base import Mask
 from fa4_prefixlm.masks.closed_form import RowEdges, edges_of
 from fa4_prefixlm.masks.interval_lists import Intervals
-from fa4_prefixlm.masks.protocols import Pairs, Reach, Rows
+from fa4_prefixlm.masks.protocols import Ahead, Pairs, Reach, Rows
 
 
 @dataclass(frozen=True)
 class PrefixLM(Mask):
     """Causal, except that the tokens of a span all see each other.
 
-    window: sliding window in tokens, `query - key < window`, the query's own token included (`sliding_window` of
-        transformers, `window_size_left = window - 1` of FlashAttention). It looks left only. None: no window.
-    clamp: with a window, True is (causal or span) and window: a span longer than the window loses its far left keys
-        (transformers: Gemma 3 and Gemma 4, `masking_utils.py`). False is (causal and window) or span: a span is
-        always whole (vLLM: Gemma 3, `v1/attention/backends`). Without a window the two are the same.
+    With window 4 and the span [2, 8), the row at position 7 sees [4, 8) if `clamp`, and [2, 8) if not.
 
-    Example, window 4, span [2, 8), the row at position 7: `clamp=True` sees [4, 8), `clamp=False` sees [2, 8).
+    Attributes:
+        window: sliding window in tokens, `query - key < window`, the query's own token included (`sliding_window` of
+            transformers, `window_size_left = window - 1` of FlashAttention). It looks left only. None: no window.
+        clamp: with a window, True is (causal or span) and window: a span longer than the window loses its far left
+            keys (transformers: Gemma 3 and Gemma 4, `masking_utils.py`). False is (causal and window) or span: a span
+            is always whole (vLLM: Gemma 3, `v1/attention/backends`). Without a window the two are the same.
     """
 
     window: int | None = None
@@ -56,6 +57,9 @@ class PrefixLM(Mask):
 
     def intervals(self, rows: Rows) -> Intervals:
         return self.expression.intervals(rows)
+
+    def ahead(self) -> Ahead:
+        return self.expression.ahead()
 
     def edges(self) -> RowEdges | None:
         return edges_of(self.expression)

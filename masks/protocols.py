@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+from fa4_prefixlm.batch.ranges import ReadsSpans, Whole
 from fa4_prefixlm.masks.interval_lists import Intervals
 
 # FlexAttention's `mask_mod(b, h, q_idx, kv_idx)`.
@@ -60,15 +61,49 @@ class Pairs(Protocol):
         """The key is before the end of the last span of `name` that starts at or before the query."""
 
 
-class SeesPairs(Protocol):
+class SeesPairs(ReadsSpans, Protocol):
     """A mask, as far as who sees whom can be asked of it."""
-
-    @property
-    def names(self) -> frozenset[str]:
-        """Names of the span sets that it reads."""
 
     def visible(self, pairs: Pairs) -> torch.Tensor:
         """Boolean, in the shape that the pairs broadcast to."""
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """Up to where rows may see past their own position, as an upper bound. Nothing of it: no row sees ahead of itself.
+
+    Attributes:
+        keys: to the end of the keys.
+        spans: to the end of a span that began at or before the row, of these sets.
+        blocks: rows in a span see all spans of the sequence, of these sets.
+        everywhere: all rows see all spans of the sequence, of these sets.
+    """
+
+    keys: bool = False
+    spans: frozenset[str] = frozenset()
+    blocks: frozenset[str] = frozenset()
+    everywhere: frozenset[str] = frozenset()
+
+    def joined(self, other: Ahead) -> Ahead:
+        """That of `|`: either may be what a row sees."""
+        return Ahead(
+            self.keys or other.keys,
+            self.spans | other.spans,
+            self.blocks | other.blocks,
+            self.everywhere | other.everywhere,
+        )
+
+    def met(self, other: Ahead) -> Ahead:
+        """That of `&`: each of the two bounds it, so the nearer one does."""
+        return min(self, other, key=lambda own: (own.keys, bool(own.everywhere), bool(own.blocks), len(own.spans)))
+
+    def whole(self, name: str) -> Whole:
+        """What a chunk of a prefill must hold of the set `name`, see `Whole`."""
+        if name in self.everywhere:
+            return "all"
+        if name in self.blocks:
+            return "block"
+        return "span" if self.keys or name in self.spans else "nothing"
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,16 @@ def runs_of(
             values are read on the host: a tensor on a GPU is copied, which waits for the device. Make the spans once
             for a batch, not once for a layer.
         values: the token types that are in a span.
-        merge: runs of different values that touch are one span; False: each is its own. Two runs of one value that
-            touch can't be told apart: give such spans to `plan` by hand.
-        joined: the tokens of a row must be one run, or none: a gap is an `InputError`. For models that make one block
-            of them however they lie; where there is one run, `same_span` says the same as `one_block` and costs less.
+        merge: runs of different values that touch are one span; False: each is its own. Two spans of one value that
+            touch are read as one run: give such spans to `plan` by hand.
+        joined: the tokens of a row must be one run, or none. For models in which these tokens all see each other,
+            wherever they are: with a single run `same_span` is the same mask as `one_block` and costs less.
+
+    Returns:
+        Per sequence a list of half-open `(start, end)`, ascending.
+
+    Raises:
+        InputError: `joined`, and a row has more than one run.
     """
     _check(token_types, values)
     rows: list[list[int]] = token_types.tolist()
@@ -39,10 +45,14 @@ def runs_of(
 
 
 def drop_longer(spans: Sequence[Sequence[tuple[int, int]]], window: int) -> BatchSpans:
-    """The spans of at most `window` tokens; a longer one is left out, and its tokens are causal.
+    """The spans of at most `window` tokens. Longer ones are left out, so their tokens are causal.
 
-    What vLLM 0.33.0 does with the images of Gemma 3 and PaliGemma 2, on all layers (`compute_mm_prefix_ranges` in
-    `v1/attention/backends/utils.py`). For Gemma 4 it drops none, nor does transformers for any model.
+    vLLM 0.33.0 does this with the images of Gemma 3 and PaliGemma 2, on all layers (`compute_mm_prefix_ranges` in
+    `v1/attention/backends/utils.py`). For Gemma 4 it drops none, and transformers drops none for any model.
+
+    Args:
+        spans: per sequence, half-open `(start, end)`.
+        window: sliding window in tokens.
     """
     if not isinstance(window, int) or isinstance(window, bool) or window < 1:
         raise InputError("window", "a positive number of tokens", window)
@@ -57,6 +67,8 @@ def _check(token_types: torch.Tensor, values: Collection[int]) -> None:
         raise InputError("token_types", "an integer or boolean dtype", kind)
     if token_types.ndim != 2:
         raise InputError("token_types", "shape (batch, seqlen)", tuple(token_types.shape))
+    if not isinstance(values, Collection) or isinstance(values, str):
+        raise InputError("values", "a collection of token types, such as {1}", repr(values))
     if len(values) == 0:
         raise InputError("values", "at least one token type", values)
 

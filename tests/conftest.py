@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fa4_prefixlm.fa4.build import locate
+from fa4_prefixlm.fa4.builds import locate
 
 
 def _why_no_gpu() -> str | None:

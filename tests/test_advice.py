@@ -17,7 +17,7 @@ from fa4_prefixlm.backends import select as backends
 from fa4_prefixlm.backends.reference import dense_attention
 from fa4_prefixlm.batch import lengths
 from fa4_prefixlm.batch.options import Options
-from fa4_prefixlm.fa4.build.describe import BEST, CAUSAL_ARGUMENTS, PAGED_ARGUMENTS
+from fa4_prefixlm.fa4.builds.describe import BEST, CAUSAL_ARGUMENTS, PAGED_ARGUMENTS
 from fa4_prefixlm.fa4.kernels import launch
 from fa4_prefixlm.masks import PrefixLM
 from fa4_prefixlm.runtime import fallback_warnings as advice

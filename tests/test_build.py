@@ -13,9 +13,9 @@ from fa4_prefixlm.backends import mask_mod_call as fa4_common
 from fa4_prefixlm.backends import select as backends
 from fa4_prefixlm.batch import lengths
 from fa4_prefixlm.batch.tensors import CallSpec
-from fa4_prefixlm.fa4.build import describe as builds
-from fa4_prefixlm.fa4.build import locate
-from fa4_prefixlm.fa4.build.head_dims import HeadDims
+from fa4_prefixlm.fa4.builds import describe as builds
+from fa4_prefixlm.fa4.builds import locate
+from fa4_prefixlm.fa4.builds.head_dims import HeadDims
 from fa4_prefixlm.fa4.kernels.tiles import forward_tile
 from fa4_prefixlm.geometry.traits import CausalWindow, Traits
 from fa4_prefixlm.masks.protocols import Reach
@@ -89,11 +89,13 @@ def write_build(
 
 def test_a_build_is_read_from_its_source(tmp_path: pathlib.Path) -> None:
     sm90 = "SeqlenInfoCls = partial(SeqlenInfoQK.create, seqlen_q_static=1, tile_m=self.tile_m, tile_n=self.tile_n)"
-    lacking = "flash-attn-4 9.9 lacks parts of the SM90 kernel that the native lane builds on"
+    lacking = "flash-attn-4 9.9 lacks parts of the SM90 kernel that the native backend builds on"
     assert write_build(tmp_path, sm90=sm90) == dataclasses.replace(
         GOOD,
         native_refusal=lacking,
+        backward_refusal="flash-attn-4 9.9 lacks parts of the SM90 backward kernel that the native one builds on",
         backward_arguments=frozenset({"q", "mask_mod"}),
+        sm90_backward_head_dims="unknown",
         head_dims=HeadDims(sm100_pairs=frozenset({(192, 128)})),
     )
 
@@ -198,7 +200,7 @@ def test_auto_takes_the_first_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"varlen_mask": False}, "packed", "refuses mask_mod with aux_tensors for varlen"),
         ({"varlen_lists": False}, "packed", "has no varlen block sparsity"),
-        ({"sm90_list_stride": "unknown"}, "packed", "could not be told from its source"),
+        ({"sm90_list_stride": "unknown"}, "packed", "is not clear from its source"),
         ({"sm90_list_stride": "128"}, "varlen", None),
         ({"arguments": builds.CAUSAL_ARGUMENTS}, "two_pass", "has no argument aux_tensors, block_sparse_tensors"),
         ({"arguments": frozenset({"q"})}, "reference", "has no argument aux_tensors"),
@@ -215,7 +217,6 @@ def test_what_a_build_cannot_do_is_passed_over(
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"needs_grad": True}, "no backward yet"),
         ({"dtype": torch.float32}, "FA4 takes bfloat16 and float16, not torch.float32"),
         ({"head_dim": 320}, "SM90 takes head dims up to 256"),
         ({"head_dim": 100}, "multiples of 8"),

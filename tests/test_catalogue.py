@@ -385,8 +385,8 @@ def visible_by_bounds(mask: fp.Mask, spans: object, keys: int, rows: int) -> tor
 def test_intervals_are_the_dense_mask(name: str) -> None:
     example = CATALOGUE[name]
     for rows in (example.seqlen, 13, 1):
-        got = visible_by_bounds(example.mask, example.spans, example.seqlen, rows)
-        wanted = example.mask.dense(seqlen=example.seqlen, ranges=example.spans, seqlen_q=rows)
+        got = visible_by_bounds(example.mask, example.ranges, example.seqlen, rows)
+        wanted = example.mask.dense(seqlen=example.seqlen, ranges=example.ranges, seqlen_q=rows)
         assert torch.equal(got, wanted)
 
 
@@ -407,16 +407,17 @@ def test_every_example_shows_its_rule() -> None:
         assert isinstance(example, Example)
         assert 48 <= example.seqlen <= 64
         if example.mask.names:
-            without = None if not isinstance(example.spans, dict) else dict.fromkeys(example.spans, ())
-            with_spans = example.mask.dense(seqlen=example.seqlen, ranges=example.spans)
+            without = None if not isinstance(example.ranges, dict) else dict.fromkeys(example.ranges, ())
+            with_spans = example.mask.dense(seqlen=example.seqlen, ranges=example.ranges)
             assert not torch.equal(with_spans, example.mask.dense(seqlen=example.seqlen, ranges=without)), name
 
 
 def test_one_interval_a_row_where_the_docs_say_so() -> None:
-    """What decides the speed: K, and the block of tags."""
+    """What decides the speed: K, and tags."""
     intervals = {}
     for name, example in CATALOGUE.items():
-        named = example.spans if isinstance(example.spans, dict) else dict.fromkeys(example.mask.names, example.spans)
+        ranges = example.ranges
+        named = ranges if isinstance(ranges, dict) else dict.fromkeys(example.mask.names, ranges)
         intervals[name] = example.mask.count({own: len(pairs) for own, pairs in named.items()})
     assert intervals.pop("molmo2-transformers") == 6
     assert [intervals.pop(name) for name in ("paligemma-global-gaps", "paligemma2-local-gaps")] == [4, 4]

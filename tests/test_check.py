@@ -25,17 +25,17 @@ import torch
 from fa4_prefixlm.backends import select as backends
 from fa4_prefixlm.backends.base import MaskedBatch, Prepared
 from fa4_prefixlm.backends.reference import _attend
-from fa4_prefixlm.fa4.build.defects import CAUSAL_KEPT, PAGED_LISTS, SM90_LIST_STRIDE
-from fa4_prefixlm.fa4.build.describe import BEST, MASKED_ARGUMENTS
-from fa4_prefixlm.fa4.build.locate import GivenBuild, given
+from fa4_prefixlm.fa4.builds.defects import CAUSAL_KEPT, PAGED_LISTS, SM90_LIST_STRIDE
+from fa4_prefixlm.fa4.builds.describe import BEST, MASKED_ARGUMENTS
+from fa4_prefixlm.fa4.builds.locate import GivenBuild, given
 from fa4_prefixlm.geometry import intervals
 from fa4_prefixlm.testing.accuracy import dense_attention, overlapping_two_pass
-from fa4_prefixlm.tools.check import command, crosscheck, judge, pool, session, work, worker
+from fa4_prefixlm.tools.check import command, crosscheck, judge, session, workers
 from fa4_prefixlm.tools.check.cases import CASES, EVERY, Case, cases, inputs
-from fa4_prefixlm.tools.check.outcomes import CAUSAL, Outcome, ProbeOutcome, Speed, in_short
+from fa4_prefixlm.tools.check.judge import CAUSAL, Outcome, ProbeOutcome, Speed, in_short
 from fa4_prefixlm.tools.check.probes import PROBES
-from fa4_prefixlm.tools.check.report import Report
-from fa4_prefixlm.tools.check.run import row_errors, run_case
+from fa4_prefixlm.tools.check.report import CheckReport
+from fa4_prefixlm.tools.check.run import run_case
 
 CPU = torch.device("cpu")
 QUICK = [case for case in cases() if not case.timed]
@@ -112,21 +112,16 @@ def test_inputs_are_the_same_bits_each_time(name: str) -> None:
     assert not torch.equal(one.q, inputs(dataclasses.replace(CASES[name], name="another"), CPU).q)
 
 
-def test_pages_hold_the_keys_and_what_no_table_names_is_nan() -> None:
+def test_pages_are_of_the_keys_of_the_case() -> None:
+    """tests/test_testing.py says what else they are."""
     case = CASES["chunks, hd128 8:1 sink pages 16"]
     own = inputs(case, CPU)
-    keys, _ = own.cache
-    named = set()
+    keys, values = own.cache
     for row, begin, length in zip(own.table, case.cu_seqlens_k[:-1], case.seqlens_k, strict=True):
         pages = row[: -(-length // 16)].long()
-        named |= set(pages.tolist())
-        flat = keys[pages].flatten(0, 1)
-        assert torch.equal(flat[:length], own.k[begin : begin + length])
-        assert (flat[length:] == 0).all(), "rows of a last page must be finite"
-        assert (row[len(pages) :] < 0).all()
-    spare = [page for page in range(len(keys)) if page not in named]
-    assert len(spare) == 5
-    assert keys[spare].isnan().all()
+        for cache, contiguous in ((keys, own.k), (values, own.v)):
+            assert torch.equal(cache[pages].flatten(0, 1)[:length], contiguous[begin : begin + length])
+    assert keys.isnan().any()
 
 
 # --- the verdicts ---
@@ -212,19 +207,6 @@ def test_a_bare_build(name: str, status: str, known: tuple, verdict: str, strict
     outcome = ProbeOutcome(name, status, "why", 0.5 if status == "wrong" else None)
     assert judge.judge_probe(outcome, known, strict=False).status == verdict
     assert judge.judge_probe(outcome, known, strict=True).status == strict
-
-
-def test_a_single_row_shows() -> None:
-    exact = torch.randn(1000, 4, 64, dtype=torch.float64)
-    exact[7, 1] = 0
-    out = exact.clone()
-    assert row_errors(out, exact).max() == 0
-    out[500, 2] *= 1.05
-    assert row_errors(out, exact).flatten().argmax() == 500 * 4 + 2
-    out[7, 1, 3] = 1e-6
-    assert row_errors(out, exact)[7, 1] == math.inf
-    out[9, 0, 0] = math.nan
-    assert row_errors(out, exact)[9, 0] == math.inf
 
 
 # --- the catches ---
@@ -407,7 +389,7 @@ def test_reports_hold_no_folders() -> None:
 INTERFACE = """
 import os
 import torch
-from fa4_prefixlm.backends import Options
+from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.backends.reference import _attend
 
 print("a compiler that talks")
@@ -453,7 +435,7 @@ def test_a_build_whose_causal_overrides_the_mask_mod(
     """By path, in a process of its own, whose prints do not get into the answers."""
     pytest.importorskip("cutlass", reason="the mask_mods are CuTe code")
     fork = given(str(write_fork(tmp_path / "fork", overrides=overrides, told=told)))
-    process = pool.Worker(fork.module, fork.environment(tmp_path / "links"), "cpu")
+    process = workers.Worker(fork.module, fork.environment(tmp_path / "links"), "cpu")
     try:
         answer = process.ask({"do": "probe", "name": CAUSAL_KEPT.name})
     finally:
@@ -466,15 +448,15 @@ def test_a_build_whose_causal_overrides_the_mask_mod(
     assert judged.is_bad is (verdict == "WRONG")
 
 
-def test_there_is_a_probe_for_each_defect_that_is_not_cured_by_refusing() -> None:
+def test_there_is_a_probe_for_each_defect_that_gives_wrong_answers() -> None:
     assert set(PROBES) == {CAUSAL_KEPT.name, SM90_LIST_STRIDE.name, PAGED_LISTS.name}
 
 
 # --- the processes ---
 
 
-def stub(code: str) -> pool.Worker:
-    process = pool.Worker(None, os.environ, "cpu")
+def stub(code: str) -> workers.Worker:
+    process = workers.Worker(None, os.environ, "cpu")
     process._command = [sys.executable, "-c", code]
     return process
 
@@ -494,7 +476,7 @@ def test_a_worker_that_dies_says_why_and_starts_again(tmp_path: pathlib.Path) ->
         "    sys.stdin.readline(); seen.touch(); print('/some/where/x.cu: illegal access', file=sys.stderr)\n"
         f"    sys.stderr.flush(); os.abort()\n{ANSWER}"
     )
-    with pytest.raises(pool.LostError, match="signal 6: x.cu: illegal access"):
+    with pytest.raises(workers.LostError, match="signal 6: x.cu: illegal access"):
         process.ask({"do": "run"})
     assert process.ask({"do": "run"}) == {"got": {"do": "run"}}
     process.close()
@@ -503,40 +485,40 @@ def test_a_worker_that_dies_says_why_and_starts_again(tmp_path: pathlib.Path) ->
 def test_a_worker_that_hangs_is_ended() -> None:
     process = stub("import time; time.sleep(100)")
     began = time.monotonic()
-    with pytest.raises(pool.LostError, match="no answer in 1 s"):
+    with pytest.raises(workers.LostError, match="no answer in 1 s"):
         process.ask({"do": "run"}, timeout=1)
     assert time.monotonic() - began < 10
     process.close()
-    with pytest.raises(pool.LostError, match="stopped"):
+    with pytest.raises(workers.LostError, match="stopped"):
         process.ask({"do": "run"})
 
 
 def test_whoever_stops_listening_ends_the_workers() -> None:
-    units = [pool.Unit(stub(ANSWER), [{"n": 1}]), pool.Unit(stub("import time; time.sleep(100)"), [{"n": 2}])]
-    answers = pool.ask_all(units, jobs=2)
+    units = [workers.Unit(stub(ANSWER), [{"n": 1}]), workers.Unit(stub("import time; time.sleep(100)"), [{"n": 2}])]
+    answers = workers.ask_all(units, jobs=2)
     assert next(answers) == ({"n": 1}, {"got": {"n": 1}})
     answers.close()
     assert all(unit.worker._process is None for unit in units)
 
 
 def test_a_worker_answers_as_the_function_does() -> None:
-    environment = {**os.environ, pool.DISK_CACHE: "1"}
-    process = pool.Worker(None, environment, "cpu")
-    assert pool.DISK_CACHE not in process._environment
+    environment = {**os.environ, workers.DISK_CACHE: "1"}
+    process = workers.Worker(None, environment, "cpu")
+    assert workers.DISK_CACHE not in process._environment
     request = {"do": "run", "case": "chunks, hd128", "backend": "reference", "save": None}
     try:
         theirs, refused = process.ask(request), process.ask({**request, "backend": "packed"})
     finally:
         process.close()
-    mine = worker.answer(request, None, CPU)
+    mine = workers.answer(request, None, CPU)
     assert {**theirs, "seconds": 0} == {**mine, "seconds": 0}
     assert refused["status"] == "refused"
 
 
 def test_cases_that_share_kernels_share_a_process() -> None:
-    wanted = work.Wanted(cases(), jobs=16)
-    asked = work.requests(0, wanted, None, probes=True)
-    team = work.team(asked, wanted, 16, lambda: pool.Worker(None, {}, "cpu"))
+    wanted = session.Wanted(cases(), jobs=16)
+    asked = session.requests(0, wanted, None, probes=True)
+    team = session.team(asked, wanted, 16, lambda: workers.Worker(None, {}, "cpu"))
     assert sorted(map(id, asked)) == sorted(id(request) for unit in team.units for request in unit.requests)
     assert len(team.units) <= 17
     places: dict[tuple, set[int]] = {}
@@ -562,23 +544,23 @@ class InProcess:
 
     def ask(self, request, timeout=0.0):
         if request["backend"] == "two_pass":
-            raise pool.LostError("the process ended with signal 9: no message")
-        return json.loads(json.dumps(worker.answer(request, None, self.device)))
+            raise workers.LostError("the process ended with signal 9: no message")
+        return json.loads(json.dumps(workers.answer(request, None, self.device)))
 
     def close(self) -> None:
         pass
 
 
-def target(name: str) -> work.Target:
+def build_named(name: str) -> session.CheckedBuild:
     own = GivenBuild("flash_attn.cute", pathlib.Path("/nowhere"), installed=True)
-    return work.Target(own, dataclasses.replace(BEST, name=name))
+    return session.CheckedBuild(own, dataclasses.replace(BEST, name=name))
 
 
-def checked(monkeypatch: pytest.MonkeyPatch, compute, names=("one",), **wanted) -> list[session.BuildReport]:
+def checked(monkeypatch: pytest.MonkeyPatch, compute, names=("one",), **wanted) -> list[session.BuildResults]:
     monkeypatch.setattr(session, "Worker", InProcess)
     monkeypatch.setitem(backends.BACKENDS, "varlen", Player(compute))
     some = [CASES["chunks, hd128"], CASES["tile edges, hd128 window 40"]]
-    return session.check([target(name) for name in names], work.Wanted(some, **wanted), CPU)
+    return session.check([build_named(name) for name in names], session.Wanted(some, **wanted), CPU)
 
 
 MOST = ("native", "varlen", "reference")
@@ -589,7 +571,7 @@ def test_a_session_judges_every_case_on_every_backend(monkeypatch: pytest.Monkey
     progress = session.Progress(lambda count: events.append(count), lambda what: events.append(what))
     monkeypatch.setattr(session, "Worker", InProcess)
     monkeypatch.setitem(backends.BACKENDS, "varlen", Player(right))
-    (report,) = session.check([target("one")], work.Wanted([CASE], MOST), CPU, progress)
+    (report,) = session.check([build_named("one")], session.Wanted([CASE], MOST), CPU, progress)
     assert [(own.outcome.backend, own.verdict.status) for own in report.results] == [
         ("causal", "ok"),
         ("native", "refused"),
@@ -597,7 +579,7 @@ def test_a_session_judges_every_case_on_every_backend(monkeypatch: pytest.Monkey
         ("reference", "ok"),
     ]
     assert not report.is_bad
-    assert events == [4, *[CASE.name] * 4]
+    assert events == [4, *(f"{CASE.name}, {name}" for name in (CAUSAL, *MOST))]
 
 
 def test_a_lost_worker_is_a_failure_of_its_case(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -636,7 +618,7 @@ def test_builds_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     assert own.verdict.status == "ok"
 
 
-def a_report(monkeypatch: pytest.MonkeyPatch, compute=right) -> Report:
+def a_report(monkeypatch: pytest.MonkeyPatch, compute=right) -> CheckReport:
     builds = checked(monkeypatch, compute, ("one", "two"), backends=(*MOST, "two_pass"))
     first = builds[0]
     probes = [
@@ -647,7 +629,7 @@ def a_report(monkeypatch: pytest.MonkeyPatch, compute=right) -> Report:
     speed = Speed(results[2].case.name, "varlen", 0.25, 300.0, 0.4, 0.01)
     results[2] = dataclasses.replace(results[2], speed=speed)
     builds[0] = dataclasses.replace(first, probes=probes, results=results, troubles=["timing: lost"])
-    return Report("quick", True, builds)
+    return CheckReport("quick", builds)
 
 
 def test_the_table_names_what_is_wrong_and_what_was_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -695,9 +677,9 @@ def test_junit_has_a_suite_per_build(monkeypatch: pytest.MonkeyPatch) -> None:
 def exit_status(monkeypatch: pytest.MonkeyPatch, compute, *options: str) -> int:
     monkeypatch.setattr(session, "Worker", InProcess)
     monkeypatch.setitem(backends.BACKENDS, "varlen", Player(compute))
-    monkeypatch.setattr(command, "_targets", lambda texts: [target("one")])
+    monkeypatch.setattr(command, "_builds", lambda texts: [build_named("one")])
     monkeypatch.setattr(
-        command, "crosscheck", lambda targets, wanted, progress: session.check(targets, wanted, CPU, progress)
+        command, "crosscheck", lambda builds, wanted, progress: session.check(builds, wanted, CPU, progress)
     )
     return command.run(["--case", "chunks, hd128 window 40", "--quiet", "--jobs", "1", *options])
 
@@ -734,21 +716,123 @@ def test_no_build_is_nothing_to_check(monkeypatch: pytest.MonkeyPatch, capsys) -
     assert "an installed FA4" in capsys.readouterr().err
 
 
-def test_a_check_where_all_is_refused_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    def is_empty(*names: str) -> bool:
-        return Report("quick", True, checked(monkeypatch, right, backends=names)).is_empty
+def test_a_check_where_all_is_refused_is_none(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def judged(*names: str) -> bool:
+        return CheckReport("quick", checked(monkeypatch, right, backends=names)).exactness_checked
 
-    assert is_empty("native", "reference"), "only the causal call ran, which is there for its error band"
-    assert not is_empty("native", "varlen")
-    assert not is_empty("causal")
+    assert not judged("native", "reference"), "only the causal call ran, which is there for its error band"
+    assert judged("native", "varlen")
+    assert judged("causal")
     assert exit_status(monkeypatch, right, "--backend", "native") == 2
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith("NOT JUDGED: no output of FlashAttention-4; every case was refused.")
+
+
+def test_the_last_line_says_what_was_judged(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    exit_status(monkeypatch, right, "--backend", "varlen")
+    assert (
+        capsys.readouterr().out.splitlines()[-1] == "RIGHT: 2 outputs were judged against float64, and none is wrong."
+    )
+    exit_status(monkeypatch, one_key_short, "--backend", "varlen")
+    assert capsys.readouterr().out.splitlines()[-1] == "NOT RIGHT: 1 wrong or failed, listed above."
+
+
+def test_json_in_place_of_the_report(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, capsys) -> None:
+    for option in (["--json"], ["--json", "-"]):
+        exit_status(monkeypatch, right, "--backend", "varlen", *option)
+        assert json.loads(capsys.readouterr().out)["ok"] is True
+    exit_status(monkeypatch, right, "--backend", "varlen", "--json", str(tmp_path / "out.json"))
+    assert "RIGHT" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out.json").read_text())["ok"] is True
 
 
 # --- without a GPU ---
 
 
+def compiles_nothing(monkeypatch: pytest.MonkeyPatch, error: str | None = None) -> None:
+    """Play a compiler, and a machine with an FA4 but without a GPU."""
+
+    def compile_in_subprocess(arch, variants, *, build, environment, done):
+        reports = [{**dataclasses.asdict(own), "kernel": "k", "error": error, "seconds": 1.0} for own in variants]
+        for report in reports:
+            done(report)
+        return reports
+
+    monkeypatch.setattr(crosscheck, "compile_in_subprocess", compile_in_subprocess)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(command, "_builds", lambda texts: [build_named("one")])
+
+
+ONE_CASE = ["--case", "chunks, hd128 window 40", "--jobs", "1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "last"),
+    [
+        (
+            ["--backend", "native"],
+            2,
+            "NOT JUDGED: no output of FlashAttention-4; the kernels of 2 calls were compiled for Hopper and not run "
+            "(there is no GPU here). The reference was not run either.",
+        ),
+        (
+            ["--backend", "native", "--backend", "reference"],
+            2,
+            "NOT JUDGED: no output of FlashAttention-4; the kernels of 2 calls were compiled for Hopper and not run "
+            "(there is no GPU here). The reference, which does not use it, was judged here: 1 case, right.",
+        ),
+        (
+            ["--compile-only", "--backend", "native", "--backend", "reference"],
+            0,
+            "NOT JUDGED: no output of FlashAttention-4; the kernels of 2 calls were compiled for Hopper and not run "
+            "(--compile-only). The reference was not run either.",
+        ),
+    ],
+)
+def test_compiled_is_not_judged(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, options: list[str], status: int, last: str, capsys
+) -> None:
+    compiles_nothing(monkeypatch)
+    file = tmp_path / "out.json"
+    assert command.run([*ONE_CASE, "--quiet", *options, "--json", str(file)]) == status
+    assert capsys.readouterr().out.splitlines()[-1] == last
+    content = json.loads(file.read_text())
+    assert (content["ok"], content["exactness_checked"]) == (None, False)
+
+
+@pytest.mark.parametrize("options", [[], ["--compile-only"]])
+def test_what_does_not_compile_is_not_right(monkeypatch: pytest.MonkeyPatch, options: list[str], capsys) -> None:
+    compiles_nothing(monkeypatch, error="DSLRuntimeError: no")
+    assert command.run([*ONE_CASE, "--quiet", "--backend", "native", *options, "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["ok"] is False
+
+
+def test_compiling_alone_runs_nothing_on_a_gpu_either(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    compiles_nothing(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(command, "describe_machine", lambda: None, raising=False)
+    monkeypatch.setattr(command, "check", lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr(CheckReport, "as_json", lambda self: {})
+    monkeypatch.setattr(CheckReport, "__str__", CheckReport.conclusion)
+    assert command.run([*ONE_CASE, "--quiet", "--backend", "native", "--compile-only"]) == 0
+    assert "(--compile-only)" in capsys.readouterr().out
+
+
+def test_a_line_for_each_case_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    compiles_nothing(monkeypatch)
+    command.run([*ONE_CASE, "--backend", "native", "--backend", "reference"])
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "[1/2] causal, head dim 128: compiled (1.0 s)",
+        "[2/2] native, head dim 128: compiled (1.0 s)",
+        "[3/3] chunks, hd128 window 40, reference on the CPU",
+    ]
+    command.run([*ONE_CASE, "--backend", "native", "--quiet"])
+    assert capsys.readouterr().err == ""
+
+
 def test_cases_that_share_kernels_are_compiled_once() -> None:
-    wanted = work.Wanted(cases(), backends=("varlen",))
+    wanted = session.Wanted(cases(), backends=("varlen",))
     variants = {crosscheck.variant_of(case, "varlen") for case in wanted.cases}
     assert len(variants) == len({case.kernel for case in cases()})
     assert crosscheck.variant_of(CASES["prompts, hd128 two intervals"], CAUSAL).mask == "prefix_lm"
@@ -769,9 +853,10 @@ def test_a_fork_by_path_is_compiled_where_there_is_no_gpu(tmp_path: pathlib.Path
     def run(name: str) -> int:
         return command.run(["--build", str(tmp_path / name), *options, "--json", str(files[name])])
 
-    assert (run("fork"), run("broken")) == (0, 1)
+    assert (run("fork"), run("broken")) == (2, 1)
     said = capsys.readouterr().out
-    assert "NOT checked" in said
+    assert "NOT JUDGED: no output of FlashAttention-4" in said
+    assert "was judged here: 1 case, right" in said
     assert "varlen: not run (1 case)" in said
     fork, broken = (json.loads(file.read_text()) for file in files.values())
     assert fork["exactness_checked"] is False

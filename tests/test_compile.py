@@ -163,19 +163,29 @@ def test_serving_plan_updated_between_calls(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.filterwarnings("error:.*autograd kernel")
-def test_gradients_are_refused(backend: str) -> None:
-    q, k, v = tensors()
-    plan, project = planned(BATCHES[0], (q, k, v)), torch.nn.Linear(16, 16)
-    run, _ = compiled(lambda q, **options: layer(project(q), k, v, plan, **options), backend)
-    for out in (None, torch.empty_like(q)):
-        with pytest.raises(fp.UnsupportedError, match="^q, k, v: expected no gradient in torch.compile"):
-            run(q, out=out)
-    with torch.no_grad():
-        assert_same(run(q), layer(project(q), k, v, plan))
-    project.requires_grad_(False)
-    assert_same(run(q), layer(project(q), k, v, plan))
-    with pytest.raises(fp.UnsupportedError, match="^learnable_sink: expected no gradient in torch.compile"):
-        run(q, learnable_sink=torch.zeros(4, requires_grad=True))
+def test_gradients(backend: str) -> None:
+    """One graph forward and one backward for every batch; `out=` and no gradient beside it."""
+    own = tensors(dtype=torch.float64)
+    project = torch.nn.Linear(16, 16, dtype=torch.float64)
+    sink = torch.linspace(-1, 1, 4, dtype=torch.float64).requires_grad_()
+
+    def model(q, k, v, plan, **options):
+        return layer(project(q), k, v, plan, learnable_sink=sink, **options)
+
+    run, counter = compiled(model, backend)
+    for batch in BATCHES:
+        plan = planned(batch, own)
+        found = []
+        for call in (model, run):
+            leaves = [tensor.clone().requires_grad_() for tensor in own]
+            out, lse = call(*leaves, plan)
+            loss = (out * own[0]).sum() + lse.sin().sum()
+            found.append(torch.autograd.grad(loss, [*leaves, sink, *project.parameters()]))
+        for ours, theirs in zip(*reversed(found), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)  # the LSE is float32
+    assert counter.frame_count == 1
+    with pytest.raises(fp.InputError, match="^out: expected None where a gradient is needed"):
+        run(*own, planned(BATCHES[0], own), out=torch.empty_like(own[0]))
 
 
 def test_transforms_are_refused() -> None:
@@ -208,8 +218,11 @@ def calls_that_fail():
         "sink": (call(learnable_sink=torch.zeros(3)), "learnable_sink: expected shape (4,), one per query head"),
         "out": (call(out=out[:, :2]), "out: expected shape (60, 4, 16), got (60, 2, 16)"),
         "out's strides": (call(out=out.mT.contiguous().mT), "out: expected a contiguous tensor"),
-        "an argument of the plan": (call(max_seqlen_q=60), "max_seqlen_q: expected to be given to plan(), not"),
-        "a mask": (call(mask=fp.PrefixLM(5)), "mask: expected to be given to plan(), not together with a plan"),
+        "an argument of the plan": (
+            call(max_seqlen_q=60),
+            "max_seqlen_q: expected None beside a plan, which has its own",
+        ),
+        "a mask": (call(mask=fp.PrefixLM(5)), "mask: expected None beside a plan, which has its own"),
     }
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
 from test_build import write_build
 
-from fa4_prefixlm.errors import InputError
-from fa4_prefixlm.fa4.build.locate import given
+import fa4_prefixlm
+from fa4_prefixlm.errors import REPOSITORY, InputError, install_hint
+from fa4_prefixlm.fa4.builds.locate import given
 from fa4_prefixlm.tools import cli, doctor
 
+ROOT = pathlib.Path(__file__).parent.parent
 REFUSES_VARLEN = '\nraise NotImplementedError("mask_mod with aux_tensors is not yet supported for varlen sequences")'
 
 
@@ -79,13 +82,13 @@ def test_the_report_says_what_each_call_takes(checkout: pathlib.Path) -> None:
         "spans, head dim 512": "reference",
         "two intervals a row": "packed",
         "many images, one block": "reference",
-        "gradients": "reference",
+        "gradients": "packed",
         "float32": "reference",
     }
     text = str(report)
     assert "varlen mask_mod             no" in text
     assert "sink-bfloat16-only" in text
-    assert "cured: other sinks are applied to the kernel's output" in text
+    assert "worked around: other sinks are applied to the kernel's output" in text
     assert "spans, pages of 16           two_pass" in text
 
 
@@ -101,11 +104,86 @@ def test_json(checkout: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert report["machine"]["torch"]
 
 
-def test_without_any_fa4(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_json_in_a_file_beside_the_report(
+    checkout: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "out.json"
+    assert cli.main(["doctor", "--json", str(file), "--build", str(checkout)]) == 0
+    assert "varlen mask_mod" in capsys.readouterr().out
+    assert json.loads(file.read_text())["builds"]
+    assert cli.main(["doctor", "--json", str(tmp_path / "nowhere" / "out.json")]) == 2
+    assert "--json: expected a file in an existing folder" in capsys.readouterr().err
+
+
+def test_whoever_reads_the_first_lines_only_sees_no_traceback(checkout: pathlib.Path) -> None:
+    command = f"{sys.executable} -u -m fa4_prefixlm doctor --build {checkout} | head -1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.splitlines()) == 1
+
+
+def test_without_any_fa4_the_verdict_comes_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(doctor, "all_installed", list)
-    report = doctor.examine()
-    assert list(report.builds) == []
-    assert "No FA4 found" in str(report)
+    assert cli.main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("Here every call runs `reference`, because no FlashAttention-4 was found.\nTo install it, ")
+    assert install_hint("fa4") in text
+    sections = [line for line in text.splitlines() if line and not line.startswith(" ")][2:]
+    assert sections == ["machine"], "no table is empty"
+
+
+@pytest.mark.parametrize(
+    ("here", "archs", "lines"),
+    [
+        (0, [], ["Here every call runs `reference`, because torch sees no CUDA GPU.", "On sm_90, ", "On sm_100, "]),
+        (90, [], ["Here, with flash_attn.cute in fork, a call with spans takes `packed` (one FlashAttention-4 call"]),
+        (90, ["sm_100"], ["On sm_100, with flash_attn.cute in fork, a call with spans takes `packed`"]),
+        (0, ["sm_90"], ["On sm_90, with flash_attn.cute in fork, a call with spans takes `packed`"]),
+        (80, [], ["Here, with flash_attn.cute in fork, every call runs `reference` (no kernel for sm_80: "]),
+    ],
+)
+def test_the_verdict_says_what_a_normal_call_takes(
+    checkout: pathlib.Path, monkeypatch: pytest.MonkeyPatch, here: int, archs: list[str], lines: list[str]
+) -> None:
+    monkeypatch.setattr(doctor, "device_arch", lambda device: here)
+    found = doctor.examine([given(str(checkout))], archs)
+    verdict = found.verdict()
+    assert len(verdict) == len(lines)
+    for said, wanted in zip(verdict, lines, strict=True):
+        assert said.startswith(wanted)
+    assert str(found).startswith("\n".join(verdict))
+    if "packed" in lines[-1]:
+        assert "Not `varlen`: flash_attn.cute in fork refuses mask_mod with aux_tensors" in verdict[-1]
+
+
+@pytest.mark.parametrize("arch", ["hopper", "90", "sm_9", "sm_90a", "sm_", ""])
+def test_what_is_no_architecture_is_refused(arch: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--arch", arch]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "--arch: expected sm_ and a compute capability, such as sm_90" in said.err
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"fa4-prefixlm {fa4_prefixlm.__version__}\n"
+
+
+def test_hints_name_no_package_index() -> None:
+    """No index has this library: it comes from a checkout or from its repository."""
+    assert f'Repository = "{REPOSITORY}"' in (ROOT / "pyproject.toml").read_text()
+    assert f"git+{REPOSITORY}" in install_hint("pictures")
+    assert "CUDA 13" in install_hint("fa4")
+    from_an_index = re.compile(r"""pip install (?:-U )?["']?fa4[_-]prefixlm\b(?!(?:\[[\w,{}]+\])? @)""")
+    files = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").iterdir()]
+    files += [file for folder in ("fa4_prefixlm", "masks") for file in (ROOT / folder).rglob("*.py")]
+    assert from_an_index.search('pip install "fa4_prefixlm[fa4]"')
+    named = [str(file) for file in files if file.suffix in (".md", ".py") and from_an_index.search(file.read_text())]
+    assert named == []
 
 
 def test_several_builds_side_by_side(checkout: pathlib.Path) -> None:

@@ -43,7 +43,7 @@ def test_the_error_is_a_value_error_with_its_parts() -> None:
     ("ranges", "message"),
     [
         ([[(3, 1)], []], "ranges[0][0]: expected start below end, got (3, 1)"),
-        ([[(0, 5)], []], "ranges[0][0]: expected an end within the sequence's 4 keys, got (0, 5)"),
+        ([[(0, 5)], []], "ranges[0]: expected spans that end within the 4 keys, or begin after them, got (0, 5)"),
         ([[], [(-1, 2)]], "ranges[1][0]: expected a start of at least 0, got (-1, 2)"),
         ([[], [(0, 3), (2, 5)]], "ranges[1]: expected spans that do not overlap, got (0, 3) and (2, 5)"),
         ([[], [(2, 5), (0, 3)]], "ranges[1]: expected spans that do not overlap, got (0, 3) and (2, 5)"),
@@ -52,7 +52,7 @@ def test_the_error_is_a_value_error_with_its_parts() -> None:
         ([[], 4], "ranges[1]: expected a list of pairs (start, end), got 4"),
         ([[], [4]], "ranges[1][0]: expected a pair of integers (start, end), got 4"),
         ([[], [(0.5, 2)]], "ranges[1][0]: expected a pair of integers (start, end), got (0.5, 2)"),
-        (torch.zeros(2, 1, 2), "ranges: expected dtype torch.int32, got torch.float32"),
+        (torch.zeros(2, 1, 2), "ranges: expected dtype torch.int32 or torch.int64, got torch.float32"),
         (torch.zeros(2, 2, dtype=torch.int32), "ranges: expected shape (batch, max_ranges, 2), got (2, 2)"),
         (torch.zeros(3, 1, 2, dtype=torch.int32), "ranges: expected one row per sequence, 2, got 3"),
         (torch.tensor([[[0, 0]], [[4, 2]]], dtype=torch.int32), "ranges[1][0]: expected start below end, got (4, 2)"),
@@ -65,7 +65,7 @@ def test_ranges(ranges, message: str) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (torch.tensor([0, 4, 10]), "cu_seqlens_q: expected dtype torch.int32, got torch.int64"),
+        (torch.tensor([0, 4, 2**31]), "cu_seqlens_q: expected values that fit int32, got 2147483648"),
         (cu(0, 4, 9), "cu_seqlens_q[-1]: expected the tensor's length 10, got 9"),
         (cu(1, 4, 10), "cu_seqlens_q[0]: expected 0, got 1"),
         (cu(0, 7, 4, 10), "cu_seqlens_q[2]: expected an ascending value, at least 7, got 4"),
@@ -175,7 +175,7 @@ def test_a_plan_runs_only_what_it_was_made_for() -> None:
         with pytest.raises(fp.InputError, match=re.escape(argument)):
             fp.attention(*tensors, plan)
     for name, value in (("cu_seqlens_q", cu(0, 10)), ("mask", fp.PrefixLM()), ("backend", "auto"), ("max_range", 3)):
-        with pytest.raises(fp.InputError, match=f"{name}: expected to be given to plan"):
+        with pytest.raises(fp.InputError, match=f"{name}: expected None beside a plan"):
             fp.attention(q, k, v, plan, **{name: value})
     with pytest.raises(fp.InputError, match="like: expected the tensors"):
         fp.plan(None, like=q)
@@ -223,6 +223,5 @@ def test_names_of_span_sets() -> None:
     rejects("spans for 'prompt'", {"image": [[], []]}, mask=two)
     rejects("ranges['video']", {"image": [[], []], "prompt": [[], []], "video": [[], []]}, mask=two)
     rejects("ranges['image'][0][0]: expected start below end", {"image": [[(3, 1)], []], "prompt": [[], []]}, mask=two)
-    rejects("at least one span, without which same_span('image') is empty", [[], []], mask=same_span("image"))
     with pytest.raises(fp.InputError, match="name: expected the name of a span set"):
         same_span("")

@@ -16,13 +16,13 @@ import torch
 from test_check import Player, naive_two_pass
 
 from fa4_prefixlm.backends import select as backends
-from fa4_prefixlm.fa4.build import locate
-from fa4_prefixlm.fa4.build.defects import CAUSAL_KEPT, PAGED_LISTS, SM90_LIST_STRIDE
-from fa4_prefixlm.fa4.build.describe import Build
+from fa4_prefixlm.fa4.builds import locate
+from fa4_prefixlm.fa4.builds.defects import CAUSAL_KEPT, PAGED_LISTS, SM90_LIST_STRIDE
+from fa4_prefixlm.fa4.builds.describe import Build
 from fa4_prefixlm.geometry import intervals
-from fa4_prefixlm.tools.check import command, judge, pool
+from fa4_prefixlm.tools.check import command, judge, workers
 from fa4_prefixlm.tools.check.cases import CASES, Case
-from fa4_prefixlm.tools.check.outcomes import CAUSAL, ProbeOutcome
+from fa4_prefixlm.tools.check.judge import CAUSAL, ProbeOutcome
 from fa4_prefixlm.tools.check.probes import PROBES
 from fa4_prefixlm.tools.check.run import run_case
 
@@ -77,29 +77,29 @@ def test_the_overlapping_two_passes_are_caught(monkeypatch: pytest.MonkeyPatch, 
     assert verdict_on(CASES[name], "varlen").status == "WRONG"
 
 
-CURE_SCRIPT = """
+WORKAROUND_SCRIPT = """
 import contextlib, sys, torch
 from fa4_prefixlm.tools.check.cases import CASES
 from fa4_prefixlm.tools.check.judge import judge
 from fa4_prefixlm.tools.check.run import run_case
 from fa4_prefixlm.fa4.kernels import workarounds
-module, cure, case = sys.argv[1], sys.argv[2], CASES[sys.argv[3]]
-with workarounds.disabled() if cure == "off" else contextlib.nullcontext():
+module, workaround, case = sys.argv[1], sys.argv[2], CASES[sys.argv[3]]
+with workarounds.disabled() if workaround == "off" else contextlib.nullcontext():
     causal, own = (run_case(case, path, module, torch.device("cuda")) for path in ("causal", "varlen"))
 print(judge(case, own, causal).status, own.error)
 """
 
 
 @pytest.mark.parametrize("name", ["chunks, hd256", "tile edges, hd256", "chunks, hd256 window 50"])
-def test_the_list_stride_without_its_cure_is_caught(name: str) -> None:
+def test_the_list_stride_without_its_workaround_is_caught(name: str) -> None:
     """At key tiles of 80 and of 64."""
     build = next((build for build in INSTALLED if SM90_LIST_STRIDE in build.defects), None)
     if build is None:
         pytest.skip("no installed build has the defect")
-    environment = {key: value for key, value in os.environ.items() if key != pool.DISK_CACHE}
+    environment = {key: value for key, value in os.environ.items() if key != workers.DISK_CACHE}
     statuses = []
-    for cure in ("on", "off"):
-        command_line = [sys.executable, "-c", CURE_SCRIPT, build.module, cure, name]
+    for workaround in ("on", "off"):
+        command_line = [sys.executable, "-c", WORKAROUND_SCRIPT, build.module, workaround, name]
         done = subprocess.run(command_line, env=environment, capture_output=True, text=True, check=True)
         statuses.append(done.stdout.split()[-2])
     assert statuses == ["ok", "WRONG"]
@@ -108,7 +108,7 @@ def test_the_list_stride_without_its_cure_is_caught(name: str) -> None:
 @pytest.mark.parametrize("build", INSTALLED, ids=lambda build: build.module)
 @pytest.mark.parametrize("name", PROBES)
 def test_what_the_bare_build_does_is_what_its_source_tells(name: str, build: Build) -> None:
-    process = pool.Worker(build.module, os.environ, "cuda")
+    process = workers.Worker(build.module, os.environ, "cuda")
     try:
         outcome = ProbeOutcome(**process.ask({"do": "probe", "name": name}))
     finally:
@@ -198,7 +198,7 @@ def test_a_fork_by_path_gives_the_bits_of_the_same_build_installed(tmp_path: pat
 
 LOST_SCRIPT = """
 import torch
-from fa4_prefixlm.tools.check.worker import device_is_lost
+from fa4_prefixlm.tools.check.workers import device_is_lost
 device = torch.device("cuda")
 print(device_is_lost(device), flush=True)
 torch._assert_async(torch.zeros((), device=device).bool(), "on purpose")

@@ -14,7 +14,7 @@ from cases import Batch, Pages
 from test_gpu_paged import mixed_batch
 
 import fa4_prefixlm as fp
-from fa4_prefixlm.fa4.build import locate
+from fa4_prefixlm.fa4.builds import locate
 from fa4_prefixlm.geometry.traits import text_only
 from fa4_prefixlm.masks import causal, prefix, window
 from fa4_prefixlm.testing.accuracy import exact_attention, relative_error

@@ -1,1 +1,1 @@
-"""The backends, one a file: each a verdict on a call and a prepared state that runs it. `select` chooses."""
+"""The backends, one a file. Each judges whether it runs a call exactly, and prepares it. `select` chooses."""

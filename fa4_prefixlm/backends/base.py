@@ -1,4 +1,4 @@
-"""What every backend is: a verdict on a call, and a prepared state that runs it."""
+"""What every backend has: a verdict on a call, and a prepared state that runs it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fa4_prefixlm.batch.lengths import Lengths
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.batch.ranges import SpanSets
 from fa4_prefixlm.batch.tensors import CallSpec
-from fa4_prefixlm.fa4.build.describe import Build
+from fa4_prefixlm.fa4.builds.describe import Build
 from fa4_prefixlm.geometry.intervals import Bounds, Tokens
 from fa4_prefixlm.geometry.tiles import TileCounts
 from fa4_prefixlm.geometry.traits import Traits
@@ -24,11 +24,15 @@ class MaskedBatch:
     """One batch under one mask, ready for any backend.
 
     Attributes:
-        spec: what the tensors look like.
-        where: where each query token stands.
+        spec: shapes, dtypes and device of the tensors.
+        mask: the mask.
+        spans: its spans, by name.
+        lengths: of the sequences.
+        traits: what the mask asks of a kernel.
+        where: the position of each query token.
         bounds: the keys that each query row sees.
-        keys: where the keys are.
-        build: the FA4 to run on, None if there is none.
+        keys: where the keys are, contiguous or in pages.
+        build: the FA4 to run on; None: there is none.
     """
 
     spec: CallSpec
@@ -42,8 +46,8 @@ class MaskedBatch:
     build: Build | None = None
 
     def fa4(self) -> Build:
-        """The build, which there is once a backend that needs it was chosen."""
-        assert self.build is not None, "a backend is prepared only after its verdict"
+        """The build. A backend that needs one refuses a call without."""
+        assert self.build is not None, "a backend is prepared only if it did not refuse the call"
         return self.build
 
 
@@ -54,14 +58,22 @@ class Prepared(abc.ABC):
     def run(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, out: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(out, lse)` for packed tensors `(total, heads, head_dim)`; lse is `(heads, total_q)` float32.
+        """Run one layer.
 
-        `k` and `v` are the cache, `(pages, page_size, kv_heads, head_dim)`, where the plan has pages.
+        Args:
+            q: `(total_q, heads, head_dim)` on the plan's device.
+            k, v: `(total_k, kv_heads, head_dim)`; the cache, `(pages, page_size, kv_heads, head_dim)`, where the plan
+                has pages.
+            options: scale, softcap and sink.
+            out: written in place and returned; None: allocated.
+
+        Returns:
+            `(out, lse)`: `(total_q, heads, head_dim_v)` in the dtype of q, and `(heads, total_q)` float32.
         """
 
     @abc.abstractmethod
     def describe(self) -> list[tuple[str, str]]:
-        """(label, text) lines for `print(plan)`."""
+        """Lines (label, text) for `print(plan)`."""
 
     def tile_counts(self) -> TileCounts | None:
         """How many key tiles are visited; None where the backend has no tiles. Synchronises."""
@@ -131,6 +143,15 @@ class BackwardBackend(abc.ABC):
 
 
 class Backend(abc.ABC):
+    """A way to run calls.
+
+    Attributes:
+        name: as in `attention(..., backend=name)`.
+        summary: one line for `print(plan)`.
+        differentiable: autograd works through it.
+        reads_pages: it can read keys in pages by itself.
+    """
+
     name: str
     summary: str
     reads_pages = False

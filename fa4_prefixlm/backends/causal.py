@@ -1,4 +1,4 @@
-"""causal: FA4's own causal or windowed call, for batches whose mask is just that. PrefixLM costs them nothing."""
+"""causal: FA4's own causal or windowed call, for batches whose mask is no more than that."""
 
 from __future__ import annotations
 
@@ -11,14 +11,22 @@ from fa4_prefixlm.backends.fa4_verdicts import causal_refusal, kernel_line
 from fa4_prefixlm.batch.keys import Keys
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.batch.tensors import CallSpec
-from fa4_prefixlm.fa4.build.describe import Build
+from fa4_prefixlm.fa4.builds.describe import Build
 from fa4_prefixlm.fa4.kernels.launch import causal_forward
 from fa4_prefixlm.geometry.traits import Traits
 
 
 @dataclass
 class CausalCall(Prepared):
-    """One causal call."""
+    """One causal call.
+
+    Attributes:
+        build: the FA4 that makes it.
+        cu_seqlens_q: `(batch + 1,)` int32 on the device.
+        max_seqlen_q: query tokens of the longest sequence.
+        keys: where the keys are.
+        window: in tokens, the row's own included; None: no window.
+    """
 
     build: Build
     cu_seqlens_q: torch.Tensor
@@ -54,7 +62,7 @@ class Causal(Backend):
 
     def refusal(self, spec: CallSpec, traits: Traits, build: Build | None) -> str | None:
         if traits.causal_only is None:
-            return "the mask is not plainly causal for the whole batch, as far as the host knows"
+            return "the mask is not causal for the whole batch, as far as the host knows"
         return causal_refusal(spec, build)
 
     def prepare(self, batch: MaskedBatch) -> CausalCall:

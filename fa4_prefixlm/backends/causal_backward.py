@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from fa4_prefixlm.backends.base import BackwardBackend, ForwardPass, Gradients, Grads, MaskedBatch
-from fa4_prefixlm.backends.fa4_verdicts import backward_call_refusal
+from fa4_prefixlm.backends.fa4_verdicts import not_run, own_backward_refusal
 from fa4_prefixlm.batch.lengths import Lengths
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.batch.tensors import CallSpec
-from fa4_prefixlm.fa4.build.describe import BACKWARD_ARGUMENTS, Build
+from fa4_prefixlm.fa4.builds.describe import BACKWARD_ARGUMENTS, Build
 from fa4_prefixlm.fa4.kernels.backward_launch import causal_backward
 from fa4_prefixlm.geometry.traits import Traits
 
@@ -41,7 +41,7 @@ class CausalGradients(Gradients):
 
     def describe(self) -> str:
         what = "causal" if self.window is None else f"causal, window {self.window}"
-        return f"{what}{', deterministic' * self.deterministic}"
+        return f"{what}{', deterministic' * self.deterministic}{not_run(self.lengths.device)}"
 
 
 class CausalBackward(BackwardBackend):
@@ -51,7 +51,7 @@ class CausalBackward(BackwardBackend):
     def refusal(self, spec: CallSpec, traits: Traits, build: Build | None, *, deterministic: bool) -> str | None:
         if traits.causal_only is None:
             return "the mask is not plainly causal for the whole batch, as far as the host knows"
-        return backward_call_refusal(spec, build, BACKWARD_ARGUMENTS)
+        return own_backward_refusal(spec, build, BACKWARD_ARGUMENTS)
 
     def prepare(self, batch: MaskedBatch, *, deterministic: bool) -> CausalGradients:
         assert batch.traits.causal_only is not None

@@ -1,4 +1,4 @@
-"""What the FA4 backends share: what a build can't do for a call, the tile that it runs with, the outputs it writes."""
+"""What the FA4 backends share: why a build can't run a call, the tile that it runs with, the outputs it writes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import functools
 import torch
 
 from fa4_prefixlm.batch.tensors import CallSpec, device_arch
-from fa4_prefixlm.fa4.build.describe import CAUSAL_ARGUMENTS, MASKED_ARGUMENTS, PAGED_ARGUMENTS, Build
-from fa4_prefixlm.fa4.build.head_dims import HeadDims
+from fa4_prefixlm.fa4.builds.describe import CAUSAL_ARGUMENTS, MASKED_ARGUMENTS, PAGED_ARGUMENTS, Build
+from fa4_prefixlm.fa4.builds.head_dims import HeadDims
 from fa4_prefixlm.fa4.kernels.tiles import Tile, forward_tile
 from fa4_prefixlm.geometry.traits import MOST_INTERVALS, Traits
 
@@ -17,7 +17,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 
 def build_refusal(spec: CallSpec, build: Build | None, arguments: frozenset[str]) -> str | None:
-    """What stops an FA4 backend that calls the build's forward with these arguments, whatever the mask."""
+    """Why the build's forward can't be called with these arguments, whatever the mask; None if it can."""
     if spec.device.type != "cuda":
         return f"FA4 needs a GPU, the tensors are on {spec.device}"
     if build is None:
@@ -51,8 +51,16 @@ def backward_call_refusal(spec: CallSpec, build: Build | None, arguments: frozen
     return HeadDims().refusal(spec.arch, *head_dims) or build.head_dims.refusal(spec.arch, *head_dims)
 
 
+def own_backward_refusal(spec: CallSpec, build: Build | None, arguments: frozenset[str]) -> str | None:
+    """The same of the build's own backward as it stands."""
+    refusal = backward_call_refusal(spec, build, arguments)
+    if refusal is not None or build is None:
+        return refusal
+    return build.backward_head_dims_refusal(spec.arch, spec.head_dim, spec.head_dim_v)
+
+
 def masked_refusal(spec: CallSpec, traits: Traits, build: Build | None) -> str | None:
-    """What stops the backends with a mask_mod. The mask comes first, to be told without a GPU as well."""
+    """Why a backend with a mask_mod can't run the call. The mask is judged first: that works without a GPU."""
     if traits.intervals > MOST_INTERVALS and not traits.custom:
         return f"a row may see {traits.intervals} intervals of keys, the kernels take {MOST_INTERVALS}"
     refusal = build_refusal(spec, build, MASKED_ARGUMENTS)
@@ -62,7 +70,7 @@ def masked_refusal(spec: CallSpec, traits: Traits, build: Build | None) -> str |
 
 
 def causal_refusal(spec: CallSpec, build: Build | None) -> str | None:
-    """What stops the build's own causal call."""
+    """Why the build's own causal call can't be made; None if it can."""
     refusal = build_refusal(spec, build, CAUSAL_ARGUMENTS) or paged_refusal(spec, build)
     if refusal is not None or build is None:
         return refusal
@@ -70,7 +78,7 @@ def causal_refusal(spec: CallSpec, build: Build | None) -> str | None:
 
 
 def paged_refusal(spec: CallSpec, build: Build | None) -> str | None:
-    """What stops FA4's own reading of pages."""
+    """Why the build can't read the call's pages; None if it can, or if there are none."""
     if spec.page_size is None or build is None:
         return None
     if spec.head_dim % 16 or spec.head_dim_v % 16:
@@ -81,7 +89,7 @@ def paged_refusal(spec: CallSpec, build: Build | None) -> str | None:
 
 
 def outputs(q: torch.Tensor, v: torch.Tensor, out: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(out, lse)` for packed tensors, to be written by a kernel."""
+    """`(out, lse)` for packed tensors, for a kernel to write."""
     if out is None:
         out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
     return out, torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
@@ -89,14 +97,19 @@ def outputs(q: torch.Tensor, v: torch.Tensor, out: torch.Tensor | None) -> tuple
 
 def kernel_line(build: Build, device: torch.device, what: str) -> tuple[str, str]:
     """The `kernel` line of `print(plan)`."""
-    arch = device_arch(device)
-    return "kernel", f"{build}, sm_{arch}{'' if arch // 10 == 9 else ' (compiled, not run)'}, {what}"
+    return "kernel", f"{build}, sm_{device_arch(device)}{not_run(device)}, {what}"
+
+
+def not_run(device: torch.device) -> str:
+    """What a plan says of kernels for an architecture on which nobody ran them."""
+    return "" if device_arch(device) // 10 == 9 else " (compiled, not run)"
 
 
 @functools.lru_cache(maxsize=256)
 def choose_tile(spec: CallSpec, traits: Traits, max_seqlen_q: int) -> Tile:
+    """The forward tile of a call."""
     arch = spec.arch
     windowed = traits.banded and traits.reach.left is not None
     if spec.page_size not in (None, 64):
-        windowed = False  # pages that are no key tile are read row by row: 80 keys at a time were 2 to 3 % faster
+        windowed = False  # other pages are read row by row, where a key tile of 80 was 2 to 3 % faster
     return forward_tile(arch, spec.head_dim, spec.head_dim_v, windowed=windowed, max_seqlen_q=max_seqlen_q)

@@ -1,6 +1,6 @@
 """Keys copied out of their pages first, for backends that read contiguous keys. Exact for every mask and build.
 
-Only the keys that some query sees are copied: of a windowed mask, the chunk and what the window reaches before it.
+Only keys that some query sees are copied: with a window, those of the chunk and those that it reaches before it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ class Gathered(Prepared):
     """Keys in pages, copied for a backend that reads contiguous ones.
 
     Attributes:
+        inner: the backend's state, for the copied keys.
         pages: where the keys are.
         first_key: `(batch,)` int32, the first key of each sequence that is copied.
         lengths: of the copied keys.
@@ -57,7 +58,7 @@ class Gathered(Prepared):
         return self.inner.tile_counts()
 
     def _room(self, cache: torch.Tensor) -> torch.Tensor:
-        # Kernels load the rest of a last tile and multiply it by 0, so what is not copied must be finite.
+        # Kernels also load the rest of a last tile and multiply it by 0, so rows that are not copied must be finite.
         make = torch.empty if self.lengths.seqlens_k is not None else torch.zeros
         return make(self.lengths.total_k, *cache.shape[2:], dtype=cache.dtype, device=cache.device)
 
@@ -65,10 +66,12 @@ class Gathered(Prepared):
 def contiguous(batch: MaskedBatch, *, trim: bool) -> tuple[MaskedBatch, torch.Tensor]:
     """The batch over copied keys, and the first key of each sequence to copy.
 
-    trim: copy what the mask reaches; otherwise all keys, for backends that look at positions and spans themselves.
+    Args:
+        batch: the batch over pages.
+        trim: copy only what the mask reaches. False: all keys, for backends that read positions and spans themselves.
     """
     left = batch.traits.reach.left if trim and batch.traits.banded else None
-    lengths = dataclasses.replace(batch.lengths, future_spans=False)
+    lengths = batch.lengths
     keys, rows = batch.lengths.cu_seqlens_k.diff(), batch.lengths.cu_seqlens_q.diff()
     spec = dataclasses.replace(batch.spec, page_size=None)
     if left is None:

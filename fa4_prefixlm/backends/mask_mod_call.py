@@ -10,22 +10,30 @@ from fa4_prefixlm.backends.base import Prepared
 from fa4_prefixlm.backends.fa4_verdicts import kernel_line, outputs
 from fa4_prefixlm.batch.lengths import Lengths
 from fa4_prefixlm.batch.options import Options
-from fa4_prefixlm.fa4.build.describe import Build
+from fa4_prefixlm.fa4.builds.describe import Build
 from fa4_prefixlm.fa4.kernels.launch import MaskCode, masked_forward
 from fa4_prefixlm.fa4.kernels.tiles import Tile
 from fa4_prefixlm.geometry.block_lists import BlockLists
 from fa4_prefixlm.geometry.tiles import KeyTiles, TileCounts, count_tiles
 from fa4_prefixlm.geometry.traits import in_words
 
-# A packed PackGQA tile would cover fewer tokens than its block list does: the same work, more bookkeeping.
+# A PackGQA tile would cover fewer tokens than its block list does: the same work with more bookkeeping.
 PACK_GQA = False
 
 
 @dataclass
 class MaskModCall(Prepared):
-    """One launch: a mask_mod with the tensors it reads, and block lists.
+    """One launch.
 
-    lengths: the sequences as the kernel sees them: the batch's own (varlen), or all of it as one.
+    Attributes:
+        build: the FA4 that makes it.
+        code: the mask_mod, with the tensors it reads.
+        tile: the forward tile.
+        lists: the block lists; None: every key tile is visited.
+        lengths: the sequences as the kernel sees them: the batch's own (varlen), or all of it as one.
+        varlen: a varlen call; False: one of a single sequence.
+        key_tiles: of each query tile.
+        pack_gqa: FA4's PackGQA.
     """
 
     build: Build

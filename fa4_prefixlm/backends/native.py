@@ -1,6 +1,6 @@
 """native: one interval a row, run in FA4's own SM90 main loop. No block lists, no mask_mod; reads pages.
 
-Only on builds whose internals are known (`fa4.fingerprint`).
+Only on builds whose internals are known (`fa4.builds.fingerprint`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fa4_prefixlm.batch.keys import Keys
 from fa4_prefixlm.batch.lengths import Lengths
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.batch.tensors import CallSpec
-from fa4_prefixlm.fa4.build.describe import MASKED_ARGUMENTS, Build
+from fa4_prefixlm.fa4.builds.describe import MASKED_ARGUMENTS, Build
 from fa4_prefixlm.fa4.kernels.launch import PADDING
 from fa4_prefixlm.fa4.kernels.native_launch import NativeKernel, native_forward
 from fa4_prefixlm.geometry.tiles import TileCounts, TileRuns, count_tiles, query_tiles, tile_runs, tile_slots
@@ -24,7 +24,17 @@ from fa4_prefixlm.geometry.traits import Traits
 
 @dataclass
 class NativeCall(Prepared):
-    """One launch. bounds, tiles: see `fa4.native.row_intervals`; the tiles are cut with `tokens_of(kernel, ...)`."""
+    """One launch.
+
+    Attributes:
+        build: the FA4 whose kernel runs.
+        kernel: which variant of it.
+        bounds, tiles: see `fa4.kernels.native.row_intervals`; query tiles have `kernel.tokens` tokens.
+        cu_seqlens_q: `(batch + 1,)` int32 on the device.
+        keys: where the keys are.
+        lengths: of the sequences; None where they are not known (serving plans).
+        runs: the key tiles of each query tile; None as above.
+    """
 
     build: Build
     kernel: NativeKernel
@@ -76,7 +86,7 @@ class Native(Backend):
 
     def refusal(self, spec: CallSpec, traits: Traits, build: Build | None) -> str | None:
         if traits.custom or traits.tagged or traits.intervals > 1:
-            return "it takes masks of one interval a row"
+            return "it only takes masks of one interval a row"
         refusal = build_refusal(spec, build, MASKED_ARGUMENTS) or paged_refusal(spec, build)
         if refusal is not None or build is None:
             return refusal

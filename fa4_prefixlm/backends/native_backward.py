@@ -1,6 +1,6 @@
 """native backward: FA4's own SM90 backward main loop over the rows that see each key. No block lists, no mask_mod.
 
-Only on builds whose backward is known (`fa4.build.fingerprint`).
+Only on builds whose backward is known (`fa4.builds.fingerprint`).
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from fa4_prefixlm.backends.fa4_verdicts import backward_call_refusal
 from fa4_prefixlm.batch.lengths import Lengths
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.batch.tensors import CallSpec
-from fa4_prefixlm.fa4.build.describe import BACKWARD_ARGUMENTS, Build
+from fa4_prefixlm.device_checks import is_fake
+from fa4_prefixlm.fa4.builds.describe import BACKWARD_ARGUMENTS, Build
 from fa4_prefixlm.fa4.kernels.backward_tiles import BackwardTile, native_tile
+from fa4_prefixlm.fa4.kernels.launch import PADDING
 from fa4_prefixlm.fa4.kernels.native_backward_launch import KeyTables, native_backward
 from fa4_prefixlm.geometry.key_bounds import KeyBounds, any_key_bounds, rises, rising_key_bounds
 from fa4_prefixlm.geometry.row_tiles import key_tile_ends, row_tiles, visitors_before
@@ -74,23 +76,33 @@ class NativeBackward(BackwardBackend):
         spec, traits, lengths = batch.spec, batch.traits, batch.lengths
         windowed = traits.banded and traits.reach.left is not None
         tile = native_tile(spec.head_dim, spec.head_dim_v, windowed=windowed, deterministic=deterministic)
-        keys = transposed(batch)
-        if isinstance(keys, int):
-            return Refusal(f"a key is seen by {keys} intervals of rows, it takes {MOST_ROW_INTERVALS}")
-        tiles = row_tiles(keys, lengths, tile.m, tile.n)
-        order = None
-        if deterministic and keys.rising:
-            order = key_tile_ends(batch.bounds, lengths, tile.m, tile.n)
-        elif deterministic:
-            order = visitors_before(tiles, lengths, tile.m, tile.n)
-        return NativeGradients(batch.fa4(), tile, KeyTables.of(keys, tiles, order), lengths)
+        tables = key_tables(batch, tile, deterministic=deterministic)
+        if isinstance(tables, Refusal):
+            return tables
+        return NativeGradients(batch.fa4(), tile, tables, lengths)
 
 
-def transposed(batch: MaskedBatch) -> KeyBounds | int:
-    """The rows that see each key; how many intervals of rows a key takes, where that is too many.
+def key_tables(batch: MaskedBatch, tile: BackwardTile, *, deterministic: bool) -> KeyTables | Refusal:
+    """The rows that see each key, and what follows from them.
 
     Synchronises only where the host can't tell that the rows of the mask rise.
     """
-    if batch.bounds.count == 1 and rises(batch.traits.closed_form, batch.lengths):
-        return rising_key_bounds(batch.bounds, batch.where.sequence, batch.lengths)
-    return any_key_bounds(batch.bounds, batch.where.sequence, batch.lengths, MOST_ROW_INTERVALS)
+    bounds, lengths = batch.bounds, batch.lengths
+    if bounds.count == 1 and rises(batch.traits.closed_form, lengths):
+        if bounds.lo.is_cuda and not is_fake(bounds.lo):
+            from fa4_prefixlm.kernels.key_tables import rising_key_tables
+
+            made = rising_key_tables(bounds, lengths, tile.m, tile.n, padding=PADDING, ordered=deterministic)
+            return KeyTables(made[0], made[1], 1, made[2])
+        keys: KeyBounds | int = rising_key_bounds(bounds, batch.where.sequence, lengths)
+    else:
+        keys = any_key_bounds(bounds, batch.where.sequence, lengths, MOST_ROW_INTERVALS)
+    if isinstance(keys, int):
+        return Refusal(f"a key is seen by {keys} intervals of rows, it takes {MOST_ROW_INTERVALS}")
+    tiles = row_tiles(keys, lengths, tile.m, tile.n)
+    order = None
+    if deterministic and keys.rising:
+        order = key_tile_ends(bounds, lengths, tile.m, tile.n)
+    elif deterministic:
+        order = visitors_before(tiles, lengths, tile.m, tile.n)
+    return KeyTables.of(keys, tiles, order)

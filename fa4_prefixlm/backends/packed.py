@@ -1,7 +1,7 @@
-"""packed: the batch presented to FA4 as one sequence, whose borders are just bounds; 4-D block sparsity.
+"""packed: the batch given to FA4 as one sequence, in which borders between sequences are bounds; 4-D block sparsity.
 
-Takes no varlen feature of the build, so it also serves builds that refuse a varlen mask_mod, and its block lists stay
-small where the varlen layout's would not (windowed masks and single sequences of any length).
+Needs no varlen feature of the build, so it also serves builds that refuse a varlen mask_mod. Its block lists stay small
+where the varlen layout's would not (windowed masks and single sequences of any length).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from fa4_prefixlm.backends.fa4_verdicts import choose_tile, masked_refusal
 from fa4_prefixlm.backends.mask_mod_call import MaskModCall
 from fa4_prefixlm.batch.lengths import as_one_sequence
 from fa4_prefixlm.batch.tensors import CallSpec
-from fa4_prefixlm.fa4.build.describe import Build
+from fa4_prefixlm.fa4.builds.describe import Build
 from fa4_prefixlm.fa4.kernels.launch import mask_code
 from fa4_prefixlm.geometry.block_lists import packed_lists
 from fa4_prefixlm.geometry.tiles import classify, query_tiles
@@ -27,9 +27,9 @@ class Packed(Backend):
     def refusal(self, spec: CallSpec, traits: Traits, build: Build | None) -> str | None:
         refusal = masked_refusal(spec, traits, build)
         if refusal is None and traits.tagged:
-            return "a block of tags is per sequence, and the packed batch is a single one"
+            return "tags are per sequence, and the packed batch is a single sequence"
         if refusal is None and traits.custom:
-            return "the mask's own mask_mod counts the rows of its sequence"
+            return "the mask's own mask_mod counts rows by sequence, and the packed batch is a single sequence"
         return refusal
 
     def prepare(self, batch: MaskedBatch) -> MaskModCall:

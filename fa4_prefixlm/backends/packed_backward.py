@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from fa4_prefixlm.backends.base import BackwardBackend, ForwardPass, Gradients, Grads, MaskedBatch
-from fa4_prefixlm.backends.fa4_verdicts import backward_call_refusal
+from fa4_prefixlm.backends.fa4_verdicts import not_run, own_backward_refusal
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.batch.tensors import CallSpec
-from fa4_prefixlm.fa4.build.describe import PACKED_BACKWARD_ARGUMENTS, Build
+from fa4_prefixlm.fa4.builds.describe import PACKED_BACKWARD_ARGUMENTS, Build
 from fa4_prefixlm.fa4.kernels.backward_launch import packed_backward
 from fa4_prefixlm.fa4.kernels.backward_tiles import packed_tile
 from fa4_prefixlm.fa4.kernels.launch import MaskCode, mask_code
@@ -49,7 +49,8 @@ class PackedGradients(Gradients):
         block_m, block_n = self.lists.block_size
         held = sum(tensor.nbytes for tensor in self.code.aux_tensors) + self.lists.nbytes()
         words = in_words(self.code.intervals, tagged=len(self.code.aux_tensors) > 1)
-        return f"tile {block_m}x{block_n}, {words}, {held / 2**20:.2f} MiB"
+        where = not_run(self.code.aux_tensors[0].device)
+        return f"tile {block_m}x{block_n}{where}, {words}, {held / 2**20:.2f} MiB"
 
 
 class PackedBackward(BackwardBackend):
@@ -63,7 +64,7 @@ class PackedBackward(BackwardBackend):
             return f"a row may see {traits.intervals} intervals of keys, it takes {MOST_INTERVALS}"
         if deterministic:
             return "its order of writes differs from run to run"
-        refusal = backward_call_refusal(spec, build, PACKED_BACKWARD_ARGUMENTS)
+        refusal = own_backward_refusal(spec, build, PACKED_BACKWARD_ARGUMENTS)
         if refusal is None and spec.arch // 10 != 9 and max(spec.head_dim, spec.head_dim_v) > 128:
             return "FA4's block-sparse backward takes head dims up to 128 on SM100"
         return refusal

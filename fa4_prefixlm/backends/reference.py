@@ -1,7 +1,7 @@
 """reference: dense attention in torch, CPU or GPU. The oracle of the tests and the default where FA4 can't run.
 
 It knows nothing of intervals or tiles: the mask comes from the ranges through `Mask.visible`, pair by pair.
-O(seqlen_q * seqlen_k) work; the score matrix is made in chunks of rows. Differentiable (autograd keeps the chunks).
+O(seqlen_q * seqlen_k) work; scores are computed in chunks of rows. Differentiable (autograd keeps the chunks).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fa4_prefixlm.batch.lengths import first_query
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.batch.ranges import HostSpans
 from fa4_prefixlm.batch.tensors import CallSpec
-from fa4_prefixlm.fa4.build.describe import Build
+from fa4_prefixlm.fa4.builds.describe import Build
 from fa4_prefixlm.geometry.traits import Traits
 from fa4_prefixlm.masks.base import Mask
 from fa4_prefixlm.masks.dense import DensePairs, mask_rows
@@ -36,14 +36,22 @@ def dense_attention(
     starts: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
     accumulate: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(out, lse)` of packed tensors `(total, heads, head_dim)`, both in dtype `accumulate`; lse is `(heads, total_q)`.
+    """Attention under a mask, from every pair of tokens.
 
     A row that sees nothing gives 0 and an LSE of -inf (the sink, if there is one).
 
     Args:
+        q: `(total_q, heads, head_dim)`, packed.
+        k, v: `(total_k, kv_heads, head_dim)` and `(total_k, kv_heads, head_dim_v)`, packed.
+        mask: the mask.
         spans: by name and sequence, half-open positions.
         seqlens: (seqlens_q, seqlens_k).
+        options: scale, softcap and sink.
         starts: (positions of the first queries, of the first keys) by sequence; None: bottom-right alignment.
+        accumulate: dtype of the computation.
+
+    Returns:
+        `(out, lse)` in dtype `accumulate`: `(total_q, heads, head_dim_v)` and `(heads, total_q)`.
     """
     outs = [q.new_zeros(0, q.shape[1], v.shape[2], dtype=accumulate)]
     lses = [q.new_zeros(q.shape[1], 0, dtype=accumulate)]
@@ -107,6 +115,8 @@ def by_key_head(tensor: torch.Tensor, heads_kv: int) -> torch.Tensor:
 
 @dataclass
 class Dense(Prepared):
+    """The batch as it came: nothing is prepared."""
+
     batch: MaskedBatch
 
     def run(

@@ -13,7 +13,7 @@ from fa4_prefixlm.backends.base import BackwardBackend, ForwardPass, Gradients, 
 from fa4_prefixlm.backends.reference import attend, by_key_head, chunks
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.batch.tensors import CallSpec
-from fa4_prefixlm.fa4.build.describe import Build
+from fa4_prefixlm.fa4.builds.describe import Build
 from fa4_prefixlm.geometry.traits import Traits
 
 

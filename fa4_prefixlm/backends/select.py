@@ -1,4 +1,4 @@
-"""Which backend runs a call, and why: a value that can be printed and tested."""
+"""Which backend runs a call, and why, as a value that can be printed and tested."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fa4_prefixlm.backends.varlen import Varlen
 from fa4_prefixlm.batch.lengths import Lengths
 from fa4_prefixlm.batch.tensors import CallSpec
 from fa4_prefixlm.errors import InputError, UnsupportedError
-from fa4_prefixlm.fa4.build.describe import Build
+from fa4_prefixlm.fa4.builds.describe import Build
 from fa4_prefixlm.geometry import block_lists
 from fa4_prefixlm.geometry.traits import Traits
 
@@ -28,7 +28,7 @@ BACKENDS: dict[str, Backend] = {
     backend.name: backend for backend in (Causal(), Native(), Varlen(), Packed(), TwoPass(), Reference())
 }
 
-# The same with keys in pages: (name, whether the keys are gathered). Gathering was up to 9 % faster than two passes
+# The same for keys in pages: (name, whether the keys are gathered). Gathering was up to 9 % faster than two passes
 # with pages of 16, and up to 14 % slower with larger ones (benchmarks/results/h200-serving.json).
 IN_PAGES = (
     *(("causal", False), ("native", False), ("causal", True), ("native", True), ("varlen", True)),
@@ -47,7 +47,7 @@ class Forward:
         name: of `BACKENDS`.
         reason: why this one.
         passed_over: (name, reason) of the ones preferred before it, in order.
-        gathered: it reads contiguous keys, which are copied out of their pages first.
+        gathered: keys are copied out of their pages first.
     """
 
     name: str
@@ -116,7 +116,9 @@ def choose(
 ) -> Choice:
     """The named backends, or with "auto" the first that run the call exactly.
 
-    Raises `UnsupportedError` if a named backend can't run the call; `InputError` if there is no such backend.
+    Raises:
+        UnsupportedError: the named backend can't run the call.
+        InputError: there is no such backend.
     """
     forward = _choose_forward(name, spec, traits, lengths, build)
     return Choice(forward, choose_backward(backward, spec, traits, build, forward=forward.name))
@@ -148,7 +150,7 @@ def _choose_forward(name: str, spec: CallSpec, traits: Traits, lengths: Lengths,
 
 
 def _too_large(spec: CallSpec, traits: Traits, lengths: Lengths, build: Build | None) -> str | None:
-    """Why the varlen block lists would take too much memory; they grow with seqlen_q * seqlen_k whatever the mask."""
+    """Why the varlen block lists take too much memory: they grow with seqlen_q * seqlen_k whatever the mask."""
     tile = choose_tile(spec, traits, lengths.max_seqlen_q)
     varlen = block_lists.varlen_bytes(lengths, tile.block_m, tile.n)
     if varlen <= LARGE_LISTS:

@@ -14,7 +14,7 @@ from fa4_prefixlm.backends.reference import Reference
 from fa4_prefixlm.backends.reference_backward import ReferenceBackward
 from fa4_prefixlm.batch.tensors import CallSpec
 from fa4_prefixlm.errors import InputError, UnsupportedError
-from fa4_prefixlm.fa4.build.describe import Build
+from fa4_prefixlm.fa4.builds.describe import Build
 from fa4_prefixlm.geometry.traits import Traits
 
 # In order of preference.

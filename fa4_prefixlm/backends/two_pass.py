@@ -1,4 +1,4 @@
-"""two-pass: the build's own causal call, then a kernel of ours that adds what it left out of each span.
+"""two_pass: the build's own causal call, then a Triton kernel that adds what it left out of each span.
 
 The two key sets are disjoint, so the result is exact: the first pass shows a row the keys up to its own (and within the
 window), the second the rest of its interval, on top of the first one's softmax. Runs on any build with a causal varlen
@@ -17,13 +17,18 @@ from fa4_prefixlm.backends.fa4_verdicts import causal_refusal
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.batch.tensors import CallSpec
 from fa4_prefixlm.device_checks import is_fake
-from fa4_prefixlm.fa4.build.describe import Build
+from fa4_prefixlm.fa4.builds.describe import Build
 from fa4_prefixlm.geometry.traits import Traits
 
 
 @dataclass
 class TwoPasses(Prepared):
-    """bounds: `(at least total_q, 2)` int32, the interval `[lo, hi)` of each row."""
+    """A causal call, and what the second pass needs.
+
+    Attributes:
+        causal: the first pass.
+        bounds: `(at least total_q, 2)` int32 on the device, the interval `[lo, hi)` of each row.
+    """
 
     causal: CausalCall
     bounds: torch.Tensor

@@ -6,7 +6,7 @@ from fa4_prefixlm.backends.base import Backend, MaskedBatch
 from fa4_prefixlm.backends.fa4_verdicts import choose_tile, masked_refusal
 from fa4_prefixlm.backends.mask_mod_call import MaskModCall
 from fa4_prefixlm.batch.tensors import CallSpec
-from fa4_prefixlm.fa4.build.describe import Build
+from fa4_prefixlm.fa4.builds.describe import Build
 from fa4_prefixlm.fa4.kernels.launch import MaskCode, mask_code
 from fa4_prefixlm.geometry.block_lists import varlen_lists
 from fa4_prefixlm.geometry.tiles import classify, query_tiles
@@ -27,7 +27,7 @@ class Varlen(Backend):
         if not build.varlen_lists:
             return f"{build} has no varlen block sparsity"
         if spec.arch // 10 == 9 and build.sm90_list_stride == "unknown":
-            return f"{build}: how its SM90 kernel reads varlen block lists could not be told from its source"
+            return f"{build}: how its SM90 kernel reads varlen block lists is not clear from its source"
         return None
 
     def prepare(self, batch: MaskedBatch) -> MaskModCall:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import torch
 
 from fa4_prefixlm.batch import lengths
+from fa4_prefixlm.batch.integers import as_int32
 from fa4_prefixlm.batch.keys import Keys, check_table
 from fa4_prefixlm.batch.lengths import CuSeqlens, Lengths
 from fa4_prefixlm.batch.ranges import MaxRange, NamedRanges
-from fa4_prefixlm.batch.tensors import CallSpec
+from fa4_prefixlm.batch.tensors import Cache, CallSpec
 from fa4_prefixlm.errors import InputError
 
 
@@ -29,28 +31,43 @@ class BatchArguments:
     max_range: MaxRange = None
 
     @property
-    def paged(self) -> bool:
-        """Keys are in pages."""
-        return self.page_table is not None
+    def cache(self) -> Cache:
+        """What `k` and `v` are: keys alone, a cache of pages, or a static one."""
+        if self.page_table is not None:
+            return "pages"
+        return None if self.seqused_k is None else "static"
 
     def given(self) -> dict[str, object]:
         """The arguments beside `ranges`, by name."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "ranges"}
 
-    def check_together(self) -> None:
-        """Refuse arguments that make no sense without others."""
-        if self.seqused_k is not None and not self.paged:
-            raise InputError("seqused_k", "a page_table beside it", "none")
+    def checked(self) -> BatchArguments:
+        """The same with all integers as int32, where they fit."""
+        cu_seqlens_q = as_int32("cu_seqlens_q", self.cu_seqlens_q)
+        same = self.cu_seqlens_k is self.cu_seqlens_q
+        return dataclasses.replace(
+            self,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_q if same else as_int32("cu_seqlens_k", self.cu_seqlens_k),
+            seqused_k=as_int32("seqused_k", self.seqused_k),
+            page_table=as_int32("page_table", self.page_table),
+        )
 
-    def lengths(self, spec: CallSpec) -> Lengths:
-        """The checked lengths of the batch, whose tensors are described by `spec`."""
-        if self.paged:
-            return self._paged_lengths(spec)
+    def lengths(self, spec: CallSpec, *, more_queries: bool = False) -> Lengths:
+        """The checked lengths of the batch, whose tensors are described by `spec`.
+
+        more_queries: a sequence may have more queries than keys.
+        """
         if spec.batched:
-            for name, value in (("cu_seqlens_q", self.cu_seqlens_q), ("cu_seqlens_k", self.cu_seqlens_k)):
-                if value is not None:
-                    raise InputError(name, "None with (batch, seqlen, heads, head_dim) tensors", "a value")
-            return lengths.batched(spec.shape_q[0], spec.shape_q[1], spec.shape_k[1], spec.device)
+            self._refuse("cu_seqlens_q", "None with (batch, seqlen, heads, head_dim) tensors")
+        if spec.page_size is not None:
+            return self._cached_lengths(spec, more_queries)
+        if spec.batched:
+            self._refuse("cu_seqlens_k", "None with (batch, seqlen, heads, head_dim) tensors")
+            batch, seqlen_q, seqlen_k = *spec.shape_q, spec.shape_k[1]
+            lengths.check_upper_bound("max_seqlen_q", self.max_seqlen_q, (seqlen_q,))
+            lengths.check_upper_bound("max_seqlen_k", self.max_seqlen_k, (seqlen_k,))
+            return lengths.batched(batch, seqlen_q, seqlen_k, spec.device, more_queries=more_queries)
         for name, value in (("cu_seqlens_q", self.cu_seqlens_q), ("cu_seqlens_k", self.cu_seqlens_k)):
             if value is None:
                 raise InputError(name, "(batch + 1,) int32 with packed (total, heads, head_dim) tensors", None)
@@ -64,34 +81,52 @@ class BatchArguments:
             max_seqlen_q=self.max_seqlen_q,
             max_seqlen_k=self.max_seqlen_k,
             device=spec.device,
+            more_queries=more_queries,
         )
 
     def keys(self, spec: CallSpec, sizes: Lengths) -> Keys:
         """Where the keys of the batch are."""
-        if self.page_table is None:
+        if spec.page_size is None:
             return Keys.contiguous(sizes)
-        assert spec.page_size is not None
-        return Keys.in_pages(self.page_table, sizes, spec.page_size, spec.shape_k[0])
+        table = self.page_table
+        if table is None:  # a static cache
+            table = torch.arange(sizes.batch, dtype=torch.int32, device=spec.device).unsqueeze(1)
+        return Keys.in_pages(table, sizes, spec.page_size, spec.shape_k[0])
 
-    def _paged_lengths(self, spec: CallSpec) -> Lengths:
+    def _cached_lengths(self, spec: CallSpec, more_queries: bool) -> Lengths:
         assert spec.page_size is not None
-        if self.cu_seqlens_k is not None:
-            expected = "None with a page_table (seqused_k says how many keys there are)"
-            raise InputError("cu_seqlens_k", expected, "a value")
-        for name, value in (("cu_seqlens_q", self.cu_seqlens_q), ("seqused_k", self.seqused_k)):
+        what = "a page_table" if self.page_table is not None else "seqused_k"
+        self._refuse("cu_seqlens_k", f"None with {what} (seqused_k says how many keys there are)")
+        cu_seqlens_q: CuSeqlens | None = self.cu_seqlens_q
+        if spec.batched:
+            cu_seqlens_q = [spec.shape_q[1] * index for index in range(spec.shape_q[0] + 1)]
+        for name, value in (("cu_seqlens_q", cu_seqlens_q), ("seqused_k", self.seqused_k)):
             if value is None:
-                raise InputError(name, "int32 values with a page_table", None)
+                raise InputError(name, f"int32 values with {what}", None)
             if not hasattr(value, "__len__"):
                 raise InputError(name, "an int32 tensor or a list of integers", value)
-        assert self.cu_seqlens_q is not None
+        assert cu_seqlens_q is not None
         assert self.seqused_k is not None
-        table = check_table(self.page_table, len(self.cu_seqlens_q) - 1, spec.device)
-        return lengths.paged(
-            self.cu_seqlens_q,
+        capacity = spec.page_size
+        if self.page_table is not None:
+            capacity *= check_table(self.page_table, len(cu_seqlens_q) - 1, spec.device).shape[1]
+        elif spec.shape_k[0] != len(cu_seqlens_q) - 1:
+            raise InputError(
+                "k",
+                f"a static cache of {len(cu_seqlens_q) - 1} sequences (or a page_table, for a cache of pages)",
+                spec.shape_k[0],
+            )
+        return lengths.cached(
+            cu_seqlens_q,
             self.seqused_k,
-            total_q=spec.shape_q[0],
-            capacity=table.shape[1] * spec.page_size,
+            total_q=math.prod(spec.shape_q),
+            capacity=capacity,
             max_seqlen_q=self.max_seqlen_q,
             max_seqlen_k=self.max_seqlen_k,
             device=spec.device,
+            more_queries=more_queries,
         )
+
+    def _refuse(self, name: str, expected: str) -> None:
+        if getattr(self, name) is not None:
+            raise InputError(name, expected, "a value")

@@ -37,7 +37,6 @@ class Lengths:
         max_seqlen_q, max_seqlen_k: upper bounds, known on the host.
         seqlens_q, seqlens_k: the lengths themselves where the host knows them, else None.
         same: every sequence is known to have as many queries as keys.
-        future_spans: spans may lie past the keys that are present.
         key_start: `(batch,)` int32 on the device, the position of each sequence's first key; None: 0.
         query_start: `(batch,)` int32 on the device, that of its first query; None: bottom-right alignment.
     """
@@ -51,7 +50,6 @@ class Lengths:
     seqlens_q: tuple[int, ...] | None
     seqlens_k: tuple[int, ...] | None
     same: bool
-    future_spans: bool = False
     key_start: torch.Tensor | None = None
     query_start: torch.Tensor | None = None
 
@@ -116,8 +114,12 @@ def packed(
     max_seqlen_q: int | None,
     max_seqlen_k: int | None,
     device: torch.device,
+    more_queries: bool = False,
 ) -> Lengths:
-    """Lengths of a varlen batch. Host values (lists, CPU tensors) are checked; device values are in debug mode."""
+    """Lengths of a varlen batch. Host values (lists, CPU tensors) are checked; device values are in debug mode.
+
+    more_queries: a sequence may have more queries than keys.
+    """
     for name, values in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if not hasattr(values, "__len__"):
             raise InputError(name, "an int32 tensor or a list of batch + 1 integers", values)
@@ -130,7 +132,7 @@ def packed(
     seqlens_k = _differences(host_k) if host_k is not None else None
     if seqlens_q is not None and seqlens_k is not None:
         for index, (rows, keys) in enumerate(zip(seqlens_q, seqlens_k, strict=True)):
-            if rows > keys:
+            if rows > keys and not more_queries:
                 raise InputError(
                     f"cu_seqlens_q (sequence {index})", f"seqlen_q <= seqlen_k = {keys}", f"seqlen_q = {rows}"
                 )
@@ -148,11 +150,11 @@ def packed(
     if cu_seqlens_q is cu_seqlens_k and total_q != total_k:
         raise InputError("k", f"total_k = {total_q}, as q, with the same cu_seqlens", total_k)
     if seqlens_q is None or seqlens_k is None:
-        _assert_on_device(lengths)
+        _assert_on_device(lengths, more_queries=more_queries)
     return lengths
 
 
-def paged(
+def cached(
     cu_seqlens_q: CuSeqlens,
     seqused_k: CuSeqlens,
     *,
@@ -161,8 +163,12 @@ def paged(
     max_seqlen_q: int | None,
     max_seqlen_k: int | None,
     device: torch.device,
+    more_queries: bool = False,
 ) -> Lengths:
-    """Lengths of a batch whose keys are in pages. `capacity`: keys that a row of the page table can hold."""
+    """Lengths of a batch whose keys are in a cache.
+
+    capacity: keys of a sequence that the cache has room for. more_queries: see `packed`.
+    """
     host_q = _host_values("cu_seqlens_q", cu_seqlens_q, total_q, device)
     host_k = _host_seqused(seqused_k, capacity, device)
     batch = len(cu_seqlens_q) - 1
@@ -171,7 +177,7 @@ def paged(
     seqlens_q, seqlens_k = _differences(host_q) if host_q is not None else None, host_k
     if seqlens_q is not None and seqlens_k is not None:
         for index, (rows, keys) in enumerate(zip(seqlens_q, seqlens_k, strict=True)):
-            if rows > keys:
+            if rows > keys and not more_queries:
                 raise InputError(f"seqused_k[{index}]", f"at least the sequence's {rows} queries", keys)
     longest_k = _upper_bound("max_seqlen_k", max_seqlen_k, seqlens_k, capacity)
     if seqlens_k is not None:
@@ -189,16 +195,15 @@ def paged(
         seqlens_q=seqlens_q,
         seqlens_k=seqlens_k,
         same=False,
-        future_spans=True,
     )
     if seqlens_q is None or seqlens_k is None:
-        _assert_on_device(lengths)
+        _assert_on_device(lengths, more_queries=more_queries, exact_total_k=False)
     return lengths
 
 
-def batched(batch: int, seqlen_q: int, seqlen_k: int, device: torch.device) -> Lengths:
-    """Lengths of a `(batch, seqlen, heads, head_dim)` batch: the same for every sequence."""
-    if seqlen_q > seqlen_k:
+def batched(batch: int, seqlen_q: int, seqlen_k: int, device: torch.device, *, more_queries: bool = False) -> Lengths:
+    """Lengths of a `(batch, seqlen, heads, head_dim)` batch, all alike. more_queries: see `packed`."""
+    if seqlen_q > seqlen_k and not more_queries:
         raise InputError("q", f"seqlen_q <= seqlen_k = {seqlen_k}", f"seqlen_q = {seqlen_q}")
     steps = torch.arange(batch + 1, device=device, dtype=torch.int32)
     return Lengths(
@@ -237,12 +242,18 @@ def _on_device(values: CuSeqlens, device: torch.device) -> torch.Tensor:
     return to_device(list(values), device)
 
 
-def _assert_on_device(lengths: Lengths) -> None:
+def _assert_on_device(lengths: Lengths, *, more_queries: bool, exact_total_k: bool = True) -> None:
     """Check values that the host does not know by an assertion on the device, which does not synchronise."""
     cu_q, cu_k = lengths.cu_seqlens_q.long(), lengths.cu_seqlens_k.long()
     rows, keys = cu_q.diff(), cu_k.diff()
-    fine = (rows >= 0) & (rows <= keys) & (rows <= lengths.max_seqlen_q) & (keys <= lengths.max_seqlen_k)
-    last_k = torch.full_like(cu_k.narrow(0, -1, 1), lengths.total_k) if lengths.future_spans else cu_k.narrow(0, -1, 1)
+    fine = (
+        (rows >= 0)
+        & (keys >= 0)
+        & ((rows <= keys) | more_queries)
+        & (rows <= lengths.max_seqlen_q)
+        & (keys <= lengths.max_seqlen_k)
+    )
+    last_k = cu_k.narrow(0, -1, 1) if exact_total_k else torch.full_like(cu_k.narrow(0, -1, 1), lengths.total_k)
     ends = torch.stack([cu_q.narrow(0, 0, 1), cu_q.narrow(0, -1, 1), cu_k.narrow(0, 0, 1), last_k])
     first_and_last = torch.arange(4, device=ends.device).remainder(2).unsqueeze(1)  # 0, 1, 0, 1
     totals = torch.arange(4, device=ends.device).div(2, rounding_mode="floor").unsqueeze(1)  # 0, 0, 1, 1
@@ -274,7 +285,7 @@ def _host_seqused(values: CuSeqlens, capacity: int, device: torch.device) -> tup
         return None
     for index, keys in enumerate(host):
         if not 0 <= keys <= capacity:
-            raise InputError(f"{name}[{index}]", f"0 to {capacity} keys, which the page_table has room for", keys)
+            raise InputError(f"{name}[{index}]", f"0 to {capacity} keys, which the cache has room for", keys)
     return tuple(host)
 
 
@@ -283,7 +294,7 @@ def _if_known(name: str, values: CuSeqlens, device: torch.device, *, least: int)
     them), else None.
     """
     if not isinstance(values, torch.Tensor):
-        return _integers(name, values) if len(values) or least else []
+        return _integers(name, values, least) if len(values) or least else []
     if values.dtype != torch.int32:
         raise InputError(name, "dtype torch.int32", values.dtype)
     if values.ndim != 1 or values.shape[0] < least:
@@ -293,25 +304,30 @@ def _if_known(name: str, values: CuSeqlens, device: torch.device, *, least: int)
     return values.tolist() if host_knows(values) else None
 
 
-def _integers(name: str, values: object) -> list[int]:
+def _integers(name: str, values: object, least: int) -> list[int]:
     try:
         host = [operator.index(value) for value in values]  # type: ignore[attr-defined]
     except TypeError:
         host = []
     if not host:
-        raise InputError(name, "an int32 tensor or a list of batch + 1 integers", values)
+        raise InputError(name, f"an int32 tensor or a list of batch{' + 1' * least} integers", values)
     return host
 
 
-def _upper_bound(name: str, given: int | None, seqlens: tuple[int, ...] | None, total: int) -> int:
-    if given is not None and (not isinstance(given, int) or given < 0):
+def check_upper_bound(name: str, given: int | None, seqlens: tuple[int, ...] | None) -> None:
+    """Refuse a given upper bound that is none."""
+    if given is not None and (not isinstance(given, int) or isinstance(given, bool) or given < 0):
         raise InputError(name, "a non-negative integer", given)
-    if seqlens is None:
-        return total if given is None else min(given, total)
-    longest = max(seqlens, default=0)
+    longest = max(seqlens or (), default=0)
     if given is not None and given < longest:
         raise InputError(name, f"at least the longest sequence, {longest}", given)
-    return longest
+
+
+def _upper_bound(name: str, given: int | None, seqlens: tuple[int, ...] | None, total: int) -> int:
+    check_upper_bound(name, given, seqlens)
+    if seqlens is None:
+        return total if given is None else min(given, total)
+    return max(seqlens, default=0)
 
 
 def _cumulative(seqlens: Sequence[int]) -> torch.Tensor:

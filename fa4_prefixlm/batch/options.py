@@ -41,7 +41,8 @@ def _check_sink(learnable_sink: torch.Tensor | None, spec: CallSpec) -> None:
         raise InputError("learnable_sink", "a torch.Tensor", type(learnable_sink).__name__)
     if learnable_sink.shape != (spec.heads_q,):
         raise InputError("learnable_sink", f"shape ({spec.heads_q},), one per query head", tuple(learnable_sink.shape))
-    if learnable_sink.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    wide = spec.dtype == learnable_sink.dtype == torch.float64  # the reference
+    if not wide and learnable_sink.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise InputError("learnable_sink", "dtype float32, bfloat16 or float16", learnable_sink.dtype)
     if learnable_sink.device != spec.device:
         raise InputError("learnable_sink", f"q's device {spec.device}", learnable_sink.device)

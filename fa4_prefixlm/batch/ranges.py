@@ -10,11 +10,12 @@ import itertools
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
-from fa4_prefixlm.batch.lengths import Lengths, batched
+from fa4_prefixlm.batch.integers import as_int32
+from fa4_prefixlm.batch.lengths import Lengths, batched, first_query
 from fa4_prefixlm.device_checks import assert_on_device, host_knows, to_device
 from fa4_prefixlm.errors import InputError
 
@@ -23,6 +24,9 @@ NamedRanges = Ranges | Mapping[str, Ranges]
 MaxRange = int | Mapping[str, int] | None
 SequenceSpans = tuple[tuple[int, int], ...]
 HostSpans = tuple[SequenceSpans, ...]
+# What a chunk of a prefill must hold of a span set, for its rows to see all that they ever see: nothing (no row sees
+# ahead of itself on its account); each span whole or not at all; all spans, if a query token is in one; all spans.
+Whole = Literal["nothing", "span", "block", "all"]
 
 
 class ReadsSpans(Protocol):
@@ -31,6 +35,9 @@ class ReadsSpans(Protocol):
     @property
     def names(self) -> frozenset[str]:
         """Names of the span sets that it reads."""
+
+    def whole(self, name: str) -> Whole:
+        """What a chunk of a prefill must hold whole of the spans of `name`."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +68,6 @@ SpanSets = Mapping[str, Spans]
 def by_name(mask: ReadsSpans, ranges: NamedRanges) -> dict[str, Ranges]:
     """`ranges` as the mask reads them: one entry per name. A mask with a single name takes its ranges without it."""
     names = sorted(mask.names)
-    if hasattr(ranges, "visible"):
-        raise InputError("ranges", "spans; a mask goes to mask=", repr(ranges))
     if isinstance(ranges, Mapping):
         for name in names:
             if name not in ranges:
@@ -89,7 +94,9 @@ def parse(mask: ReadsSpans, ranges: NamedRanges, lengths: Lengths, max_range: Ma
     named = by_name(mask, ranges)
     plain = not isinstance(ranges, Mapping)
     return {
-        name: _parse_set("ranges" if plain else f"ranges[{name!r}]", given, lengths, _longest(name, max_range))
+        name: _parse_set(
+            "ranges" if plain else f"ranges[{name!r}]", given, lengths, _longest(name, max_range), mask.whole(name)
+        )
         for name, given in named.items()
     }
 
@@ -105,7 +112,7 @@ def to_tensor(mask: ReadsSpans, ranges: NamedRanges, batch: int, device: torch.d
 
     None: there are none.
     """
-    own = next(iter(by_name(mask, ranges).values()), None)
+    own = as_int32("ranges", next(iter(by_name(mask, ranges).values()), None))
     if own is None:
         return None
     if isinstance(own, torch.Tensor):
@@ -134,23 +141,24 @@ def _longest(name: str, max_range: MaxRange) -> int | None:
     return value
 
 
-def _parse_set(argument: str, ranges: Ranges, lengths: Lengths, max_range: int | None) -> Spans:
+def _parse_set(argument: str, ranges: Ranges, lengths: Lengths, max_range: int | None, whole: Whole) -> Spans:
     if ranges is None:
         ranges = [()] * lengths.batch
+    ranges = as_int32(argument, ranges)
     if isinstance(ranges, torch.Tensor):
         _check_tensor(argument, ranges, lengths.batch, lengths.device)
         if not host_knows(ranges):
             longest = lengths.max_seqlen_k if max_range is None else min(max_range, lengths.max_seqlen_k)
-            _assert_on_device(ranges, lengths, longest)
+            _assert_on_device(ranges, lengths, longest, whole)
             return Spans(ranges.clone(), None, longest)  # the plan's own, as its lengths are
-        checked = _check_host(argument, _used_rows(ranges), lengths, max_range)
+        checked = _check_host(argument, _used_rows(ranges), lengths, max_range, whole)
         values = to_device(ranges, lengths.device)
     else:
-        checked = _check_host(argument, _as_pairs(argument, ranges, lengths.batch), lengths, max_range)
+        checked = _check_host(argument, _as_pairs(argument, ranges, lengths.batch), lengths, max_range, whole)
         values = to_device(_padded(checked), lengths.device)
     longest = max((end - start for spans in checked for start, end in spans), default=0)
     if lengths.seqlens_k is None:  # then only the device can tell whether each span ends within its keys
-        _assert_on_device(values, lengths, max(longest, 1))
+        _assert_on_device(values, lengths, None, whole)
     return Spans(values, checked, longest)
 
 
@@ -170,22 +178,43 @@ def _as_pairs(argument: str, ranges: Sequence[Sequence[tuple[int, int]]], batch:
         raise InputError(argument, "an int32 tensor, or a list of spans per sequence", type(ranges).__name__)
     if len(ranges) != batch:
         raise InputError(argument, f"one list per sequence, {batch}", f"{len(ranges)} lists")
-    result = []
-    for sequence, spans in enumerate(ranges):
-        pairs = []
-        if not isinstance(spans, Iterable):
-            raise InputError(f"{argument}[{sequence}]", "a list of pairs (start, end)", spans)
-        for index, pair in enumerate(spans):
-            try:
-                start, end = pair
-                pairs.append((operator.index(start), operator.index(end)))
-            except (TypeError, ValueError):
-                raise InputError(f"{argument}[{sequence}][{index}]", "a pair of integers (start, end)", pair) from None
-        result.append(tuple(pairs))
-    return tuple(result)
+    return tuple(_pairs(f"{argument}[{sequence}]", spans) for sequence, spans in enumerate(ranges))
 
 
-def _check_host(argument: str, host: HostSpans, lengths: Lengths, max_range: int | None) -> HostSpans:
+def check_pairs(argument: str, spans: object) -> SequenceSpans:
+    """The spans of one sequence, `[(start, end), ...]` with `0 <= start < end`."""
+    pairs = _pairs(argument, spans)
+    for pair in pairs:
+        if not 0 <= pair[0] < pair[1]:
+            raise InputError(argument, "pairs with 0 <= start < end", pair)
+    return pairs
+
+
+def _pairs(argument: str, spans: object) -> SequenceSpans:
+    if not isinstance(spans, Iterable):
+        raise InputError(argument, "a list of pairs (start, end)", spans)
+    pairs = []
+    for index, pair in enumerate(spans):
+        try:
+            start, end = pair
+            pairs.append((operator.index(start), operator.index(end)))
+        except (TypeError, ValueError):
+            raise InputError(f"{argument}[{index}]", "a pair of integers (start, end)", _hinted(pair)) from None
+    return tuple(pairs)
+
+
+def _hinted(pair: object) -> object:
+    """What came in place of a pair, with what was probably meant."""
+    if isinstance(pair, int):
+        return f"{pair}: one list of pairs per sequence is wanted, [[(2, 6)]] and not [(2, 6)]"
+    if isinstance(pair, Sequence) and pair and isinstance(pair[0], Sequence):
+        return f"{pair}: one list too many, the spans of one sequence are [(2, 6)]"
+    return pair
+
+
+def _check_host(
+    argument: str, host: HostSpans, lengths: Lengths, max_range: int | None, whole: Whole = "span"
+) -> HostSpans:
     result = []
     for sequence, spans in enumerate(host):
         for index, (start, end) in enumerate(spans):
@@ -194,31 +223,56 @@ def _check_host(argument: str, host: HostSpans, lengths: Lengths, max_range: int
                 raise InputError(name, "a start of at least 0", (start, end))
             if start >= end:
                 raise InputError(name, "start below end", (start, end))
-            keys = lengths.max_seqlen_k if lengths.seqlens_k is None else lengths.seqlens_k[sequence]
-            unknown = lengths.future_spans and lengths.seqlens_k is None  # then the device checks it
-            if end > keys and not unknown and not (lengths.future_spans and start >= keys):
-                hint = "; a chunk holds a span whole or not at all, see safe_chunk_end" if start < keys else ""
-                raise InputError(name, f"an end within the sequence's {keys} keys", f"{(start, end)}{hint}")
             if max_range is not None and end - start > max_range:
                 raise InputError(name, f"at most max_range = {max_range} tokens", (start, end))
-        ordered = sorted(spans)
+        ordered = tuple(sorted(spans))
         for before, after in itertools.pairwise(ordered):
             if after[0] < before[1]:
                 raise InputError(f"{argument}[{sequence}]", "spans that do not overlap", f"{before} and {after}")
-        result.append(tuple(ordered))
+        if lengths.seqlens_k is not None:  # else only the device knows what is here
+            rows = None if lengths.seqlens_q is None else lengths.seqlens_q[sequence]
+            _check_whole(f"{argument}[{sequence}]", ordered, rows, lengths.seqlens_k[sequence], whole)
+        result.append(ordered)
     return tuple(result)
 
 
-def _assert_on_device(ranges: torch.Tensor, lengths: Lengths, longest: int) -> None:
+def _check_whole(argument: str, spans: SequenceSpans, rows: int | None, keys: int, whole: Whole) -> None:
+    """Refuse spans that the keys end within, where rows would miss the keys to come. rows: None if not known."""
+    if whole == "nothing" or not spans or spans[-1][1] <= keys or rows == 0:
+        return
+    if whole == "span":
+        for start, end in spans:
+            if start < keys < end:
+                hint = "a chunk holds a span whole or not at all, see safe_chunk_end"
+                raise InputError(
+                    argument, f"spans that end within the {keys} keys, or begin after them", f"{(start, end)}; {hint}"
+                )
+        return
+    first = 0 if rows is None else first_query(rows, keys)
+    if whole == "all" or any(start < keys and end > first for start, end in spans):
+        what = "the chunk that holds a token of one" if whole == "block" else "the first chunk"
+        hint = f"the mask makes one block of all spans: {what} holds them all, see safe_chunk_end"
+        raise InputError(argument, f"spans that end within the {keys} keys", f"{spans[-1]}; {hint}")
+
+
+def _assert_on_device(ranges: torch.Tensor, lengths: Lengths, longest: int | None, whole: Whole) -> None:
+    """Check values that the host does not know by an assertion on the device, which does not synchronise."""
     start, end = ranges.unbind(2)
     keys = lengths.cu_seqlens_k.diff().unsqueeze(1)
     used = (start != 0) | (end != 0)
-    here = (end <= keys) & (end - start <= longest)
-    if lengths.future_spans:
-        here = here | (start >= keys)  # not here yet
-    fine = (start >= 0) & (start < end) & here
+    fine = (start >= 0) & (start < end)
+    if longest is not None:
+        fine &= (torch.minimum(end, keys) - start <= longest) | (start >= keys)
+    past = used & (end > keys)
+    if whole == "span":
+        fine &= (start >= keys) | past.logical_not()
+    elif whole != "nothing":
+        first = lengths.query_starts().unsqueeze(1)
+        held = used & (start < keys) & (end > first) if whole == "block" else first < keys
+        fine &= (past.any(1, keepdim=True) & held.any(1, keepdim=True)).logical_not()
     assert_on_device(
-        (fine | used.logical_not()).all(), "ranges: a span is reversed, ends past its keys or is longer than max_range"
+        (fine | used.logical_not()).all(),
+        "ranges: a span is reversed, is cut by the end of its keys, or is longer than max_range",
     )
     order = torch.where(used, start, torch.iinfo(torch.int32).max).argsort(dim=1)
     start, end, used = start.gather(1, order), end.gather(1, order), used.gather(1, order)

@@ -6,11 +6,15 @@ import functools
 import os
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
+from fa4_prefixlm.device_checks import is_fake
 from fa4_prefixlm.errors import InputError
 
+# What `k` and `v` are beside keys and nothing else, see `describe`.
+Cache = Literal["pages", "static"] | None
 QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -22,6 +26,7 @@ class CallSpec:
     shape_q, shape_k: all dimensions before the heads.
     arch: compute capability of the device, 90 or 100; 0 where there is no such GPU.
     page_size: of keys and values in pages, `(pages, page_size, kv_heads, head_dim)`; None if they are contiguous.
+    static_cache: the pages are a `(batch, max_seqlen, kv_heads, head_dim)` cache, one for each sequence.
     """
 
     batched: bool
@@ -36,6 +41,12 @@ class CallSpec:
     needs_grad: bool
     arch: int
     page_size: int | None = None
+    static_cache: bool = False
+
+    @property
+    def cache(self) -> Cache:
+        """What `k` and `v` are, as `describe` takes it."""
+        return None if self.page_size is None else "static" if self.static_cache else "pages"
 
     @property
     def out_shape(self) -> tuple[int, ...]:
@@ -61,23 +72,16 @@ def _cuda_arch(index: int | None, override: str) -> int:
     return major * 10 + minor
 
 
-def describe(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, paged: bool = False) -> CallSpec:
+def describe(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, cache: Cache = None) -> CallSpec:
     """Check `q`, `k`, `v` against each other. Looks at shapes, dtypes, strides and devices, never at values.
 
-    paged: `k` and `v` are a cache of pages, `(pages, page_size, kv_heads, head_dim)`, and `q` is packed.
+    Args:
+        cache: "pages": `k` and `v` are `(pages, page_size, kv_heads, head_dim)`, and `q` is packed. "static": they are
+            `(batch, max_seqlen, kv_heads, head_dim)` with room for more keys than there are, which is one page for each
+            sequence. None: they hold the keys and nothing else.
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(tensor, torch.Tensor):
-            raise InputError(name, "a torch.Tensor", type(tensor).__name__)
-        if paged and tensor.ndim != (3 if name == "q" else 4):
-            wanted = "(total_q, heads, head_dim)" if name == "q" else "(pages, page_size, kv_heads, head_dim)"
-            raise InputError(name, f"{wanted} with a page_table", f"shape {tuple(tensor.shape)}")
-        if tensor.ndim not in (3, 4):
-            raise InputError(
-                name, "(total, heads, head_dim) or (batch, seqlen, heads, head_dim)", f"shape {tuple(tensor.shape)}"
-            )
-        if tensor.ndim != q.ndim and not paged:
-            raise InputError(name, f"{q.ndim} dimensions, as q", f"shape {tuple(tensor.shape)}")
+        _check_layout(name, tensor, q, cache)
         if not tensor.dtype.is_floating_point:
             raise InputError(name, "a floating point dtype", tensor.dtype)
         if tensor.dtype != q.dtype:
@@ -88,15 +92,22 @@ def describe(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, paged: bool =
             raise InputError(name, "at least one head and one head dimension", f"shape {tuple(tensor.shape)}")
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             raise InputError(name, "a contiguous last dimension (stride 1)", f"stride {tensor.stride(-1)}")
+    if q.device.type not in ("cpu", "cuda") or (q.device.type == "cpu" and is_fake(q)):
+        what = "a fake tensor" if is_fake(q) else f"device {q.device}"
+        raise InputError("q, k, v", "tensors with values, on the CPU or a CUDA device", what)
     if k.shape[:-1] != v.shape[:-1]:
         raise InputError("v", f"k's tokens and heads {tuple(k.shape[:-1])}", tuple(v.shape[:-1]))
     if q.shape[-1] != k.shape[-1]:
         raise InputError("k", f"q's head_dim {q.shape[-1]}", k.shape[-1])
     if q.shape[-2] % k.shape[-2]:
-        raise InputError("q", f"a multiple of the {k.shape[-2]} key heads", f"{q.shape[-2]} heads")
+        got = f"{q.shape[-2]} heads{_swapped(q, k)}"
+        raise InputError("q", f"a multiple of the {k.shape[-2]} key heads", got)
     if q.ndim == 4 and q.shape[0] != k.shape[0]:
         raise InputError("k", f"q's batch size {q.shape[0]}", k.shape[0])
-    if paged and k.shape[1] == 0:
+    if q.ndim == 4 and cache is None and q.shape[1] != k.shape[1] and _swapped(q, k):
+        expected = "seqlen in the second dimension of (batch, seqlen, heads, head_dim)"
+        raise InputError("q", expected, f"shape {tuple(q.shape)} with k {tuple(k.shape)}{_swapped(q, k)}")
+    if cache is not None and k.shape[1] == 0:
         raise InputError("k", "pages of at least one token", f"shape {tuple(k.shape)}")
     return CallSpec(
         batched=q.ndim == 4,
@@ -110,8 +121,32 @@ def describe(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, paged: bool =
         device=q.device,
         needs_grad=torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v)),
         arch=device_arch(q.device),
-        page_size=k.shape[1] if paged else None,
+        page_size=k.shape[1] if cache is not None else None,
+        static_cache=cache == "static",
     )
+
+
+def _check_layout(name: str, tensor: object, q: torch.Tensor, cache: Cache) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise InputError(name, "a torch.Tensor", type(tensor).__name__)
+    got = f"shape {tuple(tensor.shape)}"
+    if cache == "pages" and tensor.ndim != (3 if name == "q" else 4):
+        wanted = "(total_q, heads, head_dim)" if name == "q" else "(pages, page_size, kv_heads, head_dim)"
+        raise InputError(name, f"{wanted} with a page_table", got)
+    if cache == "static" and name != "q" and tensor.ndim != 4:
+        raise InputError(name, "(batch, max_seqlen, kv_heads, head_dim) with seqused_k and no page_table", got)
+    if tensor.ndim not in (3, 4):
+        raise InputError(name, "(total, heads, head_dim) or (batch, seqlen, heads, head_dim)", got)
+    if tensor.ndim != q.ndim and cache is None:
+        raise InputError(name, f"{q.ndim} dimensions, as q", got)
+
+
+def _swapped(q: torch.Tensor, k: torch.Tensor) -> str:
+    """A hint if the tensors look like `(batch, heads, seqlen, head_dim)`."""
+    looks = (
+        q.ndim == k.ndim == 4 and q.shape[2] > q.shape[1] and k.shape[2] > k.shape[1] and q.shape[1] % k.shape[1] == 0
+    )
+    return "; (batch, heads, seqlen, head_dim) goes in as tensor.transpose(1, 2)" if looks else ""
 
 
 def check_out(out: torch.Tensor | None, spec: CallSpec) -> None:
@@ -125,6 +160,8 @@ def check_out(out: torch.Tensor | None, spec: CallSpec) -> None:
         raise InputError("out", f"q's dtype {spec.dtype}", out.dtype)
     if out.device != spec.device:
         raise InputError("out", f"q's device {spec.device}", out.device)
+    if out.requires_grad and torch.is_grad_enabled():
+        raise InputError("out", "a tensor without requires_grad: a kernel writes it in place", "requires_grad")
     if not out.is_contiguous():
         raise InputError("out", "a contiguous tensor", f"strides {out.stride()}")
     if out.data_ptr() % 16:

@@ -1,4 +1,4 @@
-"""Key tiles -> the lists FlashAttention-4 reads, in one of its two layouts.
+"""Key tiles -> the block lists that FlashAttention-4 reads, in one of its two layouts.
 
 - varlen: row `m` of sequence `b` begins at `cu_block_idx_offsets[b] + m * ceil(seqlen_k / tile_n)`. The kernel fixes
   that stride, so memory grows with `sum(seqlen_q * seqlen_k) / (tile_m * tile_n)`, whatever the mask; only the listed
@@ -23,11 +23,18 @@ from fa4_prefixlm.masks.protocols import Reach
 
 @dataclass(frozen=True)
 class BlockLists:
-    """FlashAttention-4's block-sparse tensors, int32 on the device. `partial_*` is upstream's `mask_block_*`.
+    """FlashAttention-4's block-sparse tensors, int32 on the device.
 
-    varlen: counts `(1, query_tiles)`, indices `(1, entries)`, with both `cu_*` `(batch + 1,)`.
-    packed: counts `(1, 1, query_tiles)`, indices `(1, 1, query_tiles, columns)`.
-    The key tiles of query tile `m` are `idx[m, :count[m]]`, ascending.
+    The key tiles of query tile `m` are `idx[m, :count[m]]`, ascending. The varlen layout has counts `(1, query_tiles)`,
+    indices `(1, entries)` and both `cu_*`; the packed one counts `(1, 1, query_tiles)` and indices `(1, 1, query_tiles,
+    columns)`.
+
+    Attributes:
+        partial_count, partial_idx: tiles visited with a mask, upstream's `mask_block_*`.
+        full_count, full_idx: tiles visited without one.
+        cu_tiles: `(batch + 1,)`, the first query tile of each sequence; None: packed.
+        cu_entries: `(batch + 1,)`, the first entry of each sequence in the indices; None: packed.
+        block_size: query rows and keys of a tile.
     """
 
     partial_count: torch.Tensor
@@ -60,6 +67,7 @@ def packed_bytes(lengths: Lengths, traits: Traits, block_m: int, block_n: int) -
 def varlen_lists(
     key_tiles: KeyTiles, tiles: QueryTiles, lengths: Lengths, traits: Traits, block_m: int, block_n: int
 ) -> BlockLists:
+    """The block lists of a batch in the varlen layout."""
     entries = _varlen_entries(lengths, block_m, block_n)
     if entries > torch.iinfo(torch.int32).max:
         raise InputError("cu_seqlens_k", "block lists of fewer than 2**31 entries (varlen layout)", entries)
@@ -89,6 +97,7 @@ def varlen_lists(
 
 
 def packed_lists(key_tiles: KeyTiles, lengths: Lengths, traits: Traits, block_m: int, block_n: int) -> BlockLists:
+    """The block lists of a batch as one sequence, in the packed layout. `key_tiles` are cut across sequences."""
     width = PackedWidth.of(lengths, traits, block_m, block_n)
     _assert_fits(key_tiles.partial, width.partial)
     _assert_fits(key_tiles.full, width.full)
@@ -112,7 +121,13 @@ def packed_lists(key_tiles: KeyTiles, lengths: Lengths, traits: Traits, block_m:
 
 @dataclass(frozen=True)
 class PackedWidth:
-    """Columns of the packed layout's matrices. full_from_zero: all full lists are 0, 1, 2, ... and share one row."""
+    """Columns of the packed layout's matrices.
+
+    Attributes:
+        partial: of the partial tiles.
+        full: of the full ones.
+        full_from_zero: all full lists are 0, 1, 2, ... and share one row.
+    """
 
     partial: int
     full: int
@@ -155,7 +170,7 @@ def _extent_tiles(reach: Reach, block_m: int, block_n: int) -> int:
 
 
 def _assert_fits(count: torch.Tensor, columns: int) -> None:
-    """Checked on the device, without synchronising it: a bound that the caller or a mask gave was too small."""
+    """Assert on the device, without synchronising it, that the bounds which the caller and the mask gave are met."""
     assert_on_device(
         (count <= columns).all(), "block lists: longer than max_seqlen_k, max_range and the mask's reach allow"
     )

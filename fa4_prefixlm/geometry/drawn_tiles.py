@@ -21,11 +21,11 @@ def drawn_tiles(
     ranges: NamedRanges = None,
     seqlen_q: int | None = None,
 ) -> list[DrawnTile]:
-    """Every tile of a sequence: its box in tokens, and what a kernel does with it.
+    """Every tile of a sequence: its box in tokens, and whether a kernel visits it in full, with a mask, or not at all.
 
     Args:
+        mask, seqlen_k, ranges, seqlen_q: as for `masks.picture.mask_image`, which takes the result as `tiles`.
         tile: query rows and keys of a tile.
-        seqlen_k, ranges, seqlen_q: as for `masks.picture.mask_image`.
     """
     tile_m, tile_n = tile
     sizes = batched(1, seqlen_k if seqlen_q is None else seqlen_q, seqlen_k, torch.device("cpu"))

@@ -1,7 +1,7 @@
-"""What the ranges mean: for every query row the few intervals `[lo, hi)` of the keys it sees.
+"""What the ranges mean: for every query row the few intervals `[lo, hi)` of keys that it sees.
 
-Built with torch operations that never synchronise, on the device of the lengths: O(tokens) work and memory. Operations
-that also run on fake CUDA tensors where torch has no CUDA, so that kernels cross-compile: no `tensor[...]`.
+Built on the device of the lengths with torch operations that never synchronise: O(tokens) work and memory. All of them
+run on fake CUDA tensors too, where torch has no CUDA, so that kernels cross-compile; `tensor[...]` would not.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from fa4_prefixlm.masks.interval_lists import EMPTY_HI, EMPTY_LO, END_OF_KEYS, I
 
 @dataclass(frozen=True)
 class Tags:
-    """A block of tokens that all see each other, by tags: row `i` sees key `j` if `row_tag[i] == key_tag[j]`.
+    """Tokens that all see each other, in any number of spans: row `i` sees key `j` if `row_tag[i] == key_tag[j]`.
 
-    row_tag: `(total_q,)` int32, the row's sequence if it is in the block, else -1.
-    key_tag: `(total_k,)` int32, the key's sequence if it is in the block, else -2.
+    Attributes:
+        row_tag: `(total_q,)` int32 on the device, the row's sequence if the row is in a span, else -1.
+        key_tag: `(total_k,)` int32 on the device, the key's sequence if the key is in a span, else -2.
     """
 
     row_tag: torch.Tensor
@@ -38,13 +39,16 @@ class Tags:
 class Bounds:
     """The keys each query row sees, local to its sequence.
 
-    lo, hi: `(total_q, K)` int32. Row `i` sees keys `[lo[i, k], hi[i, k])` for every k; its intervals are disjoint and
-    ascending. An empty one is `(EMPTY_LO, EMPTY_HI)`: neutral for the minimum of `lo` and the maximum of `hi` over a
-    tile, and no tile that holds an all-empty row can be full.
-    block: what the row sees on top of that, None for nearly every mask.
+    Row `i` sees keys `[lo[i, k], hi[i, k])` for every k; its intervals are disjoint and ascending. An empty one is
+    `(EMPTY_LO, EMPTY_HI)`: neutral for the minimum of `lo` and the maximum of `hi` over a tile, and no tile that holds
+    an all-empty row can be full.
 
-    The dense mask of one sequence without a block, with `kv = torch.arange(seqlen_k)`, is
+    The dense mask of one sequence without tags, with `kv = torch.arange(seqlen_k)`, is
     `((kv >= lo[:, :, None]) & (kv < hi[:, :, None])).any(1)`.
+
+    Attributes:
+        lo, hi: `(total_q, K)` int32 on the device.
+        tags: what the row sees besides; None for nearly every mask.
     """
 
     lo: torch.Tensor
@@ -75,7 +79,7 @@ class Bounds:
 
 
 class Tokens(NamedTuple):
-    """Where each query token stands, int32 `(total_q,)` each.
+    """The place of each query token, int32 `(total_q,)` on the device each.
 
     Attributes:
         sequence: index of its sequence.
@@ -100,7 +104,7 @@ class Tokens(NamedTuple):
 def measured(mask: Mask, spans: SpanSets, lengths: Lengths, asked: Traits) -> Traits:
     """`asked` with the intervals that rows really see, where the formula's bound is above what kernels take.
 
-    Looks at the values on the host, and only if they are there: nothing synchronises unless the mask does by itself.
+    Only uses values that are on the host: nothing synchronises, unless evaluating the mask does.
     """
     known = lengths.seqlens_q is not None and all(own.host is not None for own in spans.values())
     if asked.intervals <= MOST_INTERVALS or asked.custom or not (known or mask.evaluated):
@@ -114,13 +118,13 @@ def measured(mask: Mask, spans: SpanSets, lengths: Lengths, asked: Traits) -> Tr
 
 
 def tokens(lengths: Lengths) -> Tokens:
-    """Where the query tokens of a batch stand."""
+    """The places of the query tokens of a batch."""
     cu_q, cu_k = lengths.cu_seqlens_q, lengths.cu_seqlens_k
     row = torch.arange(lengths.total_q, device=lengths.device, dtype=torch.int32)
     sequence = _sequence_of(row, cu_q)
     key_offset = cu_k.index_select(0, sequence)
     key_start = None if lengths.key_start is None else lengths.key_start.index_select(0, sequence)
-    # The row `cu_seqlens_q[b] + i` stands at `query_start[b] + i`.
+    # Row `cu_seqlens_q[b] + i` has the position `query_start[b] + i`.
     base = lengths.query_starts() - cu_q.narrow(0, 0, lengths.batch)
     return Tokens(
         sequence,
@@ -134,7 +138,12 @@ def tokens(lengths: Lengths) -> Tokens:
 def row_bounds(mask: Mask, spans: SpanSets, lengths: Lengths, where: Tokens, most: int | None = None) -> Bounds:
     """Evaluate `mask.intervals` for every query token of the batch, clipped to the keys of its sequence.
 
-    most: intervals that a row is known to see at most. Those past it must be empty, and are dropped.
+    Args:
+        most: intervals that a row is known to see at most. Any past it must be empty, and are dropped.
+
+    Raises:
+        InputError: the mask gives intervals of a wrong shape, past the keys, or more than `most` (on a GPU the values
+            are checked by an assertion on the device).
     """
     rows = TokenRows(where, spans)
     base, tagged = as_run(mask, most_spans(spans))
@@ -156,7 +165,7 @@ def row_bounds(mask: Mask, spans: SpanSets, lengths: Lengths, where: Tokens, mos
 
 
 def _check_within_keys(mask: Mask, lo: torch.Tensor, hi: torch.Tensor, where: Tokens) -> None:
-    """A row may see up to `END_OF_KEYS`, which stands for the end of its sequence, but no key past it by number."""
+    """An interval may end at `END_OF_KEYS`, which means the end of the sequence, but at no other number past it."""
     fine = (hi <= where.key_end.unsqueeze(1)) | (hi == END_OF_KEYS) | (lo >= hi)
     fine &= (lo >= 0) | (lo >= hi)
 
@@ -167,9 +176,13 @@ def _check_within_keys(mask: Mask, lo: torch.Tensor, hi: torch.Tensor, where: To
 
 
 def _require(fine: torch.Tensor, expected: Callable[[int], str], lo: torch.Tensor, hi: torch.Tensor, what: str) -> None:
-    """Refuse intervals `(total_q, K)` unless every row is `fine` `(total_q,)`; on the device without synchronising.
+    """Refuse intervals unless every row is fine; on a GPU by an assertion that does not synchronise.
 
-    expected: what a row should have been, given its index. what: the same in short, for the device-side assertion.
+    Args:
+        fine: `(total_q,)` bool.
+        expected: what a row should have been, given its index.
+        lo, hi: `(total_q, K)` int32, for the message.
+        what: what is wrong, for the assertion on the device.
     """
     if fine.device.type != "cpu":
         assert_on_device(fine.all(), f"mask: {what}")
@@ -181,7 +194,7 @@ def _require(fine: torch.Tensor, expected: Callable[[int], str], lo: torch.Tenso
 def clipped(lo: torch.Tensor, hi: torch.Tensor, where: Tokens) -> Intervals:
     """Intervals of positions `(total_q, K)` as intervals of the sequence's own keys, which count from 0.
 
-    Those without keys get their one form.
+    Intervals without keys become `(EMPTY_LO, EMPTY_HI)`.
     """
     if where.key_start is not None:
         start = where.key_start.unsqueeze(1)
@@ -190,7 +203,7 @@ def clipped(lo: torch.Tensor, hi: torch.Tensor, where: Tokens) -> Intervals:
 
 
 class TokenRows:
-    """The `Rows` of a batch: where its tokens stand, and which span each one is in."""
+    """The `Rows` of a batch: the positions of its tokens, and the span that each one is in."""
 
     def __init__(self, where: Tokens, spans: SpanSets) -> None:
         self.position, self.seqlen_k, self.sequence = where.position, where.key_end, where.sequence

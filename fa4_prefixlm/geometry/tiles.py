@@ -1,8 +1,8 @@
 """Bounds -> which key tiles a query tile visits, and which of them need no mask.
 
-No mask is evaluated, nothing synchronises. Two ways, one answer. Where every row sees one interval around its own
-position, the extremes of `lo` and `hi` over the rows of a query tile say everything (`tile_runs`, O(tokens)). For any
-other mask its rows' intervals are counted into a map of (query tile, key tile) pairs (`tile_map`, O(tokens + pairs)).
+No mask is evaluated, nothing synchronises. There are two ways. Where every row sees one interval around its own
+position, the extremes of `lo` and `hi` over the rows of a query tile are enough (`tile_runs`, O(tokens)). For any other
+mask the rows' intervals are counted into a map of (query tile, key tile) pairs (`tile_map`, O(tokens + pairs)).
 """
 
 from __future__ import annotations
@@ -18,9 +18,13 @@ from fa4_prefixlm.masks.interval_lists import EMPTY_LO
 
 
 class KeyTiles(Protocol):
-    """Key tiles of each query tile. full, partial: int32 `(query_tiles,)`, how many are visited without, with a mask.
+    """Key tiles of each query tile.
 
     A full tile is visible to all rows of its query tile; a tile that is neither is visible to none.
+
+    Attributes:
+        full: int32 `(query_tiles,)`, how many are visited without a mask.
+        partial: int32 `(query_tiles,)`, how many are visited with one.
     """
 
     @property
@@ -30,18 +34,21 @@ class KeyTiles(Protocol):
     def partial(self) -> torch.Tensor: ...
 
     def full_matrix(self, columns: int) -> torch.Tensor:
-        """`(query_tiles, columns)` int32: the full key tiles, ascending; entries past a row's count hold no meaning."""
+        """`(query_tiles, columns)` int32: the full key tiles, ascending; entries past a row's count mean nothing."""
 
     def partial_matrix(self, columns: int) -> torch.Tensor:
-        """The same of the partial ones."""
+        """The same for the partial ones."""
 
 
 @dataclass(frozen=True)
 class TileRuns:
-    """Key tiles of each query tile as runs, int32 `(query_tiles,)` each: `[first, full_first)` partial, `[full_first,
-    full_end)` full, `[full_end, end)` partial.
+    """Key tiles of each query tile as runs: `[first, full_first)` partial, `[full_first, full_end)` full, `[full_end,
+    end)` partial.
 
     A partial tile may be invisible only where two rows of the query tile see intervals with a gap between them.
+
+    Attributes:
+        first, full_first, full_end, end: int32 `(query_tiles,)` each, in key tiles.
     """
 
     first: torch.Tensor
@@ -68,7 +75,12 @@ class TileRuns:
 
 @dataclass(frozen=True)
 class TileMap:
-    """Key tiles of each query tile, bool `(query_tiles, key_tiles)`: seen by all of its rows, or by some."""
+    """Key tiles of each query tile as a map.
+
+    Attributes:
+        is_full: bool `(query_tiles, key_tiles)`, the tile is seen by all rows.
+        is_partial: the same, it is seen by some rows.
+    """
 
     is_full: torch.Tensor
     is_partial: torch.Tensor
@@ -98,10 +110,12 @@ class TileCounts(NamedTuple):
 
 @dataclass(frozen=True)
 class QueryTiles:
-    """Rows `[row_start, row_end)` of each query tile in the packed queries, int64 `(query_tiles,)`.
+    """Query tiles of a batch.
 
-    cu_tiles: `(batch + 1,)` int32, first tile of each sequence. Tiles past `cu_tiles[-1]` are empty.
-    sequence: int64 `(query_tiles,)`, whose rows they are.
+    Attributes:
+        row_start, row_end: int64 `(query_tiles,)`, the tile's rows `[row_start, row_end)` in the packed queries.
+        cu_tiles: int32 `(batch + 1,)`, first tile of each sequence. Tiles past `cu_tiles[-1]` are empty.
+        sequence: int64 `(query_tiles,)`, the sequence of the tile's rows.
     """
 
     row_start: torch.Tensor
@@ -171,7 +185,7 @@ def tile_slots(runs: TileRuns, tiles: QueryTiles, lengths: Lengths, block_m: int
 def tile_map(bounds: Bounds, tiles: QueryTiles, lengths: Lengths, where: Tokens, block_m: int, block_n: int) -> TileMap:
     """Classify every (query tile, key tile) pair by counting the intervals that touch it and those that fill it.
 
-    `where` and `lengths` are the sequences as the kernel sees them, and `bounds` count their keys.
+    `where` and `lengths` are those of the sequences as the kernel sees them, and `bounds` count the keys of these.
     """
     sequence = where.sequence.long()
     row_in_sequence = torch.arange(len(sequence), device=sequence.device) - lengths.cu_seqlens_q.take(sequence)
@@ -194,14 +208,14 @@ def tile_map(bounds: Bounds, tiles: QueryTiles, lengths: Lengths, where: Tokens,
 def classify(
     bounds: Bounds, tiles: QueryTiles, lengths: Lengths, where: Tokens, block_m: int, block_n: int, *, banded: bool
 ) -> KeyTiles:
-    """The key tiles of every query tile, in the cheaper of the two ways that are exact. banded: see `Traits`."""
+    """The key tiles of every query tile, by the cheaper way that is exact. banded: see `Traits`."""
     if banded:
         return tile_runs(bounds, tiles, block_m, block_n)
     return tile_map(bounds, tiles, lengths, where, block_m, block_n)
 
 
 def count_tiles(tiles: KeyTiles, lengths: Lengths, block_m: int, block_n: int) -> TileCounts:
-    """What is visited and skipped. Synchronises."""
+    """How many tiles are visited and skipped. Synchronises."""
     full, partial = int(tiles.full.sum()), int(tiles.partial.sum())
     pairs = zip(*lengths.on_host(), strict=True)
     everything = sum(ceil_div(rows, block_m) * ceil_div(keys, block_n) for rows, keys in pairs)

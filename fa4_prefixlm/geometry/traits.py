@@ -1,4 +1,4 @@
-"""What a mask asks of a kernel: how many intervals a row, of what shape, and whether it is plainly causal."""
+"""What a mask asks of a kernel: how many intervals a row, of what shape, and whether the mask is causal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ MOST_INTERVALS = 4
 
 @dataclass(frozen=True)
 class CausalWindow:
-    """What FA4's own causal call computes: causal, and `query - key < window` where window is not None."""
+    """The mask of FA4's own causal call.
+
+    Attributes:
+        window: `query - key < window` besides causal, in tokens; None: no window.
+    """
 
     window: int | None
 
@@ -30,13 +34,14 @@ class Traits:
 
     Attributes:
         intervals: per row, at most.
-        tagged: with a block of tags beside them.
+        tagged: tags beside the intervals, see `intervals.Tags`.
         banded: every row sees one interval around its own position, so neighbouring rows see intervals that touch.
         reach: how far a row sees, where the mask is banded.
         custom: the mask brings its own kernel code.
-        closed_form: the mask's, None if it has none.
-        causal_part: every row sees at least what this causal mask shows it, and past that one interval around it.
-        causal_only: the mask is this causal mask for all rows of the batch.
+        closed_form: of the mask; None: it has none.
+        causal_part: a causal mask contained in this one, of which every row sees one interval; None: there is none.
+        causal_only: the causal mask that this one is for all rows of the batch; None: it is another, or the host
+            can't know.
     """
 
     intervals: int
@@ -79,10 +84,10 @@ def traits_of_any(mask: Mask, longest: Mapping[str, int], most: Mapping[str, int
 def as_run(mask: Mask, most: Mapping[str, int]) -> tuple[Mask, str | None]:
     """The cheapest form of the mask: (what runs by intervals, the span set that runs by tags).
 
-    A block of at most one span is that span. A block of more spans than intervals fit runs by tags.
+    `one_block` of a single span is that span. With more spans than kernels take intervals, it runs by tags.
 
     Args:
-        most: spans of a sequence, by name.
+        most: spans of a sequence, at most, by name.
     """
     block = mask.split_block()
     if block is None:
@@ -114,8 +119,8 @@ def text_only(spans: HostSpans, seqlens_q: tuple[int, ...], seqlens_k: tuple[int
 
 
 def in_words(count: int, *, tagged: bool) -> str:
-    """What a row sees, for a person: "2 intervals a row and a block of tags"."""
-    return f"{count} interval{'s' * (count > 1)} a row{' and a block of tags' * tagged}"
+    """What a row sees, for `print(plan)`: "2 intervals a row and tags"."""
+    return f"{count} interval{'s' * (count > 1)} a row{' and tags' * tagged}"
 
 
 def _causal_only(found: Traits, spans: SpanSets, lengths: Lengths) -> CausalWindow | None:

@@ -1,1 +1,1 @@
-"""Engines: what they have in hand, turned into plans."""
+"""Serving engines: their metadata, turned into plans."""

@@ -1,11 +1,11 @@
-"""What vLLM 0.33's FlashAttention backend has in hand, turned into plans. Imports nothing of vLLM.
+"""The metadata of vLLM 0.33's FlashAttention backend, turned into plans. Imports nothing of vLLM.
 
     plans = GroupPlans({"layers.0": layer_mask(1024, clamp=False), "layers.1": layer_mask(1024, clamp=False)}, ...)
     plans.update(mm_ranges={0: [(4, 259)]}, ...)  # once a step
     plans.attention("layers.0", q, kv_cache, out)  # in every layer
 
-docs/vllm.md says where these lines go. Positions are vLLM's: counted from the start of the request, with inclusive ends
-in `mm_ranges` and nowhere else.
+docs/vllm.md shows where these lines go. Positions are vLLM's: counted from the start of the request, with inclusive
+ends in `mm_ranges` and nowhere else. A *block* is vLLM's word for a page of the cache; it is used in this module only.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import torch
 
 from fa4_prefixlm.backends.reference import Reference
 from fa4_prefixlm.errors import InputError, UnsupportedError
-from fa4_prefixlm.fa4.build import locate
+from fa4_prefixlm.fa4.builds import locate
 from fa4_prefixlm.masks import PrefixLM, causal
-from fa4_prefixlm.masks import window as within
+from fa4_prefixlm.masks import window as sliding_window
 from fa4_prefixlm.masks.base import Mask
 from fa4_prefixlm.masks.spans import BatchSpans, drop_longer
 from fa4_prefixlm.runtime.public_call import attention
@@ -29,13 +29,16 @@ from fa4_prefixlm.runtime.serving_plans import ServingPlan, serving_plan
 
 VENDORED = "vllm.vllm_flash_attn.cute"
 
+# Of queries and cache. The last two are for the reference.
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
 MMRanges = Mapping[int, Sequence[tuple[int, int]]]
 HostIntegers = torch.Tensor | Sequence[int]
 KVCache = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
 def find_build() -> str | None:
-    """The `build` to give to a plan: vLLM's own FA4 where there is one, else None, which is the default."""
+    """The `build` to give to `GroupPlans`: vLLM's own FA4 if it is installed, else None, the default."""
     return VENDORED if locate.installed(VENDORED) is not None else None
 
 
@@ -46,10 +49,10 @@ def layer_mask(window: int | None, *, clamp: bool, prefix_lm: bool = True) -> Ma
         window: the layer's sliding window in tokens, the query's own included (`Attention.sliding_window`); None: none.
         clamp: the layer's `mm_prefix_clamp_sliding_window`. True: (causal or span) and window. False: (causal and
             window) or span. Without a window there is nothing to clamp.
-        prefix_lm: False where the model takes the spans away from the layer, as Gemma 4 does from its global ones.
+        prefix_lm: False where the model ignores spans in this layer, as Gemma 4 does in its global ones.
     """
     if not prefix_lm:
-        return causal if window is None else causal & within(window)
+        return causal if window is None else causal & sliding_window(window)
     return PrefixLM() if window is None else PrefixLM(window=window, clamp=clamp)
 
 
@@ -66,13 +69,13 @@ def spans_from_mm_ranges(
     `{1: [(4, 259)]}` with `query_start_loc` [0, 7, 307] and `seq_lens` [90, 300] is `[[], [(4, 260)]]`.
 
     Args:
-        mm_ranges: request index to inclusive `(start, end)`, all of a request's, in any order. As in vLLM, one with
-            `start >= end` is none.
+        mm_ranges: by request index, all inclusive `(start, end)` of the request, in any order. As in vLLM, one with
+            `start >= end` is ignored.
         query_start_loc: `(requests + 1,)` on the host, exact.
-        seq_lens: `(requests,)` on the host, keys of each request with this step's. May be too large where all of a
-            request's query tokens are past its ranges (decoding).
-        window, clamp: the model's, not a layer's. Without clamp, ranges longer than the window are dropped. vLLM drops
-            them where it makes the ranges, so its builders can leave these out.
+        seq_lens: `(requests,)` on the host, keys of each request, this step's included. May be too large where all
+            query tokens of a request are past its ranges (decoding).
+        window, clamp: of the model, not of a layer. Without clamp, ranges longer than the window are dropped. vLLM has
+            dropped them already when its builders see the ranges, so builders can leave these out.
 
     Raises:
         InputError: a range is cut by the end of the chunk (see `safe_chunk_end`), two overlap, or one is negative.
@@ -82,14 +85,19 @@ def spans_from_mm_ranges(
 
 
 def split_cache(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(keys, values), each `(blocks, block_size, kv_heads, head_dim)`, of a layer's `(blocks, kv_heads, block_size,
-    2 * head_dim)`. Views; K and V take turns in memory.
+    """Keys and values of a layer's cache, as views.
+
+    Args:
+        kv_cache: `(blocks, kv_heads, block_size, 2 * head_dim)`; the K and V of a token alternate in memory.
+
+    Returns:
+        (keys, values), each `(blocks, block_size, kv_heads, head_dim)`.
     """
     if kv_cache.ndim != 4 or kv_cache.shape[3] % 2:
         raise InputError("kv_cache", "shape (blocks, kv_heads, block_size, 2 * head_dim)", tuple(kv_cache.shape))
     both = kv_cache.transpose(1, 2)
     if 1 in both.shape:
-        # Torch may have any stride where there is one element; TMA wants multiples of 16 bytes.
+        # Torch allows any stride in a dimension of one element; TMA needs multiples of 16 bytes.
         strides = [
             kv_cache.shape[3] if size == 1 else step for size, step in zip(both.shape, both.stride(), strict=True)
         ]
@@ -99,14 +107,16 @@ def split_cache(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class GroupPlans:
-    """The plans of one attention group: its layers share block table, head dim and heads, not always their mask.
+    """The plans of one attention group, whose layers share block table, head dim and heads, but not always the mask.
 
-    Owned by the group's metadata builder, one for each micro-batch. What `update` was given last is what `attention`
-    runs, so a builder that has one must not let vLLM reuse its metadata for another group's block table.
+    Owned by the group's metadata builder, one for each micro-batch. `attention` runs the batch of the last `update`, so
+    a builder that has one must not let vLLM reuse its metadata for another group's block table.
 
-    Attributes: `plans`, one `ServingPlan` for each distinct mask; `text_only`: no query token of the last update is in
-    a span, so every layer is plainly causal, or causal in its window; `in_place`: a captured CUDA graph runs the batch
-    of the last update.
+    Attributes:
+        plans: one `ServingPlan` for each distinct mask.
+        text_only: no query token of the last update is in a span, so every layer is causal, with its window if it has
+            one.
+        in_place: a captured CUDA graph runs the batch of the last update.
     """
 
     def __init__(
@@ -124,7 +134,7 @@ class GroupPlans:
         device: torch.device | str,
         build: str | None = None,
     ) -> None:
-        """Allocate.
+        """Allocate the plans.
 
         Args:
             layers: the mask of each layer, by the name that `attention` gets.
@@ -132,16 +142,20 @@ class GroupPlans:
             max_blocks: blocks of the longest request, `max_model_len / block_size` rounded up.
             block_size: tokens of a block, as the block table counts them.
             num_heads, num_kv_heads: of this rank.
+            head_dim: of keys and values.
             dtype: of queries and cache.
+            device: of queries and cache.
             build: the FA4 to run on, see `find_build`.
 
         Raises:
-            UnsupportedError: a layer's mask reads spans, and no FA4 kernel runs it here: head dim 512 on upstream
-                FA4, say.
+            UnsupportedError: a layer's mask reads spans, and no FA4 kernel runs it here (such as head dim 512 on
+                upstream FA4).
         """
         if not layers:
             raise InputError("layers", "at least one layer", "none")
-        row = torch.empty(head_dim, dtype=dtype, device=device)  # as wide as FA4 sees it, as long as it costs nothing
+        if dtype not in DTYPES:
+            raise InputError("dtype", f"one of {', '.join(map(str, DTYPES))}: FA4 has no fp8 here", dtype)
+        row = torch.empty(head_dim, dtype=dtype, device=device)  # expanded, so the shapes below take no memory
         cache = row.expand(torch.iinfo(torch.int32).max, block_size, num_kv_heads, head_dim)
         like = (row.expand(1, num_heads, head_dim), cache, cache)
         limits = {"max_tokens": max_tokens, "max_sequences": max_requests, "max_pages": max_blocks}
@@ -176,9 +190,12 @@ class GroupPlans:
             seq_lens: `(requests,)` int32 on the device, 0 for padded requests.
             block_table: `(requests, blocks)` int32 on the device, of any width and stride.
             query_start_loc_cpu: `(requests + 1,)` on the host, exact.
-            seq_lens_cpu: `(requests,)` on the host; upper bounds will do for decoding requests.
-            mm_ranges: see `spans_from_mm_ranges`, which raises what this raises.
-            exact_on_host: `seq_lens_cpu` is exact for all. Spares memory on backends that are not in place.
+            seq_lens_cpu: `(requests,)` on the host; upper bounds are enough for decoding requests.
+            mm_ranges: see `spans_from_mm_ranges`.
+            exact_on_host: `seq_lens_cpu` is exact for all requests. Saves memory on backends that are not in place.
+
+        Raises:
+            InputError: as `spans_from_mm_ranges`.
         """
         rows, keys = _lengths(query_start_loc_cpu, seq_lens_cpu)
         spans = _spans(mm_ranges or {}, rows, keys, None)
@@ -211,10 +228,11 @@ class GroupPlans:
         """Write one layer's attention to `out` and return it; rows past the batch's tokens are left alone.
 
         Args:
+            layer: its name in `layers`.
             q, out: `(rows, heads, head_dim)`, with at least the batch's tokens. In a CUDA graph, all rows that the
                 graph is padded to.
-            kv_cache: the layer's, `(blocks, kv_heads, block_size, 2 * head_dim)`, this step's tokens written; or
-                `split_cache` of it, which can be kept.
+            kv_cache: of the layer, `(blocks, kv_heads, block_size, 2 * head_dim)`, with this step's tokens written; or
+                the result of `split_cache`, which can be kept.
             softmax_scale, softcap, sinks: as for `fa4_prefixlm.attention`.
         """
         plan = self._plan_of.get(layer)
@@ -222,7 +240,7 @@ class GroupPlans:
             raise InputError("layer", f"one of {', '.join(self._plan_of)}", repr(layer))
         keys, values = split_cache(kv_cache) if isinstance(kv_cache, torch.Tensor) else kv_cache
         rows, written = q, out
-        if not plan.in_place:  # then it is made for the batch's rows and no more; the buffers of one in place know them
+        if not plan.in_place:  # made for exactly the batch's rows, where a plan in place has them in its buffers
             rows, written = (tensor.narrow(0, 0, min(self._tokens, len(tensor))) for tensor in (q, out))
         attention(
             rows,
@@ -237,9 +255,11 @@ class GroupPlans:
         return out
 
     def warm_up(self, kv_cache: KVCache, **options: Any) -> None:
-        """Compile what batches with and without spans run: once, before the first update and before CUDA graphs.
+        """Compile the kernels of batches with and without spans: once, before the first update and before CUDA graphs.
 
-        Reads two tokens of block 0. options: `softcap` and `sinks` of the group's layers.
+        Args:
+            kv_cache: of any layer of the group; two tokens of block 0 are read.
+            options: `softcap` and `sinks` of the group's layers.
         """
         spec = next(iter(self.plans.values())).spec
         q = torch.zeros(2, spec.heads_q, spec.head_dim, dtype=spec.dtype, device=spec.device)
@@ -261,6 +281,9 @@ class GroupPlans:
 
 
 def _spans(mm_ranges: MMRanges, rows: list[int], keys: list[int], longest: int | None) -> BatchSpans | None:
+    if not isinstance(mm_ranges, Mapping):
+        expected = "a dictionary from request index to inclusive (start, end) pairs"
+        raise InputError("mm_ranges", expected, type(mm_ranges).__name__)
     spans: BatchSpans = [[] for _ in rows]
     for request, own in mm_ranges.items():
         if not 0 <= request < len(rows):

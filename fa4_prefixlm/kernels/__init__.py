@@ -1,1 +1,1 @@
-"""Triton kernels that fill a plan and gather its keys without waiting for the device; they import triton."""
+"""Triton kernels: fill a serving plan, gather keys from pages, add the second of two passes. None synchronises."""

@@ -1,4 +1,4 @@
-"""Keys and values of a batch, from pages to packed tensors, in one launch that does not synchronise."""
+"""Copy the keys and values of a batch from pages to packed tensors, in one launch that does not synchronise."""
 
 # Triton's functions are not typed.
 # mypy: allow-untyped-defs, disable-error-code="import-untyped"
@@ -14,7 +14,7 @@ from fa4_prefixlm.errors import InputError
 try:
     import triton
     import triton.language as tl
-except ImportError:  # gather_pages_torch works without
+except ImportError:  # gather_pages_torch works without it
     triton = None
 
 # Elements of a key tensor that a program copies at once.
@@ -36,8 +36,8 @@ def gather_pages(
     longer than the batch. On CPU tensors it is `gather_pages_torch`, or Triton's interpreter where that is on.
 
     Args:
-        k_cache: `(num_pages, page_size, kv_heads, head_dim)`, in any strides.
-        v_cache: `(num_pages, page_size, kv_heads, head_dim_v)`, in any strides.
+        k_cache: `(num_pages, page_size, kv_heads, head_dim)`, with any strides.
+        v_cache: `(num_pages, page_size, kv_heads, head_dim_v)`, with any strides.
         page_table: `(batch, max_pages)` int32 on the device: key `i` of sequence `b` is in page
             `page_table[b, i // page_size]`. Entries of pages that hold no copied key are not read.
         first_key: `(batch,)` int32 on the device.
@@ -83,7 +83,7 @@ def gather_pages_torch(
     k_out: torch.Tensor,
     v_out: torch.Tensor,
 ) -> None:
-    """The same in plain torch. Synchronises."""
+    """The same in torch operations. Synchronises."""
     page_size = k_cache.shape[1]
     for sequence, (begin, end) in enumerate(zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)):
         key = torch.arange(end - begin, device=k_out.device) + first_key[sequence]
@@ -93,7 +93,7 @@ def gather_pages_torch(
 
 
 def constants(k_cache: torch.Tensor, v_cache: torch.Tensor) -> dict[str, int]:
-    """What the kernel is compiled for. Strides are among it so that it knows how wide an access is aligned."""
+    """What the kernel is compiled for. Strides are, so that alignment is known."""
     _, page_size, heads, head_dim = k_cache.shape
     head_dim_v = v_cache.shape[3]
     columns = min(ELEMENTS // 8, triton.next_power_of_2(heads * max(head_dim, head_dim_v)))
@@ -175,7 +175,7 @@ if triton is not None:
         ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
     ):
-        """A program copies `ROWS` rows of the outputs, whosever they are."""
+        """A program copies `ROWS` rows of the outputs, of one or more sequences."""
         out_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         # The row's sequence is the last one that begins at or before it.
         sequence = tl.zeros([ROWS], tl.int32)

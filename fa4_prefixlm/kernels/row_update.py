@@ -1,7 +1,7 @@
-"""A serving plan's buffers, filled for a batch in one launch: row bounds and key tiles from lengths and spans.
+"""Fill a serving plan's buffers for a batch in one launch: row bounds and key tiles from lengths and spans.
 
-The same as `intervals.row_bounds` and `tiling.tile_runs` of a mask in closed form, for buffers that are allocated once
-and lengths that only the device knows. Nothing here synchronises on a GPU.
+Computes what `geometry.intervals.row_bounds` and `geometry.tiles.tile_runs` do, for a mask in closed form, buffers that
+are allocated once, and lengths that only the device knows. Nothing here synchronises on a GPU.
 
 A query tile has its own slot whatever the lengths are, so the grid is known on the host: tile `m` of sequence `b`
 has slot `cu_seqlens_q[b] // tile_tokens + b + m`. One program works on one slot.
@@ -32,16 +32,22 @@ FINE = (
 
 @dataclass(frozen=True)
 class RowBuffers:
-    """What kernels read of a serving plan; int32 on the device but for `fine`.
+    """What kernels read of a serving plan; int32 on the device except `fine`.
 
-    bounds: `(max_tokens + padding, 2)`, `[lo, hi)` of each query row, local to its sequence's keys. Rows past the batch
-        hold those of an earlier one, or (0, 0).
-    tiles: `(slots, 4)`, per query tile first, full_first, full_end and end, as `tiling.TileRuns`. Unused slots are 0.
-    cu_seqlens_q: `(max_sequences + 1,)`, the batch's own, its last value repeated.
-    seqused_k: `(max_sequences,)`, keys of each sequence, 0 for unused ones.
-    page_table: `(max_sequences, max_pages)`, the batch's own; what it does not have is left over.
-    fine: `(1,)` bool, False once a program saw values that are not valid.
-    tile_tokens, tile_n: query tokens and keys of a tile.
+    Attributes:
+        bounds: `(max_tokens + padding, 2)`, `[lo, hi)` of each query row, local to its sequence's keys. Rows past the
+            batch hold those of an earlier one, or (0, 0).
+        tiles: `(slots, 4)`, first, full_first, full_end and end of each query tile, as in `geometry.tiles.TileRuns`.
+            Unused slots are 0.
+        cu_seqlens_q: `(max_sequences + 1,)`, the batch's own, its last value repeated.
+        seqused_k: `(max_sequences,)`, keys of each sequence, 0 for unused ones.
+        page_table: `(max_sequences, max_pages)`, the batch's own. Entries that the batch does not have are those of
+            earlier ones.
+        fine: `(1,)` bool, False once a program saw values that are not valid.
+        max_tokens: query tokens of a batch, at most.
+        max_sequences: sequences of a batch, at most.
+        tile_tokens: query tokens of a tile.
+        tile_n: keys of a tile.
     """
 
     bounds: torch.Tensor
@@ -99,19 +105,22 @@ def update_rows(
 ) -> None:
     """Fill `buffers` for a batch of at most `max_sequences` sequences and `max_tokens` query tokens.
 
-    The values are checked by an assertion on the device, on the CPU (Triton's interpreter) by an `InputError`.
+    Values are checked by an assertion on the device.
 
     Args:
         form: the mask.
         buffers: written in place.
         cu_seqlens_q: `(batch + 1,)` int32 on the device.
         seqused_k: `(batch,)` int32 on the device, keys of each sequence.
-        ranges: `(batch, max_ranges, 2)` int32 on the device in any strides, half-open `[start, end)` in absolute key
-            positions, in any order, unused rows `(0, 0)`. A span that starts at or after `seqlen_k` is not here yet
-            and is passed over; any other ends at or before it.
+        ranges: `(batch, max_ranges, 2)` int32 on the device with any strides, half-open `[start, end)` in absolute key
+            positions, in any order, unused rows `(0, 0)`. A span that starts at or after `seqlen_k` belongs to a later
+            chunk and is ignored; any other ends at or before it, if rows see ahead in a span.
         page_table: `(batch, pages)` int32 on the device, at most as wide as the buffer; copied to it.
         max_rows: query rows of the batch, at most, where that is below the plan's `max_tokens`.
         max_keys: keys of a sequence, at most.
+
+    Raises:
+        InputError: a tensor has the wrong shape, dtype or device, or, on the CPU (Triton's interpreter), bad values.
     """
     batch = cu_seqlens_q.shape[0] - 1
     if not 0 <= batch <= buffers.max_sequences:
@@ -166,6 +175,7 @@ def constants(form: ClosedForm, buffers: RowBuffers) -> dict[str, object]:
         "OUTSIDE_END": form.outside.end,
         "INSIDE_BEGIN": form.inside.begin,
         "INSIDE_END": form.inside.end,
+        "WHOLE_SPANS": form.inside.end != "row",
         "TILE_TOKENS": buffers.tile_tokens,
         "TILE_N": buffers.tile_n,
         "ROWS": triton.next_power_of_2(buffers.tile_tokens),
@@ -229,6 +239,7 @@ def update_rows_kernel(
     OUTSIDE_END: tl.constexpr,
     INSIDE_BEGIN: tl.constexpr,
     INSIDE_END: tl.constexpr,
+    WHOLE_SPANS: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
     TILE_N: tl.constexpr,
     ROWS: tl.constexpr,
@@ -282,7 +293,9 @@ def update_rows_kernel(
         s = tl.load(at, mask=index < spans, other=0)
         e = tl.load(at + stride_edge, mask=index < spans, other=0)
         used = (s != 0) | (e != 0)
-        wrong |= used & ((s < 0) | (s >= e) | ((s < seqlen_k) & (e > seqlen_k)))
+        wrong |= used & ((s < 0) | (s >= e))
+        if WHOLE_SPANS:
+            wrong |= used & (s < seqlen_k) & (e > seqlen_k)
         holds = (s[:, None] <= position[None, :]) & (position[None, :] < e[:, None])
         start = tl.maximum(start, tl.max(tl.where(holds, s[:, None], 0), axis=0))
         stop = tl.maximum(stop, tl.max(tl.where(holds, e[:, None], 0), axis=0))
@@ -299,7 +312,7 @@ def update_rows_kernel(
     tl.store(bounds + row * 2, lo, mask=inside)
     tl.store(bounds + row * 2 + 1, hi, mask=inside)
 
-    # As in tiling.tile_runs; no row of a valid batch sees nothing.
+    # As in geometry.tiles.tile_runs; every row of a valid batch sees some key.
     first = tl.min(tl.where(inside, lo, seqlen_k), axis=0) // TILE_N
     last = (tl.max(tl.where(inside, hi, 0), axis=0) + TILE_N - 1) // TILE_N
     full_first = (tl.max(tl.where(inside, lo, 0), axis=0) + TILE_N - 1) // TILE_N

@@ -22,14 +22,21 @@ import triton.language as tl
 
 from fa4_prefixlm.batch.options import Options
 
-# Where the online softmax begins for a row that saw nothing: below any score, and finite, so that no NaN comes of it.
+# The maximum with which the online softmax begins for a row that saw nothing: below any score, finite to avoid NaN.
 LOWEST: tl.constexpr = tl.constexpr(-1e30)
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 NO_KEY: tl.constexpr = tl.constexpr(2**31 - 1)
 
 
 class LoopTile(NamedTuple):
-    """Query rows and keys of a tile, and how the kernel is compiled for them."""
+    """The tile of a program, and how the kernel is compiled for it.
+
+    Attributes:
+        rows: query rows.
+        keys: keys at a time.
+        warps: Triton's num_warps.
+        stages: Triton's num_stages.
+    """
 
     rows: int
     keys: int
@@ -39,7 +46,7 @@ class LoopTile(NamedTuple):
 
 # By the padded head_dim, the larger of q's and v's. Spans are a few hundred tokens long, so more rows would mostly be
 # masked ones. q with `stages` tiles of k and v fits Hopper's 227 KB, at 64 and 256 twice. The loop spills no register,
-# but for a few that it reads at 256 in pages; with 64 rows or 64 keys it would at 512 or 256.
+# except a few at 256 with pages; with 64 rows or 64 keys it would at 512 or 256.
 TILES = {
     16: LoopTile(128, 64, 4, 3),
     32: LoopTile(128, 64, 4, 3),
@@ -68,7 +75,7 @@ def add_span_rest(
     """Make `out` and `lse` of a causal pass those of the rows' whole `bounds`, in place.
 
     Keys are contiguous and come with `cu_seqlens_k`, or in pages and come with `seqused_k` and `page_table`. Rows that
-    miss no key keep their bits, as do rows past `cu_seqlens_q[-1]`. Nothing is checked: callers hold a plan.
+    miss no key keep their bits, as do rows past `cu_seqlens_q[-1]`. Nothing is checked here: the plan was.
 
     Args:
         q: `(total_q, heads_q, head_dim)` bfloat16 or float16. All tensors may have any strides but for their last

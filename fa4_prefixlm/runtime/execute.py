@@ -64,7 +64,7 @@ def run(
         needs_grad: a backward follows that autograd does not see here; None: autograd says.
     """
     if spec is None:
-        spec = describe(q, k, v, paged=plan.spec.page_size is not None)
+        spec = describe(q, k, v, cache=plan.spec.cache)
         plan.check(spec)
     check_out(out, spec)
     options = Options.checked(spec, softmax_scale, softcap, learnable_sink)
@@ -74,7 +74,9 @@ def run(
         # Before the forward: what has no backward is refused, and the kernel of the forward waits for no table of it.
         gradients = _gradients(plan, spec, learnable_sink, out, deterministic)
     if spec.batched:
-        q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+        q = q.flatten(0, 1)
+        if spec.page_size is None:
+            k, v = k.flatten(0, 1), v.flatten(0, 1)
         out = out.flatten(0, 1) if out is not None else None
     if wanted and gradients is not None:
         call = autograd.Call(plan.prepared, gradients, options)

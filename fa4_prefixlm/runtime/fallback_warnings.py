@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import pathlib
+import sys
 import warnings
 
+from fa4_prefixlm.backends.causal_backward import CausalBackward
+from fa4_prefixlm.backends.reference_backward import ReferenceBackward
 from fa4_prefixlm.backends.select import BACKENDS, Choice, choose
+from fa4_prefixlm.backends.select_backward import Backward
 from fa4_prefixlm.batch.lengths import Lengths
 from fa4_prefixlm.batch.tensors import CallSpec
-from fa4_prefixlm.fa4.build.describe import BEST, Build
+from fa4_prefixlm.fa4.builds.describe import BEST, Build
 from fa4_prefixlm.geometry.traits import Traits
 
 # No build has anything faster, so that nothing has to be looked up for them.
@@ -34,10 +39,35 @@ def warn_of_fallback(choice: Choice, spec: CallSpec, traits: Traits, lengths: Le
         return
     if choice.name == "reference":
         why = choice.passed_over[-1][1]
-        warnings.warn(f"fa4_prefixlm takes the dense reference, slow on long sequences: {why}", stacklevel=4)
+        warnings.warn(
+            f"fa4_prefixlm takes the dense reference, slow on long sequences: {why}", stacklevel=_callers_level()
+        )
     if build is None or choice.name in FASTEST:
         return
     better = faster_elsewhere(choice, spec, traits, lengths, build)
     if better is not None and better not in _warned:
         _warned.add(better)
-        warnings.warn(better, stacklevel=4)
+        warnings.warn(better, stacklevel=_callers_level())
+
+
+def warn_of_slow_backward(backward: Backward, spec: CallSpec) -> None:
+    """Warn of gradients by the dense reference on a GPU, where nobody asked for them."""
+    if spec.device.type != "cuda" or backward.name != ReferenceBackward.name or not backward.passed_over:
+        return
+    why = "; ".join(f"not {name}: {reason}" for name, reason in backward.passed_over if name != CausalBackward.name)
+    warnings.warn(
+        f"fa4_prefixlm computes gradients by the dense reference, slow on long sequences ({why})",
+        stacklevel=_callers_level(),
+    )
+
+
+_PACKAGE = str(pathlib.Path(__file__).parents[1])
+_MASKS = str(pathlib.Path(_PACKAGE, "masks").resolve())
+
+
+def _callers_level() -> int:
+    """The `stacklevel` of the first line outside of this package, counted from the function that calls this one."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((_PACKAGE, _MASKS)):
+        level, frame = level + 1, frame.f_back
+    return level

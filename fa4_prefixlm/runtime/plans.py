@@ -10,21 +10,20 @@ from fa4_prefixlm.backends.select_backward import Backward, prepare_backward
 from fa4_prefixlm.batch.arguments import BatchArguments
 from fa4_prefixlm.batch.keys import Keys
 from fa4_prefixlm.batch.lengths import CuSeqlens, Lengths
-from fa4_prefixlm.batch.ranges import MaxRange, NamedRanges, SequenceSpans, SpanSets
+from fa4_prefixlm.batch.ranges import MaxRange, NamedRanges, SpanSets
 from fa4_prefixlm.batch.ranges import parse as parse_ranges
 from fa4_prefixlm.batch.tensors import QKV, CallSpec, describe
 from fa4_prefixlm.errors import InputError
-from fa4_prefixlm.fa4.build import locate
-from fa4_prefixlm.fa4.build.describe import Build
+from fa4_prefixlm.fa4.builds import locate
+from fa4_prefixlm.fa4.builds.describe import Build
 from fa4_prefixlm.geometry import intervals
 from fa4_prefixlm.geometry.tiles import TileCounts
 from fa4_prefixlm.geometry.traits import Traits, in_words, traits
 from fa4_prefixlm.masks.base import Mask
-from fa4_prefixlm.masks.dense import dense_mask
 from fa4_prefixlm.masks.prefix_lm import PrefixLM
 from fa4_prefixlm.runtime.callable_plan import CallablePlan
 from fa4_prefixlm.runtime.execute import check_same
-from fa4_prefixlm.runtime.fallback_warnings import warn_of_fallback
+from fa4_prefixlm.runtime.fallback_warnings import warn_of_fallback, warn_of_slow_backward
 
 
 class Plan(CallablePlan):
@@ -95,9 +94,11 @@ class Plan(CallablePlan):
     def gradients(self, deterministic: bool = False) -> Gradients:
         """The backward's state, made at the first call and reused by every layer."""
         if deterministic not in self._gradients:
-            self._gradients[deterministic] = prepare_backward(
+            chosen, state = prepare_backward(
                 self._asked, self._batch, forward=self.choice.name, deterministic=deterministic
             )
+            warn_of_slow_backward(chosen, self.spec)
+            self._gradients[deterministic] = chosen, state
         return self._gradients[deterministic][1]
 
     def check(self, spec: CallSpec) -> None:
@@ -214,8 +215,8 @@ def plan(
     batch = BatchArguments(
         ranges, cu_seqlens_q, cu_seqlens_k, seqused_k, page_table, max_seqlen_q, max_seqlen_k, max_range
     )
-    batch.check_together()
-    return plan_for(describe(*three(like), paged=batch.paged), batch, mask, find_build(build), backend, backward)
+    batch = batch.checked()
+    return plan_for(describe(*three(like), cache=batch.cache), batch, mask, find_build(build), backend, backward)
 
 
 def plan_for(
@@ -227,10 +228,10 @@ def plan_for(
     backward: str = "auto",
 ) -> Plan:
     """`plan`, for tensors that are already described."""
-    sizes = arguments.lengths(spec)
     check_mask(mask)
+    check_ranges(arguments.ranges)
+    sizes = arguments.lengths(spec, more_queries=not mask.uses_position)
     spans = parse_ranges(mask, arguments.ranges, sizes, arguments.max_range)
-    _refuse_empty(mask, spans, sizes)
     found = intervals.measured(mask, spans, sizes, traits(mask, spans, sizes))
     choice = choose(backend, spec, found, sizes, build, backward)
     warn_of_fallback(choice, spec, found, sizes, build)
@@ -240,14 +241,10 @@ def plan_for(
     return Plan(MaskedBatch(spec, mask, spans, sizes, found, where, bounds, keys, build), choice, backward)
 
 
-def _refuse_empty(mask: Mask, spans: SpanSets, sizes: Lengths) -> None:
-    """A mask that lets nobody see anything without spans, and no spans: a mistake, not a mask."""
-    if not spans or mask.no_empty_rows or sizes.total_q == 0:
-        return
-    if all(own.host is not None and not any(own.host) for own in spans.values()):
-        nothing: dict[str, SequenceSpans] = {name: () for name in spans}
-        if not dense_mask(mask, 1, 1, nothing).any():
-            raise InputError("ranges", f"at least one span, without which {mask!r} is empty", "none")
+def check_ranges(ranges: object) -> None:
+    """Refuse a mask in the place of ranges."""
+    if isinstance(ranges, Mask):
+        raise InputError("ranges", "spans; a mask goes to mask=", repr(ranges))
 
 
 def check_mask(mask: object) -> None:
@@ -273,6 +270,7 @@ def find_build(module: str | None) -> Build | None:
 
 
 def _causal_pairs(rows: int, keys: int) -> int:
+    rows = min(rows, keys)  # of more queries than keys, the first see nothing
     return rows * (keys - rows) + rows * (rows + 1) // 2
 
 

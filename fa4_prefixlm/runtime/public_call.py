@@ -139,8 +139,8 @@ def attention(
             if value is not None:
                 raise InputError(name, torch_ops.PART_OF_THE_PLAN, value)
     else:
-        batch.check_together()
-        spec = describe(q, k, v, paged=batch.paged)
+        batch = batch.checked()
+        spec = describe(q, k, v, cache=batch.cache)
         own_mask = PrefixLM() if mask is None else mask
         ready = plan_for(spec, batch, own_mask, find_build(build), backend or "auto", backward or "auto")
     pair = run(

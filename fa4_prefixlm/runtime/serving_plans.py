@@ -9,18 +9,21 @@ import torch
 
 from fa4_prefixlm.backends.base import Gradients, Prepared
 from fa4_prefixlm.backends.causal import CausalCall
+from fa4_prefixlm.backends.fa4_verdicts import outputs
 from fa4_prefixlm.backends.native import NativeCall, native_kernel
 from fa4_prefixlm.backends.select import BACKENDS, Choice, choose
 from fa4_prefixlm.backends.two_pass import TwoPasses
 from fa4_prefixlm.batch import lengths, ranges
 from fa4_prefixlm.batch.arguments import BatchArguments
+from fa4_prefixlm.batch.integers import as_int32
 from fa4_prefixlm.batch.keys import Keys, check_table
 from fa4_prefixlm.batch.lengths import CuSeqlens, Lengths
+from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.batch.ranges import NamedRanges
 from fa4_prefixlm.batch.tensors import QKV, CallSpec, describe
 from fa4_prefixlm.device_checks import host_knows, is_capturing, to_device
 from fa4_prefixlm.errors import InputError, UnsupportedError
-from fa4_prefixlm.fa4.build.describe import Build
+from fa4_prefixlm.fa4.builds.describe import Build
 from fa4_prefixlm.fa4.kernels.launch import PADDING
 from fa4_prefixlm.geometry.traits import Traits, text_only, traits_of_any
 from fa4_prefixlm.masks.base import Mask
@@ -48,7 +51,7 @@ class Limits:
     def largest_batch(self) -> Lengths:
         """One sequence of all the tokens, on the host."""
         keys = max(self.keys, self.tokens)
-        return lengths.paged(
+        return lengths.cached(
             [0, self.tokens],
             [keys],
             total_q=self.tokens,
@@ -61,13 +64,19 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """One update, its shapes checked. rows: of `q`, at least; None if only the device knows."""
+    """One update, its shapes checked.
+
+    Attributes:
+        rows: of `q`, at least; None if only the device knows.
+        pages: that the cache has at least, as far as the host knows.
+    """
 
     ranges: NamedRanges
     cu_seqlens_q: CuSeqlens
     seqused_k: CuSeqlens
     page_table: torch.Tensor
     rows: int | None
+    pages: int
 
     @property
     def size(self) -> int:
@@ -80,7 +89,7 @@ class Update:
     def host_lengths(self, capacity: int) -> Lengths:
         """The lengths, checked, with their tensors on the host."""
         assert self.rows is not None
-        return lengths.paged(
+        return lengths.cached(
             _on_host(self.cu_seqlens_q),
             _on_host(self.seqused_k),
             total_q=int(self.cu_seqlens_q[-1]),
@@ -108,7 +117,7 @@ class ServingPlan(CallablePlan):
         self.mask, self._spec, self.limits = mask, spec, limits
         self._state = _state(mask, spec, limits, build)
         self.in_place = isinstance(self._state, _InPlace)
-        self._rows = 0
+        self._rows = self._pages = 0
 
     @property
     def spec(self) -> CallSpec:
@@ -143,6 +152,7 @@ class ServingPlan(CallablePlan):
         given = _checked(ranges, cu_seqlens_q, seqused_k, page_table, total_q, self)
         self._state.take(given)
         self._rows = self.limits.tokens if given.rows is None else given.rows
+        self._pages = given.pages
 
     @property
     def prepared(self) -> Prepared:
@@ -155,9 +165,10 @@ class ServingPlan(CallablePlan):
     def check(self, spec: CallSpec) -> None:
         """Refuse tensors that the plan was not made for."""
         check_same(spec, self.spec, ("heads_q", "heads_kv", "head_dim", "head_dim_v", "page_size", "dtype", "device"))
-        rows, exactly = spec.shape_q[0], not self.in_place
-        if exactly:
-            self._state.prepared()  # which says so if there is no batch yet
+        if spec.shape_k[0] < self._pages:
+            expected = f"a cache of at least {self._pages} pages, which the page_table of the last update names"
+            raise InputError("k", expected, f"{spec.shape_k[0]} pages")
+        rows, exactly = spec.shape_q[0], not self.in_place and self._state.has_batch
         if not self._rows <= rows <= (self._rows if exactly else self.limits.tokens):
             expected = f"{self._rows} rows" if exactly else f"{self._rows} to {self.limits.tokens} rows"
             raise InputError("q", f"{expected}, as the plan's batch has", rows)
@@ -183,7 +194,10 @@ def serving_plan(
     mask: Mask = PrefixLM(),  # noqa: B008 (an immutable value)
     build: str | None = None,
 ) -> ServingPlan:
-    """Allocate a plan for an engine. Call `attention` with it once before the first `update`, to compile its kernel.
+    """Allocate a plan for an engine.
+
+    Call `attention` with it once before the first `update`, to compile its kernel: there is no batch yet, and nothing
+    is written. (A plan that is not `in_place` compiles at its first batch instead.)
 
     Args:
         like: the `(q, k_cache, v_cache)` that the plan is for: packed queries of any length, and caches
@@ -192,7 +206,7 @@ def serving_plan(
         max_pages: width of the page table, pages of one sequence at most.
         mask, build: as for `plan`.
     """
-    spec = describe(*three(like), paged=True)
+    spec = describe(*three(like), cache="pages")
     for name, value in (("max_tokens", max_tokens), ("max_sequences", max_sequences), ("max_pages", max_pages)):
         if not isinstance(value, int) or value < 1:
             raise InputError(name, "a positive integer", value)
@@ -203,6 +217,7 @@ def serving_plan(
 
 class _State(abc.ABC):
     choice: Choice
+    has_batch = True
 
     @abc.abstractmethod
     def take(self, batch: Update) -> None: ...
@@ -299,6 +314,18 @@ class _InPlace(_State):
         return self._causal if alone else self._for_any_batch
 
 
+class _NoBatch(Prepared):
+    """What runs before the first batch: nothing is written."""
+
+    def run(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, out: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return outputs(q, v, out)
+
+    def describe(self) -> list[tuple[str, str]]:
+        return []
+
+
 class _Rebuilt(_State):
     """A new plan for every batch, on the backends that are not native."""
 
@@ -327,12 +354,16 @@ class _Rebuilt(_State):
         )
         self.choice = self._plan.choice
 
+    @property
+    def has_batch(self) -> bool:  # type: ignore[override]
+        return self._plan is not None
+
     def describe(self) -> list[tuple[str, str]]:
         return [] if self._plan is None else self._plan.prepared.describe()
 
     def prepared(self) -> Prepared:
         if self._plan is None:
-            raise InputError("plan", "a batch, by plan.update(...)", "none yet")
+            return _NoBatch()
         if is_capturing():
             expected = "no CUDA graph capture: this backend does not read buffers that update() writes in place"
             raise UnsupportedError("plan", expected, f"backend {self.choice.name}")
@@ -348,6 +379,8 @@ def _checked(
     own: ServingPlan,
 ) -> Update:
     """Shapes and what the host knows by itself."""
+    cu_seqlens_q, seqused_k = as_int32("cu_seqlens_q", cu_seqlens_q), as_int32("seqused_k", seqused_k)
+    page_table = as_int32("page_table", page_table)
     for name, values in (("cu_seqlens_q", cu_seqlens_q), ("seqused_k", seqused_k)):
         if not hasattr(values, "__len__") or (isinstance(values, torch.Tensor) and values.ndim != 1):
             raise InputError(name, "a 1-D int32 tensor or a list of integers", values)
@@ -363,10 +396,28 @@ def _checked(
         raise InputError("page_table", f"at most {limits.pages} pages a sequence, the plan's max_pages", table.shape[1])
     known = _last(cu_seqlens_q)
     rows = known if total_q is None else total_q
-    if rows is not None and not (known or 0) <= rows <= limits.tokens:
-        expected = f"{known or 0} to {limits.tokens} tokens, the plan's max_tokens"
-        raise InputError("cu_seqlens_q" if total_q is None else "total_q", expected, rows)
-    return Update(spans, cu_seqlens_q, seqused_k, table, rows)
+    if known is not None and known > limits.tokens:
+        raise InputError("cu_seqlens_q[-1]", f"at most {limits.tokens} tokens, the plan's max_tokens", known)
+    if total_q is not None and not (known or 0) <= total_q <= limits.tokens:
+        raise InputError("total_q", f"{known or 0} to {limits.tokens} rows, the plan's max_tokens", total_q)
+    return Update(spans, cu_seqlens_q, seqused_k, table, rows, _pages_named(table, seqused_k, limits.page_size))
+
+
+def _pages_named(table: torch.Tensor, seqused_k: CuSeqlens, page_size: int) -> int:
+    """One more than the largest page that holds keys, 0 where the host does not know."""
+    if not (host_knows(table) and host_knows(seqused_k)):
+        return 0
+    largest = -1
+    for index, (row, keys) in enumerate(zip(table.tolist(), _as_list(seqused_k), strict=True)):
+        used = row[: -(-keys // page_size)]
+        if used and min(used) < 0:
+            raise InputError(f"page_table[{index}]", "pages of at least 0", min(used))
+        largest = max(largest, *used) if used else largest
+    return largest + 1
+
+
+def _as_list(values: CuSeqlens) -> list[int]:
+    return values.tolist() if isinstance(values, torch.Tensor) else list(values)
 
 
 def _last(values: CuSeqlens) -> int | None:

@@ -25,7 +25,7 @@ from fa4_prefixlm.errors import InputError, UnsupportedError
 from fa4_prefixlm.runtime import autograd
 from fa4_prefixlm.runtime.execute import Pair, Runnable, run, run_backward
 
-PART_OF_THE_PLAN = "to be given to plan(), not together with a plan"
+PART_OF_THE_PLAN = "None beside a plan, which has its own from fp.plan() or fp.serving_plan()"
 NEEDS_PLAN = "a plan, made with fp.plan(ranges, like=(q, k, v), ...) outside of the code that torch.compile compiles"
 NO_GRADIENT_OUT = "None where a gradient is needed: autograd keeps the output"
 

@@ -1,6 +1,6 @@
 """Compile the kernels for a GPU that is not here: `python -m fa4_prefixlm.tools.crosscompile --arch sm_90`.
 
-Runs the public call on fake tensors (`FakeTensorMode`), so plan, block lists and launch are the real ones; FA4 compiles
+The public call runs on fake tensors (`FakeTensorMode`), so plan, block lists and launch are the real ones; FA4 compiles
 the kernel and does not launch it. One process per architecture: FA4 and the CuTe DSL read theirs from the environment.
 """
 
@@ -13,8 +13,9 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -64,8 +65,8 @@ class Variant:
 
 def standard_variants(arch: str) -> list[Variant]:
     """What CI proves: every backend that runs there, at the usual head dims, and with every option."""
-    hopper = [*_native_variants(), *backward_variants()] if arch == "sm_90" else []
-    return [*_mask_mod_variants(), *hopper, *_two_pass_variants(arch)]
+    native = _native_variants() if arch == "sm_90" else []
+    return [*_mask_mod_variants(), *native, *_two_pass_variants(arch), *backward_variants(arch)]
 
 
 def old_build_variants(arch: str) -> list[Variant]:
@@ -107,15 +108,24 @@ def _native_variants() -> list[Variant]:
     return [*variants, full, Variant("causal", 128, 128, page_size=16), Variant("causal", 256, 256, window=256)]
 
 
-def backward_variants() -> list[Variant]:
-    """Each tile of the native backward, masking all or skipping full tiles, and each option; then the packed one."""
+def backward_variants(arch: str) -> list[Variant]:
+    """Each tile of the native backward, masking all or skipping full tiles, and each option; the packed one; FA4's."""
 
     def native(head_dim: int, head_dim_v: int | None = None, **options: Any) -> Variant:
         return Variant("native", head_dim, head_dim_v or head_dim, backward="native", **options)
 
     ordered: dict[str, Any] = {"deterministic": True}
+    packed = [
+        Variant("causal", 128, 128, backward="causal"),
+        Variant("packed", 128, 128, mask="two", backward="packed"),
+        Variant("varlen", 64, 64, mask="block", backward="packed"),
+    ]
+    if arch != "sm_90":
+        return packed
     return [
+        *packed,
         native(64),
+        native(72, heads=(3, 3)),
         native(96, heads=(4, 4)),
         native(128),
         native(128, window=256, heads=(4, 1), device_inputs=True, **ordered),
@@ -125,9 +135,7 @@ def backward_variants() -> list[Variant]:
         native(256, **ordered),
         native(256, window=256, heads=(4, 4)),
         Variant("varlen", 128, 128, mask="two", backward="native", **ordered),
-        Variant("packed", 128, 128, mask="two", backward="packed"),
         Variant("packed", 256, 256, window=256, backward="packed"),
-        Variant("varlen", 64, 64, mask="block", backward="packed"),
     ]
 
 
@@ -218,20 +226,39 @@ def compile_in_subprocess(
     build: str | None = None,
     environment: Mapping[str, str] = os.environ,
     python: str = sys.executable,
-) -> list[dict[str, object]]:
+    done: Callable[[dict[str, Any]], None] = lambda report: None,
+) -> list[dict[str, Any]]:
     """Compile for `arch` ("sm_90", "sm_100") in a fresh process: a report per variant, "error" None if it compiled.
 
-    build: as for `compile_variant`. environment, python: of the process, where the build is another one than here.
+    build: as for `compile_variant`. environment, python: of the process, where the build is not this process's own.
+    done: called with each report as it comes. Raises `RuntimeError` if the process died.
     """
     command = [python, "-m", "fa4_prefixlm.tools.crosscompile", "--arch", arch, "--variants", "-"]
     command += ["--build", build] if build is not None else []
     specs = json.dumps([dataclasses.asdict(variant) for variant in variants])
-    done = subprocess.run(
-        command, input=specs, env={**environment, **TARGETS[arch]}, capture_output=True, text=True, check=False
-    )
-    reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    if len(reports) != len(variants):
-        raise RuntimeError(f"cross-compiling for {arch} died:\n{done.stdout}\n{done.stderr}")
+    said, reports = [], []
+    with tempfile.TemporaryFile("w+") as given, tempfile.TemporaryFile("w+", errors="replace") as errors:
+        given.write(specs)
+        given.seek(0)
+        process = subprocess.Popen(
+            command,
+            env={**environment, **TARGETS[arch]},
+            stdin=given,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            errors="replace",
+        )
+        with process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                said.append(line)
+                if line.startswith("{"):
+                    reports.append(json.loads(line))
+                    done(reports[-1])
+        if len(reports) != len(variants):
+            errors.seek(0)
+            raise RuntimeError(f"cross-compiling for {arch} died:\n{''.join(said)}\n{errors.read()}")
     return reports
 
 

@@ -1,4 +1,4 @@
-"""`fa4-prefixlm doctor`: the machine, the FA4 builds found, what each can do, and which backend each call would take.
+"""`fa4-prefixlm doctor`: what a call takes here and why; the machine, the FA4 builds found, and what each can do.
 
 Everything is read from the builds' source, so it works without a GPU and imports none of them. `--trace` compiles.
 """
@@ -8,8 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
-import platform
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,22 +17,26 @@ from typing import Any
 
 import torch
 
+from fa4_prefixlm.backends.causal import Causal
+from fa4_prefixlm.backends.reference import Reference
 from fa4_prefixlm.backends.select import Choice, choose
 from fa4_prefixlm.batch import lengths
 from fa4_prefixlm.batch.tensors import CallSpec, device_arch
-from fa4_prefixlm.errors import InputError, UnsupportedError
-from fa4_prefixlm.fa4.build.describe import MASKED_ARGUMENTS, PAGED_ARGUMENTS, Build
-from fa4_prefixlm.fa4.build.locate import GivenBuild, all_installed, given
+from fa4_prefixlm.errors import InputError, UnsupportedError, install_hint
+from fa4_prefixlm.fa4.builds.describe import MASKED_ARGUMENTS, PAGED_ARGUMENTS, Build
+from fa4_prefixlm.fa4.builds.locate import GivenBuild, all_installed, given
 from fa4_prefixlm.geometry.traits import traits_of_any
 from fa4_prefixlm.masks import PrefixLM, causal, one_block, prefix, window
 from fa4_prefixlm.masks.base import Mask
-from fa4_prefixlm.testing.machine import versions
+from fa4_prefixlm.testing.machine import describe_machine
+from fa4_prefixlm.testing.tables import columns, titled
 from fa4_prefixlm.tools.crosscompile import TARGETS, Variant, compile_in_subprocess
+from fa4_prefixlm.tools.output import add_json_argument, check_file, print_report
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A kind of call. spans: of a sequence, at most; a span has at most 256 tokens."""
+    """A kind of call. spans: the most that a sequence has, each of at most 256 tokens."""
 
     name: str
     mask: Mask = PrefixLM()  # noqa: RUF009 (an immutable value)
@@ -82,20 +85,46 @@ KINDS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
-    """machine: what there is, by name. builds: the FA4s found, the default first.
+class Diagnosis:
+    """What doctor found.
 
+    machine: what there is, by name. here: the architecture of this machine's GPU ("sm_90"), None without one.
+    builds: the FA4s found, the default first.
     takes: by architecture and kind of call, the choice on each build, in the order of `builds`.
     traces: by build, what compiled ("backend: kernel or error"), empty unless it was asked for.
     """
 
     machine: Mapping[str, str]
+    here: str | None
     builds: Sequence[Build]
     takes: Mapping[str, Mapping[str, Sequence[Choice]]]
     traces: Mapping[str, Sequence[str]]
 
+    def verdict(self) -> list[str]:
+        """What a normal call takes on this machine, or on the GPU that was named, and why."""
+        if not self.builds:
+            hint = install_hint("fa4")
+            return [
+                f"Here every call runs `{Reference.name}`, because no FlashAttention-4 was found.",
+                f"To install it, {hint}",
+            ]
+        lines = []
+        if self.here is None and self.is_about_here:
+            lines.append(f"Here every call runs `{Reference.name}`, because torch sees no CUDA GPU.")
+        for arch, kinds in self.takes.items():
+            where = "Here" if arch == self.here else f"On {arch}"
+            lines.append(f"{where}, with {self.builds[0].name}, {_normal(kinds)}.")
+        return lines
+
+    @property
+    def is_about_here(self) -> bool:
+        """No GPU was named but this machine's."""
+        return self.here in self.takes or list(self.takes) == list(WITHOUT_GPU)
+
     def as_json(self) -> dict[str, Any]:
+        """Plain values."""
         return {
+            "verdict": self.verdict(),
             "machine": dict(self.machine),
             "builds": [_as_json(build) for build in self.builds],
             "takes": {
@@ -109,24 +138,38 @@ class Report:
         }
 
     def __str__(self) -> str:
-        parts = [_columns("machine", ["", ""], [[name, value] for name, value in self.machine.items()])]
+        parts = ["\n".join(self.verdict()), titled("machine", columns(list(self.machine.items())))]
         if not self.builds:
-            parts.append('No FA4 found. `pip install "fa4_prefixlm[fa4]"` brings one.')
+            return "\n\n".join(parts)
         names = [build.name for build in self.builds]
         facts = [[label, *(fact(build) for build in self.builds)] for label, fact in FACTS.items()]
-        parts.append(_columns("builds", ["", *names], facts))
+        parts.append(titled("builds", columns([["", *names], *facts])))
         defects = [
-            f"  {build.name}: {own.name}\n    {own.effect}\n    {own.cure}"
+            line
             for build in self.builds
             for own in build.defects
+            for line in (f"{build.name}: {own.name}", f"  {own.effect}", f"  {own.workaround}")
         ]
-        parts.append("\n".join(["defects known, and what is done about them", *(defects or ["  none"])]))
+        parts.append(titled("known defects, and what is done about them", defects or ["none"]))
         for arch, kinds in self.takes.items():
             rows = [[kind, *map(_in_short, choices)] for kind, choices in kinds.items()]
-            parts.append(_columns(f"backend of a call on {arch}", ["", *names], rows))
+            parts.append(titled(f"backend of a call on {arch}", columns([["", *names], *rows])))
         for name, lines in self.traces.items():
-            parts.append("\n".join([f"compiled, not run: {name}", *(f"  {line}" for line in lines)]))
+            parts.append(titled(f"compiled, not run: {name}", lines))
         return "\n\n".join(parts)
+
+
+def _normal(kinds: Mapping[str, Sequence[Choice]]) -> str:
+    """What calls take on the default build: all of them, or one with spans, and why it is not a faster one."""
+    choices = {kind: own[0] for kind, own in kinds.items()}
+    normal = choices["spans"]
+    reasons = {name: reason for name, reason in normal.passed_over if name != Causal.name}  # it is for text only
+    if {own.name for own in choices.values()} == {Reference.name}:
+        return f"every call runs `{Reference.name}` ({list(reasons.values())[-1]})"
+    said = f"a call with spans takes `{normal.name}` ({normal.backend.summary})"
+    if not reasons:
+        return f"{said}, the first choice"
+    return f"{said}. " + "; ".join(f"Not `{name}`: {reason}" for name, reason in reasons.items())
 
 
 FACTS: dict[str, Callable[[Build], str]] = {
@@ -149,24 +192,34 @@ FACTS: dict[str, Callable[[Build], str]] = {
     "head dim 256 masked, SM100": lambda build: _yes(build.head_dims.sm100_masked_256),
     "causal beside a mask_mod": lambda build: build.causal_with_mask,
     "sinks": lambda build: ", ".join(str(dtype).removeprefix("torch.") for dtype in build.sink_dtypes),
-    "native lane": lambda build: "no: not run on it" if build.native_refusal else "yes",
+    "native backend": lambda build: "no: not run on it" if build.native_refusal else "yes",
 }
 
 
-def examine(given_builds: Sequence[GivenBuild] = (), archs: Sequence[str] = (), *, trace: bool = False) -> Report:
-    """Look at the builds given, or at all that are installed. archs: "sm_90"; without any, that of this machine."""
+# What is shown where there is no GPU.
+WITHOUT_GPU = ("sm_90", "sm_100")
+
+
+def examine(given_builds: Sequence[GivenBuild] = (), archs: Sequence[str] = (), *, trace: bool = False) -> Diagnosis:
+    """Look at the builds given, or at all that are installed.
+
+    archs: "sm_90"; without any, this machine's, or those of `WITHOUT_GPU`. Raises `InputError` for what is none.
+    """
+    numbers = {arch: _number(arch) for arch in archs}
     sources = given_builds or [given(build.module) for build in all_installed()]
     found = [own.describe() for own in sources]
     here = device_arch(torch.device("cuda"))
-    archs = archs or ([f"sm_{here}"] if here else ["sm_90", "sm_100"])
-    takes = {}
-    for arch in archs:
-        takes[arch] = {kind.name: [kind.choose(build, _number(arch)) for build in found] for kind in KINDS}
+    if not numbers:
+        numbers = {arch: _number(arch) for arch in ([f"sm_{here}"] if here else WITHOUT_GPU)}
+    takes = {
+        arch: {kind.name: [kind.choose(build, number) for build in found] for kind in KINDS}
+        for arch, number in numbers.items()
+    }
     traces: dict[str, list[str]] = {}
     if trace:
         for build, own in zip(found, sources, strict=True):
-            traces[build.name] = [line for arch in archs for line in _traced(build, own, arch)]
-    return Report(_machine(), found, takes, traces)
+            traces[build.name] = [line for arch in numbers for line in _traced(build, own, arch)]
+    return Diagnosis(describe_machine().facts(), f"sm_{here}" if here else None, found, takes, traces)
 
 
 def _traced(build: Build, source: GivenBuild, arch: str) -> Iterator[str]:
@@ -187,15 +240,10 @@ def _traced(build: Build, source: GivenBuild, arch: str) -> Iterator[str]:
 
 def _number(arch: str) -> int:
     """90 of "sm_90"."""
-    return int(arch.removeprefix("sm_"))
-
-
-def _machine() -> dict[str, str]:
-    cuda = torch.cuda.is_available()
-    machine = {"python": platform.python_version(), "CUDA of torch": torch.version.cuda or "none"}
-    devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())] if cuda else []
-    machine["GPUs"] = ", ".join(f"{own.name} (sm_{own.major}{own.minor})" for own in devices) or "none"
-    return {**machine, **versions()}
+    found = re.fullmatch(r"sm_(\d{2,3})", arch)
+    if found is None:
+        raise InputError("--arch", "sm_ and a compute capability, such as sm_90 (Hopper) or sm_100", repr(arch))
+    return int(found[1])
 
 
 def _as_json(build: Build) -> dict[str, Any]:
@@ -225,13 +273,6 @@ def _yes(fact: bool) -> str:
     return "yes" if fact else "no"
 
 
-def _columns(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    table = [header, *rows] if any(header) else list(rows)
-    widths = [max(len(row[column]) for row in table) for column in range(len(header))] if table else []
-    lines = ["  " + "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)) for row in table]
-    return "\n".join([title, *(line.rstrip() for line in lines)])
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--build",
@@ -240,16 +281,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODULE_OR_PATH",
         help="look at this FA4 (a module, or a checkout of flash_attn/cute); default: all that are installed",
     )
-    parser.add_argument("--arch", action="append", default=[], metavar="sm_90", help="as if on this GPU")
+    parser.add_argument(
+        "--arch",
+        action="append",
+        default=[],
+        metavar="ARCH",
+        help="as if on such a GPU: sm_90 (Hopper), sm_100 (Blackwell), ...; may be given several times",
+    )
     parser.add_argument("--trace", action="store_true", help="compile a kernel of each backend (half a minute a build)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_json_argument(parser)
 
 
 def main(arguments: argparse.Namespace) -> int:
     try:
-        report = examine([given(text) for text in arguments.build], arguments.arch, trace=arguments.trace)
+        check_file("--json", arguments.json)
+        diagnosis = examine([given(text) for text in arguments.build], arguments.arch, trace=arguments.trace)
     except InputError as error:
         print(f"fa4-prefixlm doctor: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(report.as_json(), indent=1) if arguments.json else report)
+    print_report(diagnosis, diagnosis.as_json(), arguments.json)
     return 0

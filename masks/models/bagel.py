@@ -4,7 +4,7 @@ Spans: the token range of each image, from the program that lays out the sequenc
 
 Source: vLLM 0.33.0, read: `model_executor/models/bagel.py` (the spans), `compute_mm_prefix_ranges` in
 `v1/attention/backends/utils.py`, `_make_mm_prefix_mask_mod` in `flash_attn.py` there. transformers 5.24.0 does not have
-the model. What BAGEL's training code does beyond that (it hides a noised image from later tokens) is not in this mask.
+the model. BAGEL's training code also hides a noised image from later tokens; this mask does not.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every mask of the families, with an example that shows its rule: what the pictures and the tests go through."""
+"""Every mask of the model families, each with an example that shows its rule. Pictures and tests go through them."""
 
 from __future__ import annotations
 
@@ -10,27 +10,30 @@ from fa4_prefixlm.masks.models import bagel, gemma3, gemma4, molmo2, moondream3,
 from fa4_prefixlm.masks.packing import in_documents
 from fa4_prefixlm.masks.spans import drop_longer
 
-Pairs = Sequence[tuple[int, int]]
+SpanList = Sequence[tuple[int, int]]
 
 # Two images; the first is longer than the window.
-IMAGES: Pairs = ((5, 21), (28, 36))
+IMAGES: SpanList = ((5, 21), (28, 36))
 WINDOW = 8
-# What vLLM keeps of them, of Gemma 3 and PaliGemma 2.
-KEPT: Pairs = tuple(drop_longer([IMAGES], WINDOW)[0])
-GAPS: Pairs = ((0, 9), (14, 22), (30, 36))
-FRAMES: Pairs = ((4, 9), (12, 17), (20, 25), (28, 33), (36, 41))
-PREFIX: Pairs = ((0, 18),)
+# Those that vLLM keeps for Gemma 3 and PaliGemma 2.
+KEPT: SpanList = tuple(drop_longer([IMAGES], WINDOW)[0])
+GAPS: SpanList = ((0, 9), (14, 22), (30, 36))
+FRAMES: SpanList = ((4, 9), (12, 17), (20, 25), (28, 33), (36, 41))
+PREFIX: SpanList = ((0, 18),)
 
 
 @dataclass(frozen=True)
 class Example:
-    """A mask and one sequence for it: `entry.mask.show(seqlen=entry.seqlen, spans=entry.spans)`.
+    """A mask and one sequence for it: `example.mask.show(seqlen=example.seqlen, ranges=example.ranges)`.
 
-    spans: half-open `(start, end)`, by name where the mask reads several sets; None where it reads none.
+    Attributes:
+        mask: the mask.
+        ranges: half-open `(start, end)` positions, by name where the mask reads several sets; None where it reads none.
+        seqlen: tokens of the sequence.
     """
 
     mask: Mask
-    spans: Pairs | Mapping[str, Pairs] | None = IMAGES
+    ranges: SpanList | Mapping[str, SpanList] | None = IMAGES
     seqlen: int = 48
 
 

@@ -7,9 +7,9 @@
   same_span("image")` in vLLM. They differ where a span is longer than the window.
 
 Spans: the runs of 1 in `token_type_ids`. The processor puts text tokens around each image, so images do not touch; if
-they did, transformers would make one span of them. Decoding adds text alone: the spans of the prompt stay as they are.
+they did, transformers would make one span of them. Decoding only adds text: the spans of the prompt stay as they are.
 vLLM leaves out spans longer than the window, on all layers: give its masks `drop_longer(spans, window)`. On the spans
-it keeps, the two local rules are one mask. So what differs is an image longer than the window: transformers clips it,
+it keeps, the two local rules are the same mask. Only an image longer than the window differs: transformers clips it,
 vLLM reads it as text. (An image has `mm_tokens_per_image` tokens, 256.)
 
 Source: `create_masks_for_vision_model` and `get_block_sequence_ids_for_mask` in `models/gemma3/modeling_gemma3.py` of
@@ -28,7 +28,7 @@ from typing import Literal
 import torch
 
 from fa4_prefixlm.masks.atoms import causal, same_span
-from fa4_prefixlm.masks.atoms import window as within
+from fa4_prefixlm.masks.atoms import window as sliding_window
 from fa4_prefixlm.masks.base import Mask
 from fa4_prefixlm.masks.models._like import variant
 from fa4_prefixlm.masks.spans import BatchSpans, drop_longer, runs_of
@@ -37,19 +37,23 @@ __all__ = ["drop_longer", "global_layers", "local_layers", "spans_from_token_typ
 
 
 def global_layers() -> Mask:
-    """Layers of type "full_attention". transformers and vLLM agree on the mask; vLLM's spans are `drop_longer`'s."""
+    """Layers of type "full_attention". One mask for transformers and vLLM; vLLM's spans are those of `drop_longer`."""
     return causal | same_span("image")
 
 
 def local_layers(window: int, *, like: Literal["transformers", "vllm"]) -> Mask:
-    """Layers of type "sliding_attention". transformers clips a span to the window; vLLM keeps it whole, and leaves out
-    those that are longer: give that mask the spans of `drop_longer`.
+    """Layers of type "sliding_attention".
+
+    Args:
+        window: sliding window in tokens, the query's own included.
+        like: "transformers" clips a span to the window. "vllm" keeps spans whole and leaves out those longer than the
+            window: give that mask the spans of `drop_longer`.
     """
     return variant(
         like,
         {
-            "transformers": (causal | same_span("image")) & within(window),
-            "vllm": (causal & within(window)) | same_span("image"),
+            "transformers": (causal | same_span("image")) & sliding_window(window),
+            "vllm": (causal & sliding_window(window)) | same_span("image"),
         },
     )
 

@@ -4,17 +4,19 @@ Gemma 4's configuration, layers are `causal` and `causal & window(w)`.)
 `text_config.layer_types` says which layer is which, `w` is `text_config.sliding_window`.
 
 Gemma 4, in transformers and in vLLM:
+
 - "full_attention": `causal`, and no spans to give.
 - "sliding_attention": `(causal | same_span("image")) & window(w)`. Unlike Gemma 3's in vLLM, no span is dropped.
 
 Gemma 4 unified has two masks in transformers. Name the one you mean:
+
 - "transformers-static-cache", `generate` with a static cache: Gemma 4's two rules. "vllm" is the same.
 - "transformers-forward", training and `generate` with its default cache: `causal | same_span("image")` and `(causal &
-  window(w)) | same_span("image")`. In a chunk after a cache that keeps a window alone, transformers lacks the keys of a
+  window(w)) | same_span("image")`. In a chunk after a cache that only keeps a window, transformers lacks the keys of a
   span that the cache dropped; this mask has them.
 
 Spans: the runs of 1 (image) and 2 (video) in `mm_token_type_ids`; runs that touch are one span. 3 (audio) is causal.
-vLLM has the runs of each image and of each frame of a video by themselves; its processor puts text tokens between them.
+In vLLM each image and each frame of a video is a span of its own; its processor puts text tokens between them.
 
 Source: `create_masks_for_vision_model` in `models/gemma4/modeling_gemma4.py`, `Gemma4UnifiedModel.forward` and
 `create_masks_for_generate` in `models/gemma4_unified/modeling_gemma4_unified.py` of transformers 5.24.0
@@ -34,7 +36,7 @@ from typing import Literal
 import torch
 
 from fa4_prefixlm.masks.atoms import causal, same_span
-from fa4_prefixlm.masks.atoms import window as within
+from fa4_prefixlm.masks.atoms import window as sliding_window
 from fa4_prefixlm.masks.base import Mask
 from fa4_prefixlm.masks.models._like import variant
 from fa4_prefixlm.masks.spans import BatchSpans, runs_of
@@ -43,25 +45,43 @@ UnifiedLike = Literal["transformers-forward", "transformers-static-cache", "vllm
 
 
 def global_layers(*, like: Literal["transformers", "vllm"] = "transformers") -> Mask:
-    """Gemma 4's layers of type "full_attention". like: one mask for both, so it need not be given."""
+    """Gemma 4's layers of type "full_attention".
+
+    Args:
+        like: need not be given, both programs have the same mask.
+    """
     return variant(like, dict.fromkeys(("transformers", "vllm"), causal))
 
 
 def local_layers(window: int, *, like: Literal["transformers", "vllm"] = "transformers") -> Mask:
-    """Gemma 4's layers of type "sliding_attention". like: one mask for both, so it need not be given."""
+    """Gemma 4's layers of type "sliding_attention".
+
+    Args:
+        window: sliding window in tokens, the query's own included.
+        like: need not be given, both programs have the same mask.
+    """
     return variant(like, dict.fromkeys(("transformers", "vllm"), _clipped(window)))
 
 
 def unified_global_layers(*, like: UnifiedLike) -> Mask:
-    """Gemma 4 unified's layers of type "full_attention"."""
+    """Gemma 4 unified's layers of type "full_attention".
+
+    Args:
+        like: the program to agree with, see above.
+    """
     joined = causal | same_span("image")
     return variant(like, {"transformers-forward": joined, "transformers-static-cache": causal, "vllm": causal})
 
 
 def unified_local_layers(window: int, *, like: UnifiedLike) -> Mask:
-    """Gemma 4 unified's layers of type "sliding_attention"."""
+    """Gemma 4 unified's layers of type "sliding_attention".
+
+    Args:
+        window: sliding window in tokens, the query's own included.
+        like: the program to agree with, see above.
+    """
     clipped = _clipped(window)
-    whole = (causal & within(window)) | same_span("image")
+    whole = (causal & sliding_window(window)) | same_span("image")
     return variant(like, {"transformers-forward": whole, "transformers-static-cache": clipped, "vllm": clipped})
 
 
@@ -71,4 +91,4 @@ def spans_from_token_types(token_types: torch.Tensor) -> BatchSpans:
 
 
 def _clipped(window: int) -> Mask:
-    return (causal | same_span("image")) & within(window)
+    return (causal | same_span("image")) & sliding_window(window)

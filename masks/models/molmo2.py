@@ -4,7 +4,7 @@
 - vLLM: `causal | same_span("image")`. Each image and each frame of a video is by itself.
 
 Spans: the runs of 1 in `mm_token_type_ids` (patches, and the column, start and end tokens of an image or a frame).
-Images that touch make one run, which is the same to `one_block`; for vLLM give them to `plan` as spans of their own.
+Images that touch make one run: no difference to `one_block`, but for vLLM give each to `plan` as a span of its own.
 In transformers a pass after the first applies the block only if it brings image features.
 
 Source: `Molmo2Model.forward` in `models/molmo2/modeling_molmo2.py` of transformers 5.24.0 (tests/test_catalogue.py runs
@@ -27,7 +27,11 @@ from fa4_prefixlm.masks.spans import BatchSpans, runs_of
 
 
 def all_layers(*, like: Literal["transformers", "vllm"]) -> Mask:
-    """One block of all images of a sequence in transformers, one of each image or frame in vLLM."""
+    """All layers.
+
+    Args:
+        like: "transformers" makes one block of all images of a sequence, "vllm" a span of each image or frame.
+    """
     return variant(like, {"transformers": causal | one_block("image"), "vllm": causal | same_span("image")})
 
 

@@ -17,5 +17,5 @@ IMAGE_SPAN = (0, 730)
 
 
 def all_layers() -> Mask:
-    """Spans of a batch of two with an image each: `[[IMAGE_SPAN], [IMAGE_SPAN]]`."""
+    """All layers. The ranges of a batch of two with an image each are `[[IMAGE_SPAN], [IMAGE_SPAN]]`."""
     return causal | same_span("image")

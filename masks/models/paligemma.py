@@ -5,9 +5,10 @@
 - "sliding_attention" of PaliGemma 2, `w` is `text_config.sliding_window`: `(causal & window(w)) | same_span("prefix")`
   in transformers. `(causal & window(w)) | same_span("image")` in vLLM.
 
-Spans in transformers: the 0s of `token_type_ids`; the suffix is 1. The 0s of a row are one block however they lie. The
-processor writes them as one run, and then `same_span` says it; with `gaps=True` the masks have `one_block("prefix")`
-instead, which takes any row and costs more. Padding is 0 as well: give `attention_mask` to leave it out.
+Spans in transformers: the 0s of `token_type_ids`; the suffix is 1. The 0s of a row all see each other, wherever they
+are. The processor writes them as one run, and then `same_span` is enough; with `gaps=True` the masks have
+`one_block("prefix")` instead, which takes any row and costs more. Padding is 0 as well: give `attention_mask` to leave
+it out.
 Only the first pass reads the types: with a cache, transformers is causal, so later passes get no spans.
 Spans in vLLM: the range of the tokens of each image, for a single one `(0, n)`, or `(1, 1 + n)` where the tokenizer
 adds BOS. For PaliGemma 2, on all layers, without those longer than the window: `drop_longer(spans, window)`.
@@ -27,20 +28,31 @@ from typing import Literal
 import torch
 
 from fa4_prefixlm.masks.atoms import causal, one_block, same_span
-from fa4_prefixlm.masks.atoms import window as within
+from fa4_prefixlm.masks.atoms import window as sliding_window
 from fa4_prefixlm.masks.base import Mask
 from fa4_prefixlm.masks.models._like import variant
 from fa4_prefixlm.masks.spans import BatchSpans, runs_of
 
 
 def global_layers(*, like: Literal["transformers", "vllm"], gaps: bool = False) -> Mask:
-    """All layers of PaliGemma 1, and those of type "full_attention" of PaliGemma 2. gaps: for transformers alone."""
+    """All layers of PaliGemma 1, and those of type "full_attention" of PaliGemma 2.
+
+    Args:
+        like: the program to agree with.
+        gaps: the prefix of a row may be several runs; for transformers only.
+    """
     return variant(like, {"transformers": causal | _prefix(gaps), "vllm": causal | same_span("image")})
 
 
 def local_layers(window: int, *, like: Literal["transformers", "vllm"], gaps: bool = False) -> Mask:
-    """Layers of type "sliding_attention" of PaliGemma 2. gaps: for transformers alone."""
-    near = causal & within(window)
+    """Layers of type "sliding_attention" of PaliGemma 2.
+
+    Args:
+        window: sliding window in tokens, the query's own included.
+        like: the program to agree with.
+        gaps: the prefix of a row may be several runs; for transformers only.
+    """
+    near = causal & sliding_window(window)
     return variant(like, {"transformers": near | _prefix(gaps), "vllm": near | same_span("image")})
 
 
@@ -49,8 +61,13 @@ def spans_from_token_types(
 ) -> BatchSpans:
     """The prefix of each row of `token_type_ids` `(batch, seqlen)`. Reads it on the host, see `spans.runs_of`.
 
-    attention_mask: `(batch, seqlen)`, 0 is padding, which is then in no span.
-    gaps: take a row with several runs, for masks made with `gaps=True`; False: such a row is an `InputError`.
+    Args:
+        token_types: `(batch, seqlen)`, any integer dtype, on any device; 0 is the prefix.
+        attention_mask: `(batch, seqlen)`; 0 is padding, which is then in no span.
+        gaps: take a row with several runs, for masks made with `gaps=True`.
+
+    Raises:
+        InputError: a row has several runs, and `gaps` is False.
     """
     if attention_mask is not None:
         token_types = token_types.masked_fill(attention_mask == 0, -1)

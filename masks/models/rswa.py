@@ -3,12 +3,12 @@
 The output sees the last `w` tokens and all of the prompt (page images and instruction); the prompt itself is causal. A
 row sees at most two intervals: the prompt, and the window.
 
-Spans: one of name "prompt" per sequence, `(0, prompt length)`. Applied to all layers.
+Spans: one named "prompt" per sequence, `(0, prompt length)`. Applied to all layers.
 
 In transformers the prompt is the first pass that a cache sees, or as many tokens as `generate` says, padding included.
 A forward without a cache is causal there: this mask, with a prompt as long as the sequence. Padding on the left of the
-prompt is hidden until the cache drops tokens, and then each of them uncovers one more token of it: a defect of 5.24.0,
-which this mask does not have (`packing.in_documents` hides padding).
+prompt is hidden until the cache drops tokens; from then on every dropped token uncovers one token of padding. That is a
+defect of 5.24.0, which this mask does not have (`packing.in_documents` hides padding).
 
 Source: `create_reference_sliding_window_causal_mask` in `models/unlimited_ocr/modeling_unlimited_ocr.py` of
 transformers 5.24.0 (tests/test_catalogue.py runs it, and `generate`); 5.23.0 does not have the model. vLLM 0.33.0,
@@ -18,10 +18,14 @@ read: `_make_rswa_mask_mod` in `v1/attention/backends/flash_attn.py`.
 from __future__ import annotations
 
 from fa4_prefixlm.masks.atoms import causal, prefix
-from fa4_prefixlm.masks.atoms import window as within
+from fa4_prefixlm.masks.atoms import window as sliding_window
 from fa4_prefixlm.masks.base import Mask
 
 
 def all_layers(window: int) -> Mask:
-    """window: tokens of output that stay in sight, the query's own included."""
-    return causal & (prefix("prompt") | within(window))
+    """All layers.
+
+    Args:
+        window: tokens of output that stay in sight, the query's own included.
+    """
+    return causal & (prefix("prompt") | sliding_window(window))

@@ -3,7 +3,7 @@
 The input sees itself in both directions, the target is causal and sees all of the input. One decoder, one sequence:
 input, then target. (The released T5 is an encoder and a decoder; its paper compares that with this.)
 
-Spans: one of name "prefix" per sequence, `(0, input length)`: `spans_from_lengths`.
+Spans: one named "prefix" per sequence, `(0, input length)`: `spans_from_lengths`.
 
 Source: Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer", section
 3.2.1 (arXiv 1910.10683). No model of transformers 5.24.0 is compared with it here.
@@ -25,7 +25,11 @@ def prefix_lm() -> Mask:
 
 
 def spans_from_lengths(input_lengths: Sequence[int]) -> BatchSpans:
-    """`[5, 0, 9]` gives `[[(0, 5)], [], [(0, 9)]]`."""
+    """The input of each sequence as a span. `[5, 0, 9]` gives `[[(0, 5)], [], [(0, 9)]]`.
+
+    Args:
+        input_lengths: tokens of each input.
+    """
     for index, length in enumerate(input_lengths):
         if not isinstance(length, int) or length < 0:
             raise InputError(f"input_lengths[{index}]", "a number of tokens", length)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 from cases import Batch
 
 import fa4_prefixlm as fp
+from fa4_prefixlm.backends.reference import attend, by_key_head, chunks
 from fa4_prefixlm.batch.options import Options
+from fa4_prefixlm.batch.ranges import by_name
 from fa4_prefixlm.testing.accuracy import Gradients, exact_gradients, relative_error, worst_row
 
 NAMES = ("q", "k", "v", "sink")
@@ -88,9 +91,65 @@ def exact_of(own: Inputs, batch: Batch, mask: fp.Mask, spans=None) -> Gradients:
     )
 
 
+def forward_of(own: Inputs, plan: fp.Plan) -> torch.Tensor:
+    """The output that the plan's backward is given."""
+    options = own.options
+    with torch.no_grad():
+        return fp.attention(
+            own.q,
+            own.k,
+            own.v,
+            plan,
+            softmax_scale=options.softmax_scale,
+            softcap=options.softcap,
+            learnable_sink=options.learnable_sink,
+        )
+
+
+def rounded_of(own: Inputs, batch: Batch, mask: fp.Mask, out: torch.Tensor, spans=None) -> Gradients:
+    """What FA4's arithmetic makes of the forward's `out`: P, dS and the results are rounded to its dtype.
+
+    The rest is in float64. So a row's error here is what no kernel with these roundings can avoid, under this mask,
+    after this forward.
+    """
+    dtype, options = own.q.dtype, own.options
+    q, k, v, dout = (each.double() for each in (own.q, own.k, own.v, own.dout))
+    dq, dk, dv = (torch.zeros_like(each) for each in (q, k, v))
+    dsink = None if options.learnable_sink is None else torch.zeros_like(options.learnable_sink, dtype=torch.float64)
+    named = {name: each or () for name, each in by_name(mask, batch.spans if spans is None else spans).items()}
+    wide = dataclasses.replace(options, learnable_sink=None if dsink is None else options.learnable_sink.double())
+
+    def rounded(values: torch.Tensor) -> torch.Tensor:
+        return values.to(dtype).double()
+
+    for rows, keys, visible in chunks(q, mask, named, batch.as_seqlens):
+        groups = k.shape[1]
+        _, lse = attend(q[rows], k[keys], v[keys], visible, wide)
+        grouped = [by_key_head(each[rows], groups) for each in (q, dout)]
+        scores, slope = torch.einsum("qhgd,khd->hgqk", grouped[0], k[keys]) * options.softmax_scale, 1.0
+        if options.softcap:
+            bent = torch.tanh(scores / options.softcap)
+            scores, slope = options.softcap * bent, 1 - bent.square()
+        safe = lse.masked_fill(lse == float("-inf"), 0).view(groups, -1, lse.shape[1], 1)
+        weights = torch.exp(scores.masked_fill(~visible, float("-inf")) - safe)
+        through = (out[rows].double() * dout[rows]).sum(-1).T
+        if own.dlse is not None:
+            own_dlse = own.dlse[:, rows].double().masked_fill(lse == float("-inf"), 0)
+            through = through - own_dlse
+        products = torch.einsum("qhgd,khd->hgqk", grouped[1], v[keys])
+        dscores = rounded(weights * (products - through.view(groups, -1, lse.shape[1], 1)) * slope)
+        dq[rows] = torch.einsum("hgqk,khd->qhgd", dscores, k[keys]).reshape(q[rows].shape) * options.softmax_scale
+        dk[keys] += torch.einsum("hgqk,qhgd->khd", dscores, grouped[0]) * options.softmax_scale
+        dv[keys] += torch.einsum("hgqk,qhgd->khd", rounded(weights), grouped[1])
+        if dsink is not None:
+            share = torch.exp(wide.learnable_sink[:, None] - lse)
+            dsink -= (share * through).sum(1)
+    return Gradients(rounded(dq), rounded(dk), rounded(dv), dsink)
+
+
 @dataclasses.dataclass(frozen=True)
 class Errors:
-    """By name of the gradient: relative error of the whole, and of the worst row."""
+    """By name of the gradient: relative error of the whole, and of the worst row (`worst_row`)."""
 
     whole: dict[str, float]
     row: dict[str, float]
@@ -128,10 +187,27 @@ def _is_0(gradient: torch.Tensor) -> bool:
 TYPICAL = {torch.bfloat16: (2.0e-3, 5e-3), torch.float16: (3e-4, 7e-4)}
 
 
-def causal_band(own: Inputs, batch: Batch, window: int | None) -> Errors:
-    """The errors of FA4's own causal forward and backward on these very tensors, with and without the window."""
+def band_of(own: Inputs, batch: Batch, mask: fp.Mask, exact: Gradients, plan: fp.Plan) -> Errors:
+    """What a gradient may be off by: the whole as FA4's own causal backward on these very tensors, with and without
+    the window; its worst row, and the sinks, as FA4's roundings after this very forward.
+
+    Rows of another mask are no band for a row: the shorter it is, the more its rounding errors weigh in it.
+    """
+    rounding = errors_of(rounded_of(own, batch, mask, forward_of(own, plan)), exact)
+    found = [*_causal_errors(own, batch, getattr(mask, "window", None))]
+    # Where FA4's own backward does not take the head dim there is no band but the roundings.
+    whole, row = TYPICAL[own.q.dtype]
+    wholes = {name: max(each.whole[name] for each in found or [rounding]) for name in rounding.whole}
+    if "sink" in wholes:  # of a few numbers
+        wholes["sink"] = max(wholes["sink"], rounding.whole["sink"])
+    return Errors(
+        {name: max(whole, error) for name, error in wholes.items()},
+        {name: max(row, error) for name, error in rounding.row.items()},
+    )
+
+
+def _causal_errors(own: Inputs, batch: Batch, window: int | None) -> Iterator[Errors]:
     nothing = tuple(() for _ in batch.spans)
-    found = []
     for each in {None, window}:
         mask = fp.PrefixLM(each)
         plan = fp.plan(
@@ -141,14 +217,9 @@ def causal_band(own: Inputs, batch: Batch, window: int | None) -> Errors:
             cu_seqlens_k=batch.cu_k,
             mask=mask,
             backend="causal",
-            backward="causal",
         )
-        found.append(errors_of(gradients_of(own, plan), exact_of(own, batch, mask, nothing)))
-    whole, row = TYPICAL[own.q.dtype]
-    return Errors(
-        {name: max(whole, *(each.whole[name] for each in found)) for name in found[0].whole},
-        {name: max(row, *(each.row[name] for each in found)) for name in found[0].row},
-    )
+        if plan.choice.backward.name == "causal":
+            yield errors_of(gradients_of(own, plan), exact_of(own, batch, mask, nothing))
 
 
 def plan_of(own: Inputs, batch: Batch, mask: fp.Mask, backward: str = "auto", spans=None, **more: object) -> fp.Plan:

@@ -6,7 +6,7 @@ import torch
 
 from fa4_prefixlm.batch.lengths import Lengths
 from fa4_prefixlm.batch.options import Options
-from fa4_prefixlm.fa4.build.describe import Build
+from fa4_prefixlm.fa4.builds.describe import Build
 from fa4_prefixlm.fa4.kernels.launch import MaskCode, block_sparse_tensors, on_device
 from fa4_prefixlm.geometry.block_lists import BlockLists
 

@@ -61,9 +61,7 @@ def native_tile(head_dim: int, head_dim_v: int, *, windowed: bool, deterministic
         stages_do = 2 if head_dim_v <= 128 else 1
         return BackwardTile(64, 96, stages_do=stages_do, stages_pds=1, swap_sdp=False, swap_dkv=True)
     if not deterministic and head_dim == head_dim_v == 256:
-        return BackwardTile(
-            64, 80, stages_do=1, swap_sdp=False, swap_dkv=True, atoms=(1, 1, 1), step="256"
-        )
+        return BackwardTile(64, 80, stages_do=1, swap_sdp=False, swap_dkv=True, atoms=(1, 1, 1), step="256")
     return BackwardTile(
         64, 48, stages_do=1, stages_pds=1, swap_sdp=False, swap_dkv=True, atoms=(1, 1, 1), skip_full=windowed
     )

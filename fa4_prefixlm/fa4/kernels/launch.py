@@ -1,4 +1,4 @@
-"""Launch one FA4 forward. Everything FA4 could choose by itself (tile, PackGQA) is said."""
+"""Launch one FA4 forward. What FA4 could choose by itself (tile, PackGQA) is given explicitly."""
 
 from __future__ import annotations
 
@@ -12,22 +12,29 @@ import torch
 from fa4_prefixlm.batch.keys import Keys
 from fa4_prefixlm.batch.lengths import Lengths
 from fa4_prefixlm.batch.options import Options
-from fa4_prefixlm.fa4.build.describe import Build
+from fa4_prefixlm.fa4.builds.describe import Build
 from fa4_prefixlm.fa4.kernels import workarounds
 from fa4_prefixlm.fa4.kernels.tiles import Tile
 from fa4_prefixlm.geometry.block_lists import BlockLists
 from fa4_prefixlm.geometry.intervals import Bounds
 from fa4_prefixlm.masks.interval_lists import EMPTY_HI, EMPTY_LO
 
-# FA4 evaluates a mask_mod on every row of a query tile and every key of a key tile, also past the last one: 256 rows is
-# the largest tile (SM100).
+# FA4 evaluates a mask_mod on every row of a query tile and every key of a key tile, past the last one too. The largest
+# tile has 256 rows (SM100).
 PADDING = 256
 NO_ROW, NO_KEY = -1, -2
 
 
 @dataclasses.dataclass(frozen=True)
 class MaskCode:
-    """A mask_mod and the tensors it reads: `mask_mods.<layout>(intervals, tagged)`, or one that the user brought."""
+    """A mask_mod and the tensors it reads.
+
+    Attributes:
+        layout: "varlen" or "packed", the function of `mask_mods` that makes it.
+        intervals: per row.
+        aux_tensors: see `mask_mods`; or those of `own`.
+        own: the user's own mask_mod (`from_cute`); None: one of `mask_mods`.
+    """
 
     layout: str
     intervals: int
@@ -84,8 +91,16 @@ def masked_forward(
 ) -> None:
     """Write attention under the mask of `code` to `out` and `lse`.
 
-    lengths: those of a varlen call; None for `(batch, seqlen, heads, head_dim)` tensors.
-    lists: None visits every key tile.
+    Args:
+        q, k, v, out: `(total, heads, head_dim)` of a varlen call; without `lengths`, `(1, seqlen, heads, head_dim)`.
+        lse: `(heads, total_q)` float32; without `lengths`, `(1, heads, seqlen)`.
+        lengths: those of a varlen call.
+        build: the FA4 to launch.
+        code: the mask_mod, with the tensors it reads.
+        lists: block lists; None: every key tile is visited.
+        tile: the forward tile, with which the lists were cut.
+        pack_gqa: FA4's PackGQA.
+        options: scale, softcap and sink.
     """
     sparse = None if lists is None else block_sparse_tensors(lists, build)
     sink, late_sink = _sinks(options.learnable_sink, build)
@@ -129,7 +144,7 @@ def causal_forward(
     window: int | None = None,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """FA4's own causal varlen call with its own tiles, `(out, lse)`: the peer of every benchmark and error band."""
+    """FA4's own causal varlen call with its own tiles, `(out, lse)`: the baseline of benchmarks and errors."""
     sink, late_sink = _sinks(options.learnable_sink, build)
     pages = {} if keys.page_table is None else {"seqused_k": keys.seqused_k, "page_table": keys.page_table}
     with on_device(q):

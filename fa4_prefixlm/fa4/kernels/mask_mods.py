@@ -1,16 +1,16 @@
 """The mask_mods: a compare per interval of the query's row. One source for every mask, batch and length.
 
 `aux_tensors[0]` is `(rows, K, 2)` int32, the intervals `[lo, hi)` of each query row, padded past the last row by
-`launch.PADDING` rows that see nothing, because FA4 evaluates a mask_mod on all rows of a tile, also those past the end.
-`module` is the build they run on.
-With a block of tags, `aux_tensors[1]` and `[2]` are the tags of the rows and of the keys, padded likewise.
+`launch.PADDING` rows that see nothing, because FA4 evaluates a mask_mod on all rows of a tile, past the end too.
+If `tagged`, `aux_tensors[1]` and `[2]` are the tags of rows and keys, padded likewise. `module` is the build they run
+on.
 
 `lo <= kv < hi` is written as the single unsigned compare `kv - lo < hi - lo`: keys left of `lo` wrap around to a large
 number, and so does every key for an empty interval, `(2**31 - 1, 0)`, whose `hi - lo` is 2**31 + 1. On an H200 this
 took windowed kernels from 0.81 to 0.94 (varlen) and from 0.88 to 0.97 (packed) of FA4 causal's TFLOP/s, head dim 128
 (benchmarks/results/h200-mask-mod.json).
 
-Cached on purpose: FA4 keys its compile cache with the source and the closure of a mask_mod.
+Cached on purpose: FA4's compile cache goes by the source and the closure of a mask_mod.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import cutlass.cute as cute
 
 @functools.cache
 def varlen(intervals: int, tagged: bool, module: str) -> Callable[..., Any]:
-    """Indices are local to the sequence; rows and keys of it begin at its offsets in the packed tensors."""
+    """Indices are local to the sequence; its rows and keys begin at its offsets in the packed tensors."""
     utils = importlib.import_module(f"{module}.utils")
 
     @cute.jit

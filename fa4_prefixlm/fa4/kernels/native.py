@@ -1,11 +1,11 @@
-"""The native lane: FA4's own SM90 main loop over a row's interval, without block lists and without a mask_mod.
+"""The native backend's kernel: FA4's own SM90 main loop over a row's interval, without block lists or a mask_mod.
 
 A tile's visible keys are one range of key tiles, masked at its ends and not in the middle: the shape of FA4's loop for
-a causal or local mask. So the kernel is a subclass of FA4's that keeps its loads, its pipelines and its softmax, and
-replaces what says where the range begins and ends (`BlockInfo`) and what masks a tile (`AttentionMask`).
+a causal or local mask. So the kernel is a subclass of FA4's that keeps its loads, pipelines and softmax, and replaces
+where the range begins and ends (`BlockInfo`) and what masks a tile (`AttentionMask`).
 
-It leans on FA4's internals. `Build.native_refusal` says whether a build's internals are those it was run on; on any
-other build the lane is not offered.
+It depends on FA4's internals, and is offered only on builds whose internals are those it was run on
+(`Build.native_refusal`).
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ from cutlass import Int32, const_expr
 def row_intervals(module: str, bounds: Any, tiles: Any) -> Any:
     """What the kernel reads of a plan, in the place where FA4 carries its block lists.
 
-    bounds: `(rows, 2)` int32, `[lo, hi)` of each query row.
-    tiles: `(slots, 4)` int32, see `tiling.tile_slots`: first, full_first, full_end, end of a query tile, in key tiles.
+    Args:
+        module: the build.
+        bounds: `(rows, 2)` int32 on the device, `[lo, hi)` of each query row.
+        tiles: `(slots, 4)` int32 on the device, first, full_first, full_end and end of a query tile in key tiles; see
+            `geometry.tiles.tile_slots`.
     """
     lists = importlib.import_module(f"{module}.block_sparsity").BlockSparseTensors
     return lists(mask_block_cnt=bounds, mask_block_idx=tiles)
@@ -46,7 +49,7 @@ def kernel_class(module: str) -> type:
 
     @dataclasses.dataclass(frozen=True)
     class TileRange(block_info):
-        """The block range of a query tile, read instead of computed.
+        """The range of key tiles of a query tile, read instead of computed.
 
         The first masked loop of FA4 takes the key tiles `[full_end, end)`, the unmasked one `[full_first, full_end)`,
         the last masked one `[first, full_first)`.
@@ -71,7 +74,7 @@ def kernel_class(module: str) -> type:
             return self.tiles[self._slot(seqlen_info, m_block), 1]
 
         def _slot(self, seqlen_info: Any, m_block: Any) -> Any:
-            # FA4's padded offset, counting in query tokens of a tile, is the rule of `tiling.tile_slots`.
+            # FA4's padded offset, counting in query tokens of a tile, is the rule of `geometry.tiles.tile_slots`.
             return seqlen_info.padded_offset_q // (self.tile_m // self.qhead_per_kvhead_packgqa) + m_block
 
     class RowBounds:
@@ -96,7 +99,7 @@ def kernel_class(module: str) -> type:
 
     @dataclasses.dataclass(frozen=True)
     class IntervalMask:
-        """Stands in for `AttentionMask`: keeps the keys `[lo, hi)` of each row. `hi` is never past the last key."""
+        """In place of `AttentionMask`: keeps the keys `[lo, hi)` of each row. `hi` is never past the last key."""
 
         rows: Any
         tile_n: int
@@ -116,14 +119,14 @@ def kernel_class(module: str) -> type:
                 masking.mask_r2p_lambda(scores[r, None], functools.partial(keep, above, below), rank1=True)
 
     def keep(above: Any, below: Any, chunk: int) -> Any:
-        """One bit for each of a row's 32 elements of the chunk: set within [above, below)."""
+        """One bit for each of a row's 32 elements of the chunk, set in [above, below)."""
         bits = masking.r2p_bitmask_below(below, chunk)
         return bits if above is None else bits & masking.r2p_bitmask_above(above, chunk)
 
     class PrefixLMForwardSm90(upstream):
         """lower: some row's interval begins past key 0, so the left end of a tile's range is masked too."""
 
-        # FA4 sets it where it finds something in the place of its block lists; `row_intervals` are none.
+        # FA4 sets it where it finds block lists, and takes `row_intervals` for some.
         use_block_sparsity = property(lambda self: False, lambda self, value: None)
 
         def __init__(self, *arguments: Any, lower: bool, **options: Any) -> None:

@@ -175,11 +175,16 @@ def kernel_class(module: str, step: str) -> type:
         # FA4 sets it where it finds something in the place of its block lists; `key_intervals` are none.
         use_block_sparsity = property(lambda self: False, lambda self, value: None)
 
-        def __init__(
-            self, *arguments: Any, intervals: int, skip_full: bool, softcap: float, **options: Any
-        ) -> None:
+        def __init__(self, *arguments: Any, intervals: int, skip_full: bool, softcap: float, **options: Any) -> None:
             super().__init__(*arguments, **options)
             self.intervals, self.skip_full, self.softcap = intervals, skip_full, softcap
+            # As the kernels before and after it round, whose sums it adds to (FA4's rounds to 16 where they do to 32).
+            head_dim, head_dim_v = arguments[1:3]
+            multiple = 64 if self.dKV_swapAB else 32
+            self.tile_hdim = -(-head_dim // multiple) * multiple
+            self.tile_hdimv = -(-head_dim_v // multiple) * multiple
+            self.check_hdim_oob = head_dim != self.tile_hdim
+            self.check_hdim_v_oob = head_dim_v != self.tile_hdimv
 
         def load(self, *arguments: Any, **given: Any) -> None:
             given = by_name(upstream.load, arguments, given)

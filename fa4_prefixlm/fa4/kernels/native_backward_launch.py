@@ -15,7 +15,7 @@ from fa4_prefixlm.batch.lengths import Lengths
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.device_checks import is_capturing
 from fa4_prefixlm.errors import UnsupportedError
-from fa4_prefixlm.fa4.build.describe import Build
+from fa4_prefixlm.fa4.builds.describe import Build
 from fa4_prefixlm.fa4.kernels.backward_tiles import BackwardTile
 from fa4_prefixlm.fa4.kernels.launch import PADDING, on_device
 from fa4_prefixlm.geometry.key_bounds import KeyBounds

@@ -1,4 +1,4 @@
-"""Compile and launch the native lane's kernel, without FA4's interface and its host time."""
+"""Compile and launch the native backend's kernel, without FA4's interface and its host time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fa4_prefixlm.batch.keys import Keys
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.device_checks import is_capturing
 from fa4_prefixlm.errors import UnsupportedError
-from fa4_prefixlm.fa4.build.describe import Build
+from fa4_prefixlm.fa4.builds.describe import Build
 from fa4_prefixlm.fa4.kernels.launch import on_device
 from fa4_prefixlm.fa4.kernels.tiles import Tile
 
@@ -24,10 +24,12 @@ THREADS, STAGES = 384, 2
 
 @dataclasses.dataclass(frozen=True)
 class NativeKernel:
-    """One kernel, but for head dims, dtypes and the layout of its tensors.
+    """A variant of the kernel, except for head dims, dtypes and the layout of its tensors.
 
-    heads_in_tile: query heads of one key head that share a query tile (FA4's PackGQA); divides `tile.m`.
-    lower: some row's interval begins past key 0.
+    Attributes:
+        tile: the forward tile.
+        heads_in_tile: query heads of one key head that share a query tile (FA4's PackGQA); divides `tile.m`.
+        lower: some row's interval begins past key 0.
     """
 
     tile: Tile
@@ -55,7 +57,23 @@ def native_forward(
     keys: Keys,
     options: Options,
 ) -> None:
-    """Write attention within `bounds` `(rows, 2)` to `out` and `lse`. `tiles` `(slots, 4)` is cut with `kernel`."""
+    """Write attention over the keys in `bounds` to `out` and `lse`.
+
+    Args:
+        q: `(total_q, heads, head_dim)` on the device.
+        k, v: `(total_k, kv_heads, head_dim)`, or the cache, `(pages, page_size, kv_heads, head_dim)`.
+        out: `(total_q, heads, head_dim_v)`.
+        lse: `(heads, total_q)` float32.
+        build: the FA4 whose kernel runs.
+        kernel: which variant of it.
+        bounds, tiles: see `native.row_intervals`; query tiles have `kernel.tokens` tokens.
+        cu_seqlens_q: `(batch + 1,)` int32 on the device.
+        keys: where the keys are.
+        options: scale, softcap and sink.
+
+    Raises:
+        UnsupportedError: the kernel is not compiled yet, and a CUDA graph is being captured.
+    """
     parts = _parts(build)
     q, k, v = parts.contiguous(q.detach()), parts.contiguous(k.detach()), parts.contiguous(v.detach())
     sink = None if options.learnable_sink is None else parts.contiguous(options.learnable_sink.detach(), align_bytes=4)
@@ -159,7 +177,7 @@ def _compile(
 
 
 class _BuildParts:
-    """What of a build the launch uses, looked up once."""
+    """The parts of a build that the launch uses, looked up once."""
 
     def __init__(self, build: Build) -> None:
         utils, tools = build.part("cute_dsl_utils"), build.part("utils")
@@ -175,7 +193,7 @@ class _BuildParts:
         self.disk = _disk_cache(build)
 
     def arguments(self, values: dict[str, Any], rows: Any) -> list[Any]:
-        """In the order of the build's `FlashAttentionForwardSm90.__call__`."""
+        """The arguments of the build's `FlashAttentionForwardSm90.__call__`, in its order."""
         given = {**self.defaults, **values, "blocksparse_tensors": rows}
         return [given.get(name) for name in self.names]
 

@@ -1,4 +1,4 @@
-"""The GPU that a kernel is compiled for, where it is not the one that is here."""
+"""Compiling for a GPU that this machine does not have."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Which tile a forward kernel runs with, and which head dims it takes. Given to FA4 explicitly, never left to its
-heuristics: the block lists must be cut with the very same tile.
+"""Which tile a forward kernel runs with. Given to FA4 explicitly, never left to its heuristics: the block lists must be
+cut with the very same tile.
 """
 
 from __future__ import annotations
@@ -9,9 +9,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Tile:
-    """m, n: rows and keys of one tile. stages: query tiles a CTA holds, so a block list covers `m * stages` rows.
+    """The tile of a forward kernel.
 
-    p_in_registers: FA4's `mma_pv_is_rs` (SM90).
+    Attributes:
+        m: query rows of one tile.
+        n: keys of one tile.
+        stages: query tiles that a CTA holds.
+        p_in_registers: FA4's `mma_pv_is_rs` (SM90).
     """
 
     m: int
@@ -21,6 +25,7 @@ class Tile:
 
     @property
     def block_m(self) -> int:
+        """Query rows that one block list covers."""
         return self.m * self.stages
 
     def __str__(self) -> str:
@@ -30,8 +35,12 @@ class Tile:
 def forward_tile(arch: int, head_dim: int, head_dim_v: int, *, windowed: bool, max_seqlen_q: int) -> Tile:
     """The forward tile for head dims that `HeadDims.refusal` accepts.
 
-    windowed: rows see few keys, so a narrow key tile wastes less at the edges.
-    max_seqlen_q: query rows of the longest sequence as the kernel sees it (SM100 runs one stage on short ones).
+    Args:
+        arch: compute capability, 90 for SM90.
+        head_dim: of q and k.
+        head_dim_v: of v.
+        windowed: rows see few keys, so that a narrow key tile wastes less at the edges.
+        max_seqlen_q: query rows of the longest sequence as the kernel sees it (SM100 runs one stage on short ones).
     """
     if arch // 10 != 9:
         one_stage = max_seqlen_q <= 128 or head_dim_v == 256

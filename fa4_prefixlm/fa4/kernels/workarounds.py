@@ -1,12 +1,12 @@
-"""Defects of FA4 builds, and their cures.
+"""Workarounds for defects of FA4 builds.
 
 SM90 list stride. `FlashAttentionForwardSm90.kernel` makes its `SeqlenInfoQK` without the tile sizes, so varlen block
 lists are read with a row stride of ceil(seqlen_k / 128) whatever the key tile. With a key tile of 64, 80 or 112 (head
 dims above 128) the output is silently wrong, relative error about 0.9. Seen in 4.0.0b36; found in a build by
-`build.describe` (`sm90_list_stride == "128"`); without the cure tests fail in `tests/test_gpu.py` (the output) and in
-`tests/test_crosscompile.py` (the tile that the kernel is traced with).
-The cure is a subclass that completes the `SeqlenInfoCls` it is handed. It is right for every call of the kernel, so it
-does no harm to whoever else compiles while it is in place.
+`build.describe` (`sm90_list_stride == "128"`). Without the workaround tests fail in `tests/test_gpu.py` (the output)
+and in `tests/test_crosscompile.py` (the tile that the kernel is traced with).
+The workaround is a subclass that adds the tile sizes to the `SeqlenInfoCls` it is given. It is right for every call of
+the kernel, so it does no harm if another thread compiles while it is in place.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _inside: Counter[str] = Counter()
 
 @contextlib.contextmanager
 def disabled() -> Iterator[None]:
-    """For tests only: launch as the build would by itself. Kernels that are compiled already stay as they are."""
+    """For tests only: launch without workarounds. Kernels that are compiled already stay as they are."""
     global _enabled
     _enabled, before = False, _enabled
     try:
@@ -38,15 +38,15 @@ def disabled() -> Iterator[None]:
 
 @contextlib.contextmanager
 def sm90_list_stride(module: str) -> Iterator[None]:
-    """Within the block, SM90 kernels that the build compiles read varlen block lists with their own tile."""
+    """While it is entered, SM90 kernels that the build compiles read varlen block lists with their own tile."""
     if not _enabled:
         yield
         return
     interface = importlib.import_module(f"{module}.interface")
-    original, cured = _kernel_classes(module)
+    original, patched = _kernel_classes(module)
     with _lock:
         _inside[module] += 1
-        interface.FlashAttentionForwardSm90 = cured  # type: ignore[attr-defined]
+        interface.FlashAttentionForwardSm90 = patched  # type: ignore[attr-defined]
     try:
         yield
     finally:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import random
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,9 +17,7 @@ import torch
 from fa4_prefixlm.batch.ranges import HostSpans
 from fa4_prefixlm.masks import PrefixLM, causal, key_in, one_block, prefix, window
 from fa4_prefixlm.masks.base import Mask
-
-SPARE_PAGES = 5
-NO_PAGE = -(2**20)
+from fa4_prefixlm.testing.pages import shuffled_pages
 
 # Masks beyond PrefixLM, each of one span set.
 MASKS: dict[str, Mask] = {
@@ -58,9 +55,9 @@ class Case:
     timed: bool = False
 
     @property
-    def kernel(self) -> Kernel:
-        """What decides the generated code; cases that agree in it share their kernels."""
-        return Kernel(
+    def kernel(self) -> KernelKey:
+        """What decides the generated code: cases with the same key share their kernels."""
+        return KernelKey(
             dims=(self.head_dim, self.head_dim_v),
             windowed=self.window is not None,
             mask=self.mask,
@@ -97,8 +94,8 @@ class Case:
         return list(itertools.accumulate(self.seqlens_k, initial=0))
 
 
-class Kernel(NamedTuple):
-    """See `Case.kernel`."""
+class KernelKey(NamedTuple):
+    """What decides the generated code, see `Case.kernel`."""
 
     dims: tuple[int, int]
     windowed: bool
@@ -112,7 +109,7 @@ class Kernel(NamedTuple):
 
 @dataclass(frozen=True)
 class Inputs:
-    """The tensors of a case, on its device.
+    """The tensors of a case, on a device.
 
     q: `(total_q, heads, head_dim)`. k, v: `(total_k, kv_heads, dim)`, contiguous, in the order of the sequences.
     sink: `(heads,)` or None. cache: k and v in pages, `(pages, page_size, kv_heads, dim)`, with the page table
@@ -142,33 +139,8 @@ def inputs(case: Case, device: torch.device) -> Inputs:
         sink = torch.randn(case.heads[0], generator=generator).to(getattr(torch, case.sink)).to(device)
     if case.page_size is None:
         return Inputs(q, k, v, sink, None, None)
-    pages, table = _shuffled_pages(case, case.page_size)
-    cache = (_in_pages(k, case, pages, case.page_size), _in_pages(v, case, pages, case.page_size))
-    return Inputs(q, k, v, sink, cache, table)
-
-
-def _shuffled_pages(case: Case, page_size: int) -> tuple[list[list[int]], torch.Tensor]:
-    """(the pages of each sequence, in random order among spare ones; the table, garbage past each last key)."""
-    counts = [-(-keys // page_size) for keys in case.seqlens_k]
-    order = list(range(sum(counts) + SPARE_PAGES))
-    random.Random(case.name).shuffle(order)
-    ends = list(itertools.accumulate(counts, initial=0))
-    pages = [order[begin:end] for begin, end in itertools.pairwise(ends)]
-    table = torch.full((len(counts), max(counts) + 1), NO_PAGE, dtype=torch.int32)
-    for row, own in zip(table, pages, strict=True):
-        row[: len(own)] = torch.tensor(own, dtype=torch.int32)
-    return pages, table
-
-
-def _in_pages(keys: torch.Tensor, case: Case, pages: list[list[int]], page_size: int) -> torch.Tensor:
-    """The cache: NaN in pages that no table names, 0 in the rows past a sequence's last key."""
-    count = sum(map(len, pages)) + SPARE_PAGES
-    cache = torch.full((count, page_size, *keys.shape[1:]), float("nan"), dtype=keys.dtype, device=keys.device)
-    for own, begin, length in zip(pages, case.cu_seqlens_k, case.seqlens_k, strict=False):
-        filled = torch.zeros(len(own) * page_size, *keys.shape[1:], dtype=keys.dtype, device=keys.device)
-        filled[:length] = keys[begin : begin + length]
-        cache[torch.tensor(own, dtype=torch.long, device=keys.device)] = filled.unflatten(0, (-1, page_size))
-    return cache
+    pages = shuffled_pages(k, v, case.seqlens_k, case.page_size, seed=case.name)
+    return Inputs(q, k, v, sink, pages.cache, pages.table)
 
 
 def cases(*, full: bool = False, containing: str = "") -> list[Case]:
@@ -186,22 +158,24 @@ def _ending(offset: int) -> tuple[tuple[int, int], ...]:
     return tuple((begin, edge + offset) for begin, edge in zip(begins, _EDGES, strict=True))
 
 
-class Batch(NamedTuple):
+class Sequences(NamedTuple):
+    """What a case says of its sequences, see `Case`."""
+
     seqlens_q: tuple[int, ...]
     seqlens_k: tuple[int, ...]
     spans: HostSpans
 
 
-def _whole(lengths: Sequence[int], spans: HostSpans) -> Batch:
+def _whole(lengths: Sequence[int], spans: HostSpans) -> Sequences:
     """Sequences whose queries are all their positions."""
-    return Batch(tuple(lengths), tuple(lengths), spans)
+    return Sequences(tuple(lengths), tuple(lengths), spans)
 
 
 BATCHES = {
     # Ends at, one before and one after each edge, and a sequence that ends there too.
     "tile edges": _whole((400, 385, 386), (_ending(0), _ending(-1), _ending(1))),
     # One token, nothing, queries for no one, a span over all, spans at both borders, adjacent ones, of one token.
-    "borders": Batch(
+    "borders": Sequences(
         (1, 0, 129, 0, 257, 200, 1, 300),
         (1, 0, 129, 40, 257, 200, 300, 300),
         (
@@ -216,7 +190,7 @@ BATCHES = {
         ),
     ),
     # Prefill in chunks, decode: spans before, across and after the first query, behind the window, to the last key.
-    "chunks": Batch(
+    "chunks": Sequences(
         (100, 64, 1, 130, 77),
         (600, 512, 300, 330, 77),
         (((10, 90), (450, 600)), ((440, 512),), ((40, 299),), ((100, 130), (199, 203), (210, 329)), ((5, 70),)),
@@ -231,12 +205,12 @@ BATCHES = {
         ),
     ),
     # Prompts: what masks of two intervals and more keep in sight.
-    "prompts": Batch((700, 100, 64, 1), (700, 450, 500, 300), (((0, 130),), ((0, 64),), ((0, 300),), ((0, 1),))),
+    "prompts": Sequences((700, 100, 64, 1), (700, 450, 500, 300), (((0, 130),), ((0, 64),), ((0, 300),), ((0, 1),))),
     "many images": _whole((640, 300), (tuple((at, at + 17) for at in range(5, 600, 40)), ((0, 300),))),
 }
 
 
-def _images(lengths: Sequence[int]) -> Batch:
+def _images(lengths: Sequence[int]) -> Sequences:
     """An image of 256 tokens every 1280, as in the benchmarks."""
     return _whole(lengths, tuple(tuple((at, at + 256) for at in range(64, keys - 255, 1280)) for keys in lengths))
 

@@ -1,16 +1,88 @@
-"""Numbers -> verdicts. Pure functions."""
+"""What was measured of a build (values that cross process borders as JSON), and verdicts on it (pure functions)."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
-from fa4_prefixlm.fa4.build.defects import Defect
+from fa4_prefixlm.fa4.builds.defects import Defect
 from fa4_prefixlm.testing.accuracy import relative_error
+from fa4_prefixlm.testing.bands import Errors, causal_limits, limits
 from fa4_prefixlm.tools.check.cases import Case
-from fa4_prefixlm.tools.check.outcomes import CAUSAL, FAILED, RAN, REFUSED, Outcome, ProbeOutcome
+
+# FA4's own causal call on the tensors of a case, without its spans: a path like any other, and the peer of the others.
+CAUSAL = "causal"
+
+RAN, COMPILED, REFUSED, FAILED = "ran", "compiled", "refused", "failed"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One case on one backend of one build.
+
+    status: `RAN`, `COMPILED` (not run), `REFUSED` (the backend's own refusal) or `FAILED`. reason: of the latter two.
+    error: relative error of the output against float64. row_error: the largest of a single token and head, `row_at`
+        says where. lse_error: the largest absolute one. Each is NaN or infinite where the output is.
+    bad_rows: tokens with an element that is not finite, which is also what a token looks like that was never written.
+    repeats: a second run gave the same bits. digest: hash of output and LSE. kernel: what ran, in the plan's words.
+    """
+
+    case: str
+    backend: str
+    status: str
+    reason: str = ""
+    error: float | None = None
+    row_error: float | None = None
+    row_at: str = ""
+    lse_error: float | None = None
+    bad_rows: int = 0
+    repeats: bool = True
+    digest: str = ""
+    kernel: str = ""
+    seconds: float = 0.0
+
+    @property
+    def errors(self) -> Errors | None:
+        """None where it did not run."""
+        if self.error is None or self.row_error is None or self.lse_error is None:
+            return None
+        return Errors(self.error, self.row_error, self.lse_error)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast a backend is. ms: of one call. of_causal: its exact TFLOP/s over those of FA4's causal call, measured in
+    turns with it.
+    """
+
+    case: str
+    backend: str
+    ms: float
+    tflops: float
+    of_causal: float
+    spread: float
+
+
+@dataclass(frozen=True)
+class ProbeOutcome:
+    """What the bare build did. status: "right", "wrong", "raised" or "skipped"; reason: why, of the latter two."""
+
+    name: str
+    status: str
+    reason: str = ""
+    error: float | None = None
+
+
+def in_short(error: BaseException | str) -> str:
+    """An error as one line, without this machine's folders: others read the reports."""
+    text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text)  # compilers colour their messages
+    line = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    return re.sub(r"(?<![\w.])(?:/[\w.+@~-]+)+/(?=[\w.+-])", "", "".join(filter(str.isprintable, line)))[:300]
+
 
 OK, WRONG, DEFECT, SKIPPED = "ok", "WRONG", "defect", "skipped"
 BAD = (WRONG, FAILED)
@@ -25,34 +97,11 @@ class Verdict:
 
     status: str
     reason: str = ""
-    limits: Limits | None = None
+    limits: Errors | None = None
 
     @property
     def is_bad(self) -> bool:
         return self.status in BAD
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The largest relative error of an output, of one token and head of it, and the largest error of an LSE."""
-
-    error: float
-    row_error: float
-    lse_error: float
-
-
-# What FA4's kernels are off by on an H200, from above (benchmarks/results/h200-exactness.json, thousands of calls):
-# output 1.6e-3 to 2.4e-3 in bfloat16 and an eighth of it in float16 (3 bits more), LSE up to 2.1e-5, softcap or not.
-# A row of one token and head has few elements to average over: rounding P and the output cost up to 2e-3 each.
-TYPICAL = {
-    "bfloat16": Limits(error=2e-3, row_error=4e-3, lse_error=1e-4),
-    "float16": Limits(error=2.5e-4, row_error=5e-4, lse_error=1e-4),
-}
-# A path may round once more than the causal call (two passes do), and has other rows that are the worst. A wrong key is
-# far outside: one of n keys missing moves its row by about 1/sqrt(n), 0.03 at 1000 keys, and its LSE by 1/n.
-SLACK = Limits(error=1.5, row_error=2.0, lse_error=2.0)
-# A causal call that is off by more than so many times that is no band for anything, but wrong itself.
-WORST_CAUSAL = 4.0
 
 
 def judge(case: Case, outcome: Outcome, causal: Outcome | None) -> Verdict:
@@ -60,59 +109,38 @@ def judge(case: Case, outcome: Outcome, causal: Outcome | None) -> Verdict:
 
     The causal call itself is only held to what it is off by elsewhere.
     """
-    if outcome.status != RAN:
+    if outcome.status != RAN or outcome.errors is None:
         return Verdict(outcome.status, outcome.reason)
-    limits = _widest(case) if outcome.backend == CAUSAL else _limits(case, causal)
-    why = "; ".join(_faults(outcome, limits))
-    return Verdict(WRONG if why else OK, why, limits)
+    if outcome.backend == CAUSAL:
+        allowed = causal_limits(case.dtype)
+    else:
+        allowed = limits(case.dtype, causal.errors if causal is not None else None)
+    why = "; ".join(_faults(outcome, outcome.errors, allowed))
+    return Verdict(WRONG if why else OK, why, allowed)
 
 
-def _faults(outcome: Outcome, limits: Limits) -> list[str]:
+def _faults(outcome: Outcome, errors: Errors, allowed: Errors) -> list[str]:
     why = []
     if outcome.bad_rows:
         why.append(f"{outcome.bad_rows} rows not written or not finite")
     # "not <=" and not ">": a NaN is wrong.
-    if not _or_0(outcome.error) <= limits.error:
-        why.append(f"error {outcome.error:.2g}, {limits.error:.2g} allowed")
-    if not _or_0(outcome.row_error) <= limits.row_error:
-        why.append(f"{outcome.row_at} is off by {outcome.row_error:.2g}, {limits.row_error:.2g} allowed")
-    if not _or_0(outcome.lse_error) <= limits.lse_error:
-        why.append(f"LSE off by {outcome.lse_error:.2g}, {limits.lse_error:.2g} allowed")
+    if not errors.error <= allowed.error:
+        why.append(f"error {errors.error:.2g}, {allowed.error:.2g} allowed")
+    if not errors.row_error <= allowed.row_error:
+        why.append(f"{outcome.row_at} is off by {errors.row_error:.2g}, {allowed.row_error:.2g} allowed")
+    if not errors.lse_error <= allowed.lse_error:
+        why.append(f"LSE off by {errors.lse_error:.2g}, {allowed.lse_error:.2g} allowed")
     if not outcome.repeats:
         why.append("two runs differ in bits")  # every path of the forward is deterministic
     return why
 
 
-def _limits(case: Case, causal: Outcome | None) -> Limits:
-    """Some slack on what the causal call is off by, which is taken as typical where it is less or unknown."""
-    typical = TYPICAL[case.dtype]
-    if causal is None:
-        causal = Outcome("", CAUSAL, REFUSED)
-
-    def limit(measured: float | None, usual: float, slack: float) -> float:
-        if measured is None or not measured >= usual:
-            return slack * usual
-        return slack * min(measured, WORST_CAUSAL * usual)
-
-    return Limits(
-        error=limit(causal.error, typical.error, SLACK.error),
-        row_error=limit(causal.row_error, typical.row_error, SLACK.row_error),
-        lse_error=limit(causal.lse_error, typical.lse_error, SLACK.lse_error),
-    )
-
-
-def _widest(case: Case) -> Limits:
-    typical = TYPICAL[case.dtype]
-    return Limits(*(WORST_CAUSAL * value for value in (typical.error, typical.row_error, typical.lse_error)))
-
-
-def _or_0(value: float | None) -> float:
-    return 0.0 if value is None else value
-
-
 @dataclass(frozen=True)
 class Agreement:
-    """Of a build with the first one on the same case and backend. difference: relative, None for the same bits."""
+    """How a build's output compares with the first build's, on the same case and backend.
+
+    difference: relative; None for the same bits, and where the outputs were not kept.
+    """
 
     same_bits: bool
     difference: float | None = None
@@ -124,7 +152,7 @@ class Agreement:
 
 
 def compare(one: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.Tensor, torch.Tensor]) -> Agreement:
-    """Of `(out, lse)` of two builds."""
+    """How the `(out, lse)` of two builds compare."""
     if all(torch.equal(mine, theirs) for mine, theirs in zip(one, other, strict=True)):
         return Agreement(True)
     return Agreement(False, relative_error(one[0], other[0]))
@@ -142,18 +170,18 @@ def judge_agreement(verdict: Verdict, first: Verdict, agreement: Agreement) -> V
 
 
 def judge_probe(outcome: ProbeOutcome, known: Iterable[Defect], *, strict: bool) -> Verdict:
-    """known: the defects that the build's source has. strict: those fail too."""
+    """The verdict on a bare build. known: the defects that its source shows. strict: those fail too."""
     defect = next((own for own in known if own.name == outcome.name), None)
     error = "" if outcome.error is None else f"error {outcome.error:.2g}"
     if outcome.status == "skipped":
         return Verdict(SKIPPED, outcome.reason)
     if outcome.status == "right":
-        if defect is None or defect.told_by == "run":
+        if defect is None or defect.found_by == "run":
             return Verdict(OK)
-        return Verdict(OK, "right, though its source looks as if it were not")
+        return Verdict(OK, "right, although its source suggests the defect")
     what = error or outcome.reason
     if defect is not None:
-        return Verdict(WRONG if strict else DEFECT, f"{what}; {defect.cure}" if what else defect.cure)
+        return Verdict(WRONG if strict else DEFECT, f"{what}; {defect.workaround}" if what else defect.workaround)
     if outcome.status == "raised":  # loud, so nobody gets a wrong answer
         return Verdict(FAILED if strict else REFUSED, outcome.reason)
-    return Verdict(WRONG, f"{error}, and its source does not tell: this library does not know of it")
+    return Verdict(WRONG, f"{error}, and nothing in its source told: this library does not know of the defect")

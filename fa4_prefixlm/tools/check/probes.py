@@ -1,6 +1,6 @@
 """What the bare build does when it is called as an unwary engine would call it. A probe for each known defect.
 
-Each runs in a process of its own: a build keeps its kernels by a key that does not tell a cured one from its own.
+Each runs in a process of its own: the key under which a build keeps a kernel is the same with and without a workaround.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from fa4_prefixlm.backends.mask_mod_call import MaskModCall
 from fa4_prefixlm.batch.arguments import BatchArguments
 from fa4_prefixlm.batch.tensors import describe, device_arch
 from fa4_prefixlm.errors import InputError, UnsupportedError
-from fa4_prefixlm.fa4.build.defects import CAUSAL_KEPT, PAGED_LISTS, SM90_LIST_STRIDE
-from fa4_prefixlm.fa4.build.describe import MASKED_ARGUMENTS, PAGED_ARGUMENTS, Build
-from fa4_prefixlm.fa4.build.locate import installed
+from fa4_prefixlm.fa4.builds.defects import CAUSAL_KEPT, PAGED_LISTS, SM90_LIST_STRIDE
+from fa4_prefixlm.fa4.builds.describe import MASKED_ARGUMENTS, PAGED_ARGUMENTS, Build
+from fa4_prefixlm.fa4.builds.locate import installed
 from fa4_prefixlm.fa4.kernels.launch import block_sparse_tensors, mask_code, on_device
 from fa4_prefixlm.masks import PrefixLM
 from fa4_prefixlm.runtime.plans import Plan, plan_for
 from fa4_prefixlm.runtime.public_call import attention
 from fa4_prefixlm.testing.accuracy import exact_attention, relative_error
-from fa4_prefixlm.tools.check.outcomes import ProbeOutcome, in_short
+from fa4_prefixlm.tools.check.judge import ProbeOutcome, in_short
 
 # Between rounding (0.002) and what a defect does (0.1 and more).
 RIGHT = 1e-2
@@ -74,7 +74,9 @@ def causal_beside_mask_mod(build: Build, device: torch.device) -> float:
 
 
 def varlen_lists_at_80_keys(build: Build, device: torch.device) -> float:
-    """Varlen block lists with the 80-key tile of head dim 256, launched without the cure: the relative error."""
+    """Varlen block lists with the 80-key tile of head dim 256, launched without the workaround: the relative
+    error of the output.
+    """
     _needs_sm90(device)
     q, k, v = _tensors(256, device)
     trusted = dataclasses.replace(build, sm90_list_stride="tile")
@@ -82,7 +84,7 @@ def varlen_lists_at_80_keys(build: Build, device: torch.device) -> float:
 
 
 def lists_over_pages(build: Build, device: torch.device) -> float:
-    """Block lists over keys in pages as large as the key tile: the relative error."""
+    """Block lists over keys in pages as large as the key tile: the relative error of the output."""
     _needs_sm90(device)
     _needs_arguments(build, MASKED_ARGUMENTS | PAGED_ARGUMENTS)
     if not build.sm90_pages:
@@ -155,7 +157,7 @@ def _error(out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor)
 
 def _needs_sm90(device: torch.device) -> None:
     if device_arch(device) // 10 != 9:
-        raise NotHereError("it is a matter of the SM90 kernel")
+        raise NotHereError("it concerns the SM90 kernel only")
 
 
 def _needs_arguments(build: Build, arguments: frozenset[str]) -> None:

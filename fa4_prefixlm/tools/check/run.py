@@ -1,4 +1,4 @@
-"""Run one case on one backend of one build in this process: numbers, no verdict."""
+"""Run one case on one backend of one build in this process, or time it on several: numbers, no verdict."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import ctypes
 import dataclasses
 import functools
 import hashlib
-import math
 import pathlib
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,14 @@ from fa4_prefixlm.errors import UnsupportedError
 from fa4_prefixlm.runtime.plans import Plan, plan
 from fa4_prefixlm.runtime.public_call import attention
 from fa4_prefixlm.testing.accuracy import exact_attention, relative_error
+from fa4_prefixlm.testing.bands import largest_lse_error, row_errors
+from fa4_prefixlm.testing.poison import nan_output, poison_free_memory
+from fa4_prefixlm.testing.timing import time_in_rounds
 from fa4_prefixlm.tools.check.cases import Case, Inputs, inputs
-from fa4_prefixlm.tools.check.outcomes import CAUSAL, FAILED, RAN, REFUSED, Outcome, in_short
+from fa4_prefixlm.tools.check.judge import CAUSAL, FAILED, RAN, REFUSED, Outcome, Speed, in_short
+
+ROUNDS = 7
+ROUND_MS = 25.0
 
 
 def run_case(
@@ -54,7 +60,7 @@ def _run(case: Case, backend: str, build: str | None, device: torch.device, save
         error=relative_error(out, exact),
         row_error=float(rows.flatten()[worst]) if rows.numel() else 0.0,
         row_at=_where(case, worst // rows.shape[1], worst % rows.shape[1]) if rows.numel() else "",
-        lse_error=_lse_error(lse, exact_lse),
+        lse_error=largest_lse_error(lse, exact_lse),
         bad_rows=int(out.isfinite().all(2).all(1).logical_not().sum()),
         repeats=_same_bits(out, again) and _same_bits(lse, again_lse),
         digest=_digest(out, lse),
@@ -84,14 +90,22 @@ def plan_case(case: Case, backend: str, build: str | None, device: torch.device)
     )
 
 
-def row_errors(out: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
-    """Relative error of each token and head, `(total_q, heads)` float64: infinite where it is not finite, and where
-    only the exact row is 0.
+def time_case(case: Case, backends: Sequence[str], build: str | None, device: torch.device) -> list[Speed]:
+    """The speeds of backends that were found right, in turns with `CAUSAL`, which comes first.
+
+    Their kernels should be compiled already.
     """
-    difference = torch.linalg.vector_norm(out.double() - exact, dim=2)
-    norm = torch.linalg.vector_norm(exact, dim=2)
-    nothing = torch.where(difference == 0, 0.0, math.inf)
-    return torch.where(norm == 0, nothing, difference / norm).nan_to_num(nan=math.inf, posinf=math.inf)
+    plans = {name: plan_case(case, name, build, device) for name in dict.fromkeys([CAUSAL, *backends])}
+
+    def call(name: str) -> Callable[[], object]:
+        return lambda: attend(case, plans[name], device)
+
+    timings = time_in_rounds({name: call(name) for name in plans}, rounds=ROUNDS, round_ms=ROUND_MS)
+    tflops = {name: plans[name].flops() / own.ms / 1e9 for name, own in timings.items()}
+    return [
+        Speed(case.name, name, own.ms, tflops[name], tflops[name] / tflops[CAUSAL], own.spread)
+        for name, own in timings.items()
+    ]
 
 
 @functools.lru_cache(maxsize=1)
@@ -126,18 +140,9 @@ def attend(
 
 def _attend_poisoned(case: Case, ready: Plan, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """The same, where memory that nobody wrote holds NaN."""
-    q = _inputs(case, device).q
-    out = torch.full((*q.shape[:2], case.head_dim_v), math.nan, dtype=q.dtype, device=device)
-    _poison_free_memory(device)
+    out = nan_output(_inputs(case, device).q, case.head_dim_v)
+    poison_free_memory(device)
     return attend(case, ready, device, out)
-
-
-def _poison_free_memory(device: torch.device) -> None:
-    """Whatever `torch.empty` hands out next holds NaN (as int32: an index far out of bounds)."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        blocks = [torch.full((2**size,), math.nan, device=device) for size in range(8, 23)]
-        del blocks
 
 
 def _where(case: Case, row: int, head: int) -> str:
@@ -147,14 +152,6 @@ def _where(case: Case, row: int, head: int) -> str:
             return f"sequence {index}, position {row + keys - length}, head {head}"
         row -= length
     raise AssertionError("a row past the batch")
-
-
-def _lse_error(lse: torch.Tensor, exact: torch.Tensor) -> float:
-    """Largest absolute error; infinite where one is not finite, or only one of the two is -inf (a row sees nothing)."""
-    if lse.numel() == 0:
-        return 0.0
-    both = (lse == -math.inf) & (exact == -math.inf)
-    return float((lse.double() - exact).abs().masked_fill(both, 0.0).nan_to_num(nan=math.inf, posinf=math.inf).max())
 
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -170,5 +167,5 @@ def _digest(*tensors: torch.Tensor) -> str:
 
 
 def _refusal(error: UnsupportedError) -> str:
-    """Why, without what every refusal begins with."""
+    """Why, without the words that every refusal begins with."""
     return in_short(error.expected.removeprefix("a backend that can run this call (").removesuffix(")"))

@@ -1,9 +1,23 @@
-"""Start the worker processes and ask them. A worker that dies or hangs costs the case it was at, not the check."""
+"""The processes that run cases, and those who ask them. A process that dies or hangs costs one case, not the check.
+
+Such a process, `python -m fa4_prefixlm.tools.check.workers`, runs one build. It is asked over a pipe, one JSON object a
+line in, one out:
+
+    {"do": "run", "case": NAME, "backend": NAME, "save": FILE or null}   -> an `Outcome`
+    {"do": "time", "case": NAME, "backends": [NAME, ...]}                -> {"speeds": [`Speed`, ...]}
+    {"do": "probe", "name": NAME}                                        -> a `ProbeOutcome`
+
+With "ends": true in an answer, the process can go no further (its CUDA context is lost) and ends.
+"""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import dataclasses
 import json
+import os
+import pathlib
 import queue
 import select
 import subprocess
@@ -15,14 +29,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from fa4_prefixlm.tools.check.outcomes import in_short
+import torch
+
+from fa4_prefixlm.tools.check.cases import CASES
+from fa4_prefixlm.tools.check.judge import in_short
+from fa4_prefixlm.tools.check.probes import probe
+from fa4_prefixlm.tools.check.run import run_case, time_case
 
 Request = Mapping[str, Any]
 Answer = dict[str, Any]
 
 TIMEOUT = 300.0
 
-# A kernel kept on disk may have been compiled with another cure, or without one.
+# A kernel kept on disk may have been compiled with other workarounds, or with none.
 DISK_CACHE = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"
 
 
@@ -31,13 +50,13 @@ class LostError(Exception):
 
 
 class Worker:
-    """A process that answers requests, see `worker`. Starts with the first request, and again after it was lost.
+    """A process that answers requests. It starts with the first request, and again after it was lost.
 
     build: the FA4's module. environment: in which that module is the build.
     """
 
     def __init__(self, build: str | None, environment: Mapping[str, str], device: str) -> None:
-        self._command = [sys.executable, "-m", "fa4_prefixlm.tools.check.worker", "--device", device]
+        self._command = [sys.executable, "-m", "fa4_prefixlm.tools.check.workers", "--device", device]
         self._command += ["--build", build] if build is not None else []
         self._environment = {name: value for name, value in environment.items() if name != DISK_CACHE}
         self._process: subprocess.Popen[bytes] | None = None
@@ -150,7 +169,7 @@ def ask_all(units: Sequence[Unit], jobs: int) -> Iterator[tuple[Request, Answer 
             for _ in range(sum(len(unit.requests) for unit in units)):
                 item = answers.get()
                 if isinstance(item, BaseException):
-                    raise item  # a mistake in here, not in a worker
+                    raise item  # a mistake of this module, not of a worker
                 yield item
         except BaseException:
             for future in running:
@@ -165,3 +184,53 @@ def _ask(worker: Worker, request: Request) -> Answer | LostError:
         return worker.ask(request)
     except LostError as lost:
         return lost
+
+
+# --- the process itself ---
+
+
+def answer(request: Mapping[str, Any], build: str | None, device: torch.device) -> dict[str, Any]:
+    """What the process answers. build: the FA4's module, None for a process without one."""
+    if request["do"] == "run":
+        save = pathlib.Path(request["save"]) if request.get("save") else None
+        return dataclasses.asdict(run_case(CASES[request["case"]], request["backend"], build, device, save))
+    if request["do"] == "time":
+        speeds = time_case(CASES[request["case"]], request["backends"], build, device)
+        return {"speeds": [dataclasses.asdict(speed) for speed in speeds]}
+    assert build is not None, "a probe is of a build"
+    return dataclasses.asdict(probe(request["name"], build, device))
+
+
+def device_is_lost(device: torch.device) -> bool:
+    """Whether a kernel broke the CUDA context, so that all that follows fails. If not, gives free memory back."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        return True
+    return False
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--build", metavar="MODULE")
+    parser.add_argument("--device", default="cuda")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    if device.type == "cuda":
+        torch.set_num_threads(1)  # many of these processes run at once, and their work is on the GPU
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what compilers print goes to stderr
+    for line in sys.stdin:
+        reply = answer(json.loads(line), arguments.build, device)
+        lost = device_is_lost(device)
+        answers.write(json.dumps({**reply, "ends": lost}) + "\n")
+        answers.flush()
+        if lost:
+            break
+
+
+if __name__ == "__main__":
+    main()

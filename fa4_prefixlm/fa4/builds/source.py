@@ -1,7 +1,7 @@
 """Facts read from the source text of an FA4 build. Nothing of it is imported.
 
-Functions of the build that only compute with their arguments are run by themselves (`run_alone`): what they return is
-surer than what their text seems to say.
+Functions of the build that need nothing but their arguments are compiled and run by themselves (`run_alone`), which is
+safer than to interpret their text.
 """
 
 from __future__ import annotations
@@ -38,17 +38,18 @@ def class_fields(source: str, name: str) -> frozenset[str]:
 def run_alone(source: str, function: str, *arguments: object) -> Any:
     """Call a function of the source that needs nothing but its arguments and the builtins.
 
-    Raises `UnknownError` if that is not so. What the function itself raises for its arguments passes through.
+    Raises:
+        UnknownError: there is no such function, or it needs more. Its other exceptions pass through.
     """
     node = _function(source, function)
     if node is None:
         raise UnknownError(f"no function {function}")
-    plain = copy.copy(node)
-    plain.decorator_list = []  # caches
+    bare = copy.copy(node)
+    bare.decorator_list = []  # caches
     names: dict[str, Any] = {}
     flags = __future__.annotations.compiler_flag  # annotations stay text
     try:
-        exec(compile(ast.Module([plain], []), f"<{function}>", "exec", flags=flags, dont_inherit=True), names)
+        exec(compile(ast.Module([bare], []), f"<{function}>", "exec", flags=flags, dont_inherit=True), names)
         return names[function](*arguments)
     except (NameError, TypeError) as error:
         raise UnknownError(f"{function}: {error}") from error
@@ -63,9 +64,20 @@ def sm90_list_stride(source: str) -> str:
     return found.pop() if len(found) == 1 else "unknown"
 
 
+def assigned_numbers(source: str, name: str) -> frozenset[int]:
+    """The integers that the source assigns to a variable, either branch of a condition."""
+    found: set[int] = set()
+    for node in ast.walk(_parsed(source)):
+        if isinstance(node, ast.Assign) and any(isinstance(own, ast.Name) and own.id == name for own in node.targets):
+            value: ast.expr = node.value
+            parts = (value.body, value.orelse) if isinstance(value, ast.IfExp) else (value,)
+            found.update(own.value for own in parts if isinstance(own, ast.Constant) and isinstance(own.value, int))
+    return frozenset(found)
+
+
 @functools.lru_cache(maxsize=4)
 def _parsed(source: str) -> ast.Module:
-    """An interface has thousands of lines, and is asked a dozen questions."""
+    """Parsed once: an interface has thousands of lines, and a dozen facts are read from it."""
     return ast.parse(source)
 
 

@@ -9,8 +9,12 @@ from dataclasses import dataclass
 class HeadDims:
     """Which head dims a build's forward kernels take, multiples of 8. The defaults are those of 4.0.0b36.
 
-    sm90, sm100: the widest. sm90_pairs, sm100_pairs: wider `(head_dim, head_dim_v)` that are taken besides.
-    sm100_masked_256: SM100 takes a mask_mod at head dim 256.
+    Attributes:
+        sm90: the widest on SM90.
+        sm90_pairs: wider pairs `(head_dim, head_dim_v)` that SM90 takes as well.
+        sm100: the widest on SM100.
+        sm100_pairs: wider pairs that SM100 takes as well.
+        sm100_masked_256: SM100 takes a mask_mod at head dim 256.
     """
 
     sm90: int = 256

@@ -1,4 +1,4 @@
-"""The FlashAttention-4 at hand, described from its own source: no list of versions, and nothing is imported."""
+"""The FlashAttention-4 at hand, described from its own source: without a list of versions, importing nothing."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from types import ModuleType
 
 import torch
 
-from fa4_prefixlm.fa4.build import source
-from fa4_prefixlm.fa4.build.defects import Defect, defects
-from fa4_prefixlm.fa4.build.fingerprint import KNOWN, backward_refusal, native_refusal
-from fa4_prefixlm.fa4.build.head_dims import HeadDims
+from fa4_prefixlm.fa4.builds import source
+from fa4_prefixlm.fa4.builds.defects import Defect, defects
+from fa4_prefixlm.fa4.builds.fingerprint import KNOWN, backward_refusal, native_refusal
+from fa4_prefixlm.fa4.builds.head_dims import HeadDims
 
 # Arguments of the build's launch function that this library uses: for a causal call, for keys in pages, for a mask_mod.
 CAUSAL_ARGUMENTS = frozenset(
@@ -39,22 +39,27 @@ SINK_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True)
 class Build:
-    """One FA4.
+    """One FA4, and what it can do.
 
-    module: the package it is imported as. name: what to call it, "flash-attn-4 4.0.0b36".
-    arguments: those of its forward launch function. backward_arguments: of its backward; empty if it has none.
-    varlen_mask: varlen calls take a `mask_mod` with `aux_tensors` (upstream: since 4.0.0b13).
-    varlen_lists: block-sparse tensors have a varlen layout.
-    sm90_list_stride: the row stride with which the SM90 kernel reads varlen block lists, as its source has it:
-        "tile" is right, "128" is a defect for any other key tile (seen in 4.0.0b36), "unknown" is not trusted.
-    native_refusal: why the native lane is not offered on it; None if its internals are known.
-    head_dims: what its kernels take.
-    sm90_pages: its SM90 kernel reads keys in pages.
-    causal_with_mask: what `causal=True` and windows do beside a mask_mod: "ignored", "kept" (then the mask_mod is not
-        applied as it stands, seen in vLLM's fork) or "unknown". This library passes neither.
-    sink_dtypes: dtypes of attention sinks that it takes. Others are applied to its output.
-    refuses_varlen_backward_lists: its varlen backward says that it takes no block lists.
-    backward_refusal: why the native backward is not offered on it; None if its internals are known.
+    Attributes:
+        module: the package it is imported as.
+        name: what to call it, such as "flash-attn-4 4.0.0b36".
+        arguments: those of its forward launch function.
+        backward_arguments: those of its backward launch function; empty if it has none.
+        varlen_mask: varlen calls take a `mask_mod` with `aux_tensors` (upstream: since 4.0.0b13).
+        varlen_lists: block-sparse tensors have a varlen layout.
+        sm90_list_stride: the row stride with which the SM90 kernel reads varlen block lists, as its source has it:
+            "tile" is right, "128" is a defect for any other key tile (seen in 4.0.0b36), "unknown" is not trusted.
+        native_refusal: why the native backend is not offered on it; None if its internals are known.
+        head_dims: which head dims its kernels take.
+        sm90_pages: its SM90 kernel reads keys in pages.
+        causal_with_mask: what `causal=True` and windows do beside a mask_mod: "ignored", "kept" (then the mask_mod is
+            not applied as it stands, seen in vLLM's fork) or "unknown". This library passes neither.
+        sink_dtypes: dtypes of attention sinks that it takes. Others are applied to its output.
+        refuses_varlen_backward_lists: its varlen backward refuses block lists.
+        sm90_backward_head_dims: "wrong" where its SM90 backward and the kernels around it round head dims differently
+            (seen in 4.0.0b36), "right", or "unknown".
+        backward_refusal: why the native backward is not offered on it; None if its internals are known.
     """
 
     module: str
@@ -70,13 +75,14 @@ class Build:
     causal_with_mask: str = "ignored"
     sink_dtypes: tuple[torch.dtype, ...] = SINK_DTYPES
     refuses_varlen_backward_lists: bool = True
+    sm90_backward_head_dims: str = "unknown"
     backward_refusal: str | None = "its backward was not looked at"
 
     def __str__(self) -> str:
         return self.name
 
     def lacks(self, arguments: frozenset[str]) -> str | None:
-        """Why a call with these arguments can't be made; None if it can."""
+        """Why its forward can't be called with these arguments; None if it can."""
         missing = ", ".join(sorted(arguments - self.arguments))
         return f"the forward of {self} has no argument {missing}" if missing else None
 
@@ -91,8 +97,15 @@ class Build:
         """Why its kernels do not take these head dims with a mask_mod; None if they do."""
         if arch // 10 == 10 and head_dim == head_dim_v == 256 and not self.head_dims.sm100_masked_256:
             return f"{self} runs head dim 256 on SM100 by a kernel of its own, without mask_mod"
-        # Beyond 256 there is no tile that was ever run with a mask.
+        # Beyond 256 no tile was ever run with a mask.
         return HeadDims().refusal(arch, head_dim, head_dim_v) or self.head_dims.refusal(arch, head_dim, head_dim_v)
+
+    def backward_head_dims_refusal(self, arch: int, head_dim: int, head_dim_v: int) -> str | None:
+        """Why its own backward is wrong, or not known to be right, at these head dims; None if it is right."""
+        if arch // 10 != 9 or self.sm90_backward_head_dims == "right":
+            return None
+        odd = [dim for dim in (head_dim, head_dim_v) if dim <= 128 and 0 < dim % 32 <= 16]
+        return f"the SM90 backward of {self} is wrong at head dim {odd[0]}" if odd else None
 
     @property
     def defects(self) -> tuple[Defect, ...]:
@@ -103,6 +116,7 @@ class Build:
             causal_with_mask=self.causal_with_mask,
             sinks_in_float32=torch.float32 in self.sink_dtypes,
             block_lists="block_sparse_tensors" in self.arguments,
+            sm90_backward_head_dims=self.sm90_backward_head_dims,
         )
 
     def part(self, name: str) -> ModuleType:
@@ -110,7 +124,7 @@ class Build:
         return importlib.import_module(f"{self.module}.{name}")
 
 
-# The build to compare others with: everything that this library can use. The newest release the GPU suite ran on.
+# The build to compare others with, the newest release on which the GPU suite ran: it has all that this library uses.
 BEST = Build(
     module="flash_attn.cute",
     name=next(name for name in KNOWN.values() if name.startswith("flash-attn-4")),
@@ -121,12 +135,13 @@ BEST = Build(
     sm90_list_stride="tile",
     native_refusal=None,
     head_dims=HeadDims(),
+    sm90_backward_head_dims="right",
     backward_refusal=None,
 )
 
 
 def describe(folder: pathlib.Path, module: str, name: str) -> Build:
-    """Read the capabilities of the build whose `cute` package is `folder` from its source."""
+    """The build whose `cute` package is `folder`, described from its source."""
     interface = (folder / "interface.py").read_text()
     sparsity = folder / "block_sparsity.py"
     sm90 = folder / "flash_fwd_sm90.py"
@@ -145,8 +160,17 @@ def describe(folder: pathlib.Path, module: str, name: str) -> Build:
         causal_with_mask=_causal_with_mask(interface),
         sink_dtypes=(torch.bfloat16,) if "learnable_sink.dtype == torch.bfloat16" in interface else SINK_DTYPES,
         refuses_varlen_backward_lists="Varlen backward with block sparsity is not yet supported" in interface,
+        sm90_backward_head_dims=_backward_head_dims(interface, folder / "flash_bwd_sm90.py"),
         backward_refusal=backward_refusal(folder, name),
     )
+
+
+def _backward_head_dims(interface: str, kernel: pathlib.Path) -> str:
+    around = source.assigned_numbers(interface, "hdim_multiple_of")
+    within = source.assigned_numbers(kernel.read_text(), "hdim_multiple_of") if kernel.is_file() else frozenset()
+    if not around or not within:
+        return "unknown"
+    return "right" if around == within else "wrong"
 
 
 def _causal_with_mask(interface: str) -> str:

@@ -1,4 +1,4 @@
-"""Where FA4 builds are: what is installed, and what a user names, a module path or the folder of a checkout."""
+"""Where FA4 builds are: those installed, and those that a user names by module path or by the folder of a checkout."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ import subprocess
 from dataclasses import dataclass
 
 from fa4_prefixlm.errors import InputError
-from fa4_prefixlm.fa4.build.describe import Build, describe
-from fa4_prefixlm.fa4.build.fingerprint import KNOWN, fingerprint
+from fa4_prefixlm.fa4.builds.describe import Build, describe
+from fa4_prefixlm.fa4.builds.fingerprint import KNOWN, fingerprint
 
-# Where an FA4 may be, in order of preference, with the distribution that brings it.
+# Where an FA4 may be, in order of preference, and the distribution that contains it.
 MODULES = {"flash_attn.cute": "flash-attn-4", "vllm.vllm_flash_attn.cute": "vllm"}
 
 _OWN_IMPORT = re.compile(r"^(?:from|import)\s+((?!cutlass\b)[\w.]+\.cute)\b", re.MULTILINE)
 
 
 def installed(module: str | None = None) -> Build | None:
-    """The build imported as `module`, or the first of `MODULES` there is; None if there is none."""
+    """The build imported as `module`; without it, the first of `MODULES` that is installed. None: there is none."""
     if module is None:
         return next(iter(all_installed()), None)
     return _installed(module)
 
 
 def all_installed() -> list[Build]:
-    """The builds of `MODULES` that there are, in order of preference."""
+    """The builds of `MODULES` that are installed, in order of preference."""
     return [build for build in map(_installed, MODULES) if build is not None]
 
 
@@ -51,7 +51,7 @@ def find_folder(module: str) -> pathlib.Path | None:
 
 
 def name_of(folder: pathlib.Path, module: str) -> str:
-    """What to call the build in `folder`: the release it is part of, or has the kernels of, or its checkout."""
+    """What to call the build in `folder`: its release, the release whose kernels it has, or its checkout."""
     folder = folder.resolve()
     below = pathlib.PurePath(*module.split("."))
     distribution = MODULES.get(module, module.partition(".")[0])
@@ -82,7 +82,13 @@ def _commit(folder: pathlib.Path) -> str | None:
 
 @dataclass(frozen=True)
 class GivenBuild:
-    """module: what the build is imported as. folder: its `cute` folder. installed: `module` is found without help."""
+    """A build that a user named.
+
+    Attributes:
+        module: what it is imported as.
+        folder: its `cute` folder.
+        installed: it can be imported as it is; False: it is a checkout.
+    """
 
     module: str
     folder: pathlib.Path
@@ -92,9 +98,13 @@ class GivenBuild:
         return describe(self.folder, self.module, name_of(self.folder, self.module))
 
     def environment(self, scratch: pathlib.Path) -> dict[str, str]:
-        """The environment of a process in which `module` is this build. Writes links under `scratch` for that.
+        """The environment of a process in which `module` is this build.
 
-        A checkout takes the place of an installed build of the same name; its other packages are not there.
+        A checkout takes the place of an installed build of the same name, of which no other package can be imported
+        then.
+
+        Args:
+            scratch: a folder in which links to a checkout are made.
         """
         environment = dict(os.environ)
         if self.installed:
@@ -114,7 +124,8 @@ class GivenBuild:
 def given(build: str) -> GivenBuild:
     """The build of a module path ("flash_attn.cute") or of a folder: a checkout, or the `cute` package in it.
 
-    Raises `InputError` if there is no FA4.
+    Raises:
+        InputError: there is no FA4.
     """
     path = pathlib.Path(build).expanduser()
     if path.is_dir():

@@ -1,7 +1,7 @@
-"""Whether a build's internals are those the native lane was run on.
+"""Whether a build's internals are those that the native backend was run on.
 
-The native lane subclasses FA4's SM90 kernel, so it trusts more than signatures. A build is known by the text of every
-part the lane leans on, hashed. Any other build is refused, until the GPU suite has been run on it and its fingerprint
+The native backend subclasses FA4's SM90 kernel, so it depends on more than signatures. A build is recognised by a hash
+of the source that the backend depends on. Any other is refused, until the GPU suite has been run on it and its hash is
 added here.
 """
 
@@ -11,7 +11,7 @@ import ast
 import hashlib
 import pathlib
 
-# file: the definitions in it that the lane leans on; None is all of the file.
+# file: the definitions in it that the native backend depends on; None is all of the file.
 PARTS: dict[str, frozenset[str] | None] = {
     "flash_fwd_sm90.py": None,
     "flash_fwd.py": frozenset({"FlashAttentionForwardBase"}),
@@ -75,12 +75,12 @@ def backward_refusal(folder: pathlib.Path, name: str) -> str | None:
 
 
 def native_refusal(folder: pathlib.Path, name: str) -> str | None:
-    """Why the native lane is not offered on the build in `folder`; None if it was run on this very code."""
+    """Why the native backend is not offered on the build in `folder`; None if it was run on this very code."""
     found = fingerprint(folder)
     if found is None:
-        return f"{name} lacks parts of the SM90 kernel that the native lane builds on"
+        return f"{name} lacks parts of the SM90 kernel that the native backend builds on"
     if found not in KNOWN:
-        return f"the SM90 kernel of {name} is not one that the native lane was run on ({', '.join(KNOWN.values())})"
+        return f"the SM90 kernel of {name} is not one that the native backend was run on ({', '.join(KNOWN.values())})"
     return None
 
 
