@@ -158,15 +158,19 @@ def step_class(module: str) -> type:
                 self.dk.fill(0.0)
                 self.dv.fill(0.0)
                 if first < end:
-                    start = seqlen.padded_offset_q * kernel.tile_hdim
-                    sums = cute.domain_offset((start,), given["mdQaccum"][None, head])
                     cap = functools.partial(self._cap, head=head, batch=batch, n_block=n_block, seqlen=seqlen)
                     self._issue_s(done)
                     warpgroup.wait_group(0)
-                    for m_block in cutlass.range(first, end - 1, unroll=1):
-                        self._step(m_block, done, mask, cap, sums, last=False)
+                    m_block, own = first, Int32(0)
+                    for _ in cutlass.range((end - first) * kernel.folded - 1, unroll=1):
+                        self._step(m_block, done, mask, cap, self._sums_of_dq(seqlen, head, own), last=False)
                         done += 1
-                    self._step(end - 1, done, mask, cap, sums, last=True)
+                        m_block += 1
+                        if const_expr(kernel.folded > 1):  # noqa: SIM102  one is decided here, one on the device
+                            if m_block == end:
+                                m_block = first
+                                own += 1
+                    self._step(m_block, done, mask, cap, self._sums_of_dq(seqlen, head, own), last=True)
                     done += 1
                     if const_expr(kernel.qhead_per_kvhead == 1):
                         self.dk.store(self.dk.load() * given["softmax_scale"])
@@ -180,6 +184,12 @@ def step_class(module: str) -> type:
                 work = scheduler.get_current_work()
             if cute.arch.make_warp_uniform(cute.arch.warp_idx()) == 4:
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+        def _sums_of_dq(self, seqlen: Any, head: Any, own: Any) -> Any:
+            """Of one query head; `own` counts those of a key head, where a CTA takes them all."""
+            sums, kernel = self.given["mdQaccum"], self.kernel
+            sums = sums[None, head, own] if kernel.folded > 1 else sums[None, head]
+            return cute.domain_offset((seqlen.padded_offset_q * kernel.tile_hdim,), sums)
 
         def _issue_s(self, done: Any) -> None:
             self.pipeline_q.consumer_wait_w_index_phase(done % 2, done // 2 % 2)
@@ -261,7 +271,7 @@ def step_class(module: str) -> type:
             products.gemm(self.to_dq, self.dq, a[None, None, None, stage], b, zero_init=True, wg_wait=-1)
 
         def _reduce_dq(self, part: int, sums: Any, m_block: Any) -> None:
-            """FA4's order: by warp group of its own tile, which has as many columns as a part here; register; thread."""
+            """In FA4's order: by warp group of its tile, which has as many columns as a part; by register; by thread."""
             kernel = self.kernel
             size = kernel.tile_m * kernel.tile_hdim
             tile = cute.local_tile(sums, (size,), (m_block,))
@@ -270,6 +280,72 @@ def step_class(module: str) -> type:
             for vector in range(vectors):
                 values = [self.dq[4 * vector + element] for element in range(4)]
                 reduce_to_global(at + (part * (size // PARTS_OF_DQ) + vector * 4 * WARP_GROUP), values)
+
+    class Loader:
+        """The warp that loads, where a CTA takes all query heads of its key head; `given`: the arguments of `load`."""
+
+        def __init__(self, kernel: Any, given: dict[str, Any]) -> None:
+            self.kernel, self.given = kernel, given
+
+        def _tiles(self, name: str, rows: int, offset: Any, at: Any, *where: Any) -> Any:
+            """What copies tile `at` of a tensor of rows, or any tile to any stage."""
+            given, single = self.given, at is not None
+            whole = cute.domain_offset((offset, 0), given[f"m{name}"][(None, None, *where)])
+            tiles = cute.local_tile(whole, (rows, self.kernel.tile_hdim), (at, 0))
+            shared = given[f"s{name}"]
+            atom = given[f"tma_atom_{name}"]
+            return copies.tma_get_copy_fn(atom, 0, cute.make_layout(1), tiles, shared, single_stage=single)[0]
+
+        def _numbers(self, name: str, offset: Any, *where: Any) -> Any:
+            whole = cute.domain_offset((offset,), self.given[f"m{name}"][(None, *where)])
+            tiles = cute.local_tile(whole, (self.kernel.tile_m,), (None,))
+            return copies.cpasync_bulk_get_copy_fn(tiles, self.given[f"s{name}"])
+
+        @cute.jit
+        def run(self) -> None:
+            kernel, given = self.kernel, self.given
+            pipeline_q, pipeline_do = given["pipeline_Q"], given["pipeline_dO"]
+            user = cutlass.pipeline.PipelineUserType.Producer
+            state_q = cutlass.pipeline.make_pipeline_state(user, kernel.Q_stage)
+            state_do = cutlass.pipeline.make_pipeline_state(user, kernel.dO_stage)
+            scheduler = given["TileSchedulerCls"]()
+            work = scheduler.initial_work_tile_info()
+            while work.is_valid_tile:
+                n_block, head, batch, _ = work.tile_idx
+                seqlen = given["SeqlenInfoCls"](batch)
+                load_k = self._tiles("K", kernel.tile_n, seqlen.offset_k, n_block, head)
+                load_v = self._tiles("V", kernel.tile_n, seqlen.offset_k, n_block, head)
+                first, end = given["block_info"].get_m_block_min_max(seqlen, n_block)
+                for own in cutlass.range(kernel.folded, unroll=1):
+                    load_q = self._tiles("Q", kernel.tile_m, seqlen.offset_q, None, head, own)
+                    load_do = self._tiles("dO", kernel.tile_m, seqlen.offset_q, None, head, own)
+                    load_lse = self._numbers("LSE", seqlen.padded_offset_q, head, own)
+                    load_dpsum = self._numbers("dPsum", seqlen.padded_offset_q, head, own)
+                    for m_block in cutlass.range(first, end, unroll=1):
+                        opening = Boolean(own == 0) & Boolean(m_block == first)
+                        if opening:
+                            pipeline_q.producer_acquire(state_q, extra_tx_count=kernel.tma_copy_bytes["K"])
+                            load_k(tma_bar_ptr=pipeline_q.producer_get_barrier(state_q))
+                        else:
+                            pipeline_q.producer_acquire(state_q)
+                        ready = pipeline_q.producer_get_barrier(state_q)
+                        load_q(src_idx=m_block, dst_idx=state_q.index, tma_bar_ptr=ready)
+                        if opening:
+                            # The preprocess writes LSE and dPsum.
+                            cute.arch.griddepcontrol_wait()
+                        load_lse(src_idx=m_block, dst_idx=state_q.index, tma_bar_ptr=ready)
+                        if opening:
+                            pipeline_do.producer_acquire(state_do, extra_tx_count=kernel.tma_copy_bytes["V"])
+                            load_v(tma_bar_ptr=pipeline_do.producer_get_barrier(state_do))
+                        else:
+                            pipeline_do.producer_acquire(state_do)
+                        ready = pipeline_do.producer_get_barrier(state_do)
+                        load_do(src_idx=m_block, dst_idx=state_do.index, tma_bar_ptr=ready)
+                        load_dpsum(src_idx=m_block, dst_idx=state_do.index, tma_bar_ptr=ready)
+                        state_q.advance()
+                        state_do.advance()
+                scheduler.advance_to_next_work()
+                work = scheduler.get_current_work()
 
     class BackwardStep256(upstream):
         key_mask = KeyMask
@@ -287,6 +363,12 @@ def step_class(module: str) -> type:
             super()._setup_attributes()
             # Nothing stages dQ: the room holds the bounds of the tile's keys, see `KeyMask`.
             self.sdQaccum_layout = cute.make_layout(2 * self.intervals * self.tile_n)
+
+        def load(self, **given: Any) -> None:
+            if self.folded == 1:
+                super().load(**given)
+            else:
+                Loader(self, given).run()
 
         def dQaccum_store(self, **_: Any) -> None:
             """No warp stores dQ."""

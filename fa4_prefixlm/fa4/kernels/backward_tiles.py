@@ -18,6 +18,8 @@ class BackwardTile:
         dq_by_one: one warp group computes all of dQ.
         skip_full: query tiles all of whose rows see all keys of the key tile are not masked. It costs a branch, which
             windows earn back, and without which ptxas serialises the products of head dims up to 64.
+        fold: a CTA takes all query heads of its key head, one after the other, and sums dK and dV of them in registers,
+            not in float32 in memory. Only for steps other than FA4's.
         step: which class computes one query tile, see `native_backward.kernel_class`.
     """
 
@@ -31,6 +33,7 @@ class BackwardTile:
     atoms: tuple[int, int, int] = (1, 2, 1)
     dq_by_one: bool = False
     skip_full: bool = True
+    fold: bool = False
     step: str = "fa4"
 
     # FA4's kernels for these tiles have two warp groups of products beside the one that loads and stores.

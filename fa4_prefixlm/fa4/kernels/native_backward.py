@@ -43,7 +43,7 @@ def kernel_class(module: str, step: str) -> type:
         return importlib.import_module(f"{module}.{name}")
 
     upstream: Any = part("flash_bwd_sm90").FlashAttentionBackwardSm90
-    base: Any = {"fa4": lambda _: upstream, "256": step_class}[step](module)
+    base: Any = upstream if step == "fa4" else step_class(module)
     block_info: Any = part("block_info").BlockInfo
     masking = part("mask")
     layout_utils = importlib.import_module("quack.layout_utils")
@@ -170,14 +170,16 @@ def kernel_class(module: str, step: str) -> type:
         return bits
 
     class PrefixLMBackwardSm90(base):
-        """intervals: of rows that see a key, K. skip_full: see `BackwardTile`."""
+        """intervals: of rows that see a key, K. skip_full: see `BackwardTile`. folded: query heads that a CTA takes."""
 
         # FA4 sets it where it finds something in the place of its block lists; `key_intervals` are none.
         use_block_sparsity = property(lambda self: False, lambda self, value: None)
 
-        def __init__(self, *arguments: Any, intervals: int, skip_full: bool, softcap: float, **options: Any) -> None:
+        def __init__(
+            self, *arguments: Any, intervals: int, skip_full: bool, softcap: float, folded: int, **options: Any
+        ) -> None:
             super().__init__(*arguments, **options)
-            self.intervals, self.skip_full, self.softcap = intervals, skip_full, softcap
+            self.intervals, self.skip_full, self.softcap, self.folded = intervals, skip_full, softcap, folded
             # As the kernels before and after it round, whose sums it adds to (FA4's rounds to 16 where they do to 32).
             head_dim, head_dim_v = arguments[1:3]
             multiple = 64 if self.dKV_swapAB else 32
