@@ -271,7 +271,7 @@ def step_class(module: str) -> type:
             products.gemm(self.to_dq, self.dq, a[None, None, None, stage], b, zero_init=True, wg_wait=-1)
 
         def _reduce_dq(self, part: int, sums: Any, m_block: Any) -> None:
-            """In FA4's order: by warp group of its tile, which has as many columns as a part; by register; by thread."""
+            """In FA4's order: by warp group of its tile, as many columns as a part here; by register; by thread."""
             kernel = self.kernel
             size = kernel.tile_m * kernel.tile_hdim
             tile = cute.local_tile(sums, (size,), (m_block,))
