@@ -6,7 +6,7 @@ export PYTHONUNBUFFERED = 1
 
 ifeq ($(PYTHON),$(VENV)/bin/python)
 ENVIRONMENT := $(VENV)/.ready
-# An FA4 that refuses a varlen mask_mod, in an environment of its own: tests/test_old_build.py compiles with it.
+# An FA4 that refuses a varlen mask_mod, in an environment of its own: tests/fa4/test_old_build.py compiles with it.
 OLD_VENV := .venv-old-fa4
 OLD_BUILD := $(OLD_VENV)/.ready
 export OLD_FA4_PYTHON := $(CURDIR)/$(OLD_VENV)/bin/python
@@ -39,6 +39,7 @@ docs: $(ENVIRONMENT)
 bench: $(ENVIRONMENT)
 	$(PYTHON) benchmarks/forward.py
 	$(PYTHON) benchmarks/serving.py
+	$(PYTHON) benchmarks/backward.py
 
 pictures: $(ENVIRONMENT)
 	$(PYTHON) docs/pictures.py

@@ -183,7 +183,7 @@ def _every_tile(case: Case) -> Callable[[], Grads]:
 
 def _cudnn_flex(case: Case) -> Callable[[], Grads] | None:
     try:
-        from cudnn import create_mask_plan, flex_attn_func
+        from cudnn import create_mask_plan, flex_attn_func  # type: ignore[import-not-found]
     except ImportError:
         return None
     plan = case.plan(case.work.spans())
@@ -237,11 +237,11 @@ def memory(head_dim: int) -> dict[str, float]:
     """MiB that a forward and a backward take at their peak beyond their inputs, at 65536 tokens; the plan included."""
     work = Workload(head_dim, batch=1, tokens=LONG)
     generator = torch.Generator("cuda").manual_seed(0)
-    leaves = [
+    q, k, v = (
         torch.randn(LONG, heads, head_dim, generator=generator, device="cuda", dtype=torch.bfloat16).requires_grad_()
         for heads in (HEADS[0], HEADS[1], HEADS[1])
-    ]
-    dout = torch.randn_like(leaves[0])
+    )
+    dout = torch.randn_like(q)
     peaks = {}
     for name, spans, backward in (("FA4 causal", work.nothing(), "causal"), ("native", work.spans(), "native")):
         for _ in range(2):  # the first compiles
@@ -249,8 +249,8 @@ def memory(head_dim: int) -> dict[str, float]:
             torch.cuda.synchronize()
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
-            plan = fp.plan(spans, like=tuple(leaves), cu_seqlens_q=[0, LONG], cu_seqlens_k=[0, LONG], backward=backward)
-            grads = torch.autograd.grad(fp.attention(*leaves, plan), leaves, dout)
+            plan = fp.plan(spans, like=(q, k, v), cu_seqlens_q=[0, LONG], cu_seqlens_k=[0, LONG], backward=backward)
+            grads = torch.autograd.grad(fp.attention(q, k, v, plan), (q, k, v), dout)
             torch.cuda.synchronize()
             peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
             del plan, grads

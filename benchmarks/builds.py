@@ -11,6 +11,8 @@ import argparse
 import json
 import pathlib
 
+from fa4_prefixlm.testing.tables import markdown
+
 BACKENDS = ("causal", "native", "varlen", "packed", "two_pass", "reference")
 
 
@@ -64,19 +66,15 @@ def _backend(results: list[dict], band: dict[str, float]) -> dict[str, object]:
 def tables(content: dict) -> str:
     """Markdown: what was seen, then what each build is and what it takes."""
     builds = content["builds"]
-    header = ["| | " + " | ".join(own["name"] for own in builds) + " |", "| --- |" + " --- |" * len(builds)]
+    header = ["", *(own["name"] for own in builds)]
     seen = [
-        f"| `{name}` | " + " | ".join(_seen(own["backends"].get(name)) for own in builds) + " |"
+        [f"`{name}`", *(_seen(own["backends"].get(name)) for own in builds)]
         for name in BACKENDS
         if any(name in own["backends"] for own in builds)
     ]
-    seen += [
-        f"| bare build: {name} | " + " | ".join(_probe(own["probes"][name]) for own in builds) + " |"
-        for name in builds[0]["probes"]
-    ]
+    seen += [[f"bare build: {name}", *(_probe(own["probes"][name]) for own in builds)] for name in builds[0]["probes"]]
     facts, takes = (
-        [f"| {label} | " + " | ".join(own[part][label] for own in builds) + " |" for label in builds[0][part]]
-        for part in ("facts", "takes")
+        [[label, *(own[part][label] for own in builds)] for label in builds[0][part]] for part in ("facts", "takes")
     )
     stacks = "\n".join(
         f"- {own['name']}: {own['device']}; "
@@ -84,7 +82,8 @@ def tables(content: dict) -> str:
         + f"; {own['level']} cases, commit {own['commit']}."
         for own in builds
     )
-    return "\n\n".join("\n".join(part) for part in ([*header, *seen], [stacks], [*header, *facts], [*header, *takes]))
+    parts = [markdown(header, seen), [stacks], markdown(header, facts), markdown(header, takes)]
+    return "\n\n".join("\n".join(part) for part in parts)
 
 
 _OWN = ("fa4_prefixlm", "flash-attn-4", "vllm")

@@ -4,8 +4,8 @@
 
 Per backend and kernel kind, and per backend and mask for masks beyond PrefixLM: number of calls, largest relative
 error, largest ratio to FA4's causal error on the same data (left out for batches of a few rows and for masks whose rows
-see few keys, where the causal error is not a band), largest LSE error. For vLLM's layers the band is the error of the
-call that vLLM makes, a mask_mod without block sparsity.
+see few keys, where the causal error is not a band), largest error of one token and head, largest LSE error. For vLLM's
+layers the band is the error of the call that vLLM makes, a mask_mod without block sparsity.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ def summarise(lines: list[dict], by: str) -> list[dict[str, object]]:
         row["largest_error"] = _short(max(call["error"] for call in calls))
         if banded:
             row["largest_ratio_to_causal"] = _short(max(banded))
+        if all("row_error" in call for call in calls):
+            row["largest_row_error"] = _short(max(call["row_error"] for call in calls))
         if all("lse_error" in call for call in calls):
             row["largest_lse_error"] = _short(max(call["lse_error"] for call in calls))
         rows.append(row)
@@ -47,7 +49,7 @@ def main() -> None:
     arguments = parser.parse_args()
     lines = [json.loads(line) for line in arguments.report.read_text().splitlines()]
     rows = summarise(lines, "kind")
-    # tests/test_gpu_masks.py labels its calls with the mask.
+    # tests/backends/test_gpu_masks.py labels its calls with the mask.
     masks = summarise([line for line in lines if line.get("batch") == line["mask"]], "mask")
     for row in [*rows, *masks]:
         print(" ".join(f"{name}={value}" for name, value in row.items()))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import pathlib
 import sys
 
@@ -111,7 +112,7 @@ def paths(work: Workload) -> list[Path]:
 
     named = [Path("fa4 causal", causal, causal_exact, causal_flops, is_baseline=True)]
     for name, plan in {**plans, "mask_mod, every tile": every_tile}.items():
-        named.append(Path(name, lambda plan=plan: fp.attention(q, k, v, plan), masked_exact, flops))
+        named.append(Path(name, functools.partial(fp.attention, q, k, v, plan), masked_exact, flops))
     return named
 
 

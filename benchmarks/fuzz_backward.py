@@ -1,8 +1,8 @@
 """Random batches, forward and backward, against float64: `python benchmarks/fuzz_backward.py --save FILE` on Hopper.
 
-Each batch is judged as in tests/backends/test_gpu_backward.py: the gradients as a whole against the error of FA4's
-roundings after this very forward, and so is the worst row. The output and the gradients are written into memory that held
-NaN. What is wrong is printed with its seed and kept in the file; the same seed makes the same batch.
+Each batch is judged as in tests/backends/test_gpu_backward.py: the gradients as a whole, and the worst row, against the
+error of FA4's roundings after this very forward. Gradients are written into memory that held NaN.
+What is wrong is printed with its seed and kept in the file; the same seed makes the same batch.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import time
 
 import torch
 
-sys.path[:0] = [str(pathlib.Path(__file__).parent.parent / "tests" / folder) for folder in ("", "backends")]
-
-from cases import Batch, random_batch, random_mask  # noqa: E402
-from gradient_cases import (  # noqa: E402
+import fa4_prefixlm as fp
+from fa4_prefixlm.masks import causal, key_in, prefix, window
+from fa4_prefixlm.testing.batches import Batch, random_batch, random_mask
+from fa4_prefixlm.testing.gradients import (
     TYPICAL,
     Errors,
     Kind,
@@ -35,10 +35,7 @@ from gradient_cases import (  # noqa: E402
     plan_of,
     rounded_of,
 )
-
-import fa4_prefixlm as fp  # noqa: E402
-from fa4_prefixlm.masks import causal, key_in, prefix, window  # noqa: E402
-from fa4_prefixlm.testing.machine import describe_machine  # noqa: E402
+from fa4_prefixlm.testing.machine import describe_machine
 
 BAND = 1.25
 LIMIT_S = 200

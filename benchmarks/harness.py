@@ -1,33 +1,27 @@
 """One way to make every speed claim: verify, then time, interleaved, as a ratio to FA4's causal kernel in the same run.
 
 A `Path` is something that can be timed. `measure` checks each path's output against float64, leaves out (and reports)
-what is wrong, then times all others, in another order each round. Times are CUDA events around a batch of calls; a
-path's time is the median over rounds, its spread (max - min) / median. TFLOP/s count the exact work of its own mask.
-
-Before each batch the same path runs for a while: a GPU that comes from lighter work has power to spare, and without the
-lead-in the path that comes next looks faster than it is.
+what is wrong, then times all others by `fa4_prefixlm.testing.timing`. TFLOP/s count the exact work of its own mask.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
-import os
 import pathlib
-import random
-import statistics
-import subprocess
 from collections.abc import Callable
 
 import torch
 
 from fa4_prefixlm.testing.accuracy import relative_error
-from fa4_prefixlm.tools.check.speed import milliseconds
+from fa4_prefixlm.testing.bands import row_errors
+from fa4_prefixlm.testing.machine import describe_machine
+from fa4_prefixlm.testing.tables import columns
+from fa4_prefixlm.testing.timing import time_in_rounds
 
 ROUNDS = 9
 ROUND_MS = 40.0
-BAND = 1.25
+BAND, ROW_BAND = 1.25, 2.0
 
 Exact = Callable[[], torch.Tensor]
 
@@ -62,45 +56,45 @@ def measure(workload: str, paths: list[Path]) -> list[Result]:
     baseline = next(path for path in paths if path.is_baseline)
     exact: dict[Exact, torch.Tensor] = {}
     errors: dict[str, float] = {}
+    rows: dict[str, float] = {}
     for path in [baseline, *(path for path in paths if path is not baseline)]:
         if path.exact not in exact:
             exact.clear()  # one float64 answer at a time: they are large
             exact[path.exact] = path.exact()
-        errors[path.name] = relative_error(path.run(), exact[path.exact])
+        out = path.run()
+        errors[path.name] = relative_error(out, exact[path.exact])
+        rows[path.name] = float(row_errors(out, exact[path.exact]).max())
     exact.clear()
-    correct = [path for path in paths if errors[path.name] <= BAND * errors[baseline.name]]
-    times: dict[str, list[float]] = {path.name: [] for path in correct}
-    calls = {path.name: max(1, round(ROUND_MS / milliseconds(path.run, 3))) for path in correct}
-    order = random.Random(0)
-    for _ in range(ROUNDS):
-        for path in order.sample(correct, len(correct)):
-            for _ in range(max(1, calls[path.name] // 2)):
-                path.run()
-            times[path.name].append(milliseconds(path.run, calls[path.name]))
-    median = {name: statistics.median(values) for name, values in times.items()}
-    speed = {path.name: path.flops / median[path.name] / 1e9 for path in correct}
+    correct = {
+        path.name: path
+        for path in paths
+        if errors[path.name] <= BAND * errors[baseline.name] and rows[path.name] <= ROW_BAND * rows[baseline.name]
+    }
+    timings = time_in_rounds({name: path.run for name, path in correct.items()}, rounds=ROUNDS, round_ms=ROUND_MS)
+    speed = {name: path.flops / timings[name].ms / 1e9 for name, path in correct.items()}
     results = []
     for path in paths:
-        if path.name not in times:
+        if path.name not in correct:
             results.append(Result(workload, path.name, errors[path.name], False))
             continue
-        spread = (max(times[path.name]) - min(times[path.name])) / median[path.name]
-        ratio = speed[path.name] / speed[baseline.name]
+        timing, ratio = timings[path.name], speed[path.name] / speed[baseline.name]
         results.append(
-            Result(workload, path.name, errors[path.name], True, median[path.name], spread, speed[path.name], ratio)
+            Result(workload, path.name, errors[path.name], True, timing.ms, timing.spread, speed[path.name], ratio)
         )
     return results
 
 
 def show(results: list[Result]) -> None:
-    header = f"{'workload':34} {'path':22} {'error':>9} {'ms':>8} {'spread':>7} {'TFLOP/s':>8} {'of causal':>9}"
-    print(header)
+    rows = [["workload", "path", "error", "ms", "spread", "TFLOP/s", "of causal"]]
     for result in results:
-        row = f"{result.workload:34} {result.path:22} {result.error:9.2e}"
+        row = [result.workload, result.path, f"{result.error:.2e}"]
         if result.ms is None:
-            print(f"{row}    WRONG, not timed")
+            rows.append([*row, "WRONG", "not timed", "", ""])
             continue
-        print(f"{row} {result.ms:8.3f} {result.spread:7.1%} {result.tflops:8.1f} {result.of_baseline:9.3f}", flush=True)
+        rows.append(
+            [*row, f"{result.ms:.3f}", f"{result.spread:.1%}", f"{result.tflops:.1f}", f"{result.of_baseline:.3f}"]
+        )
+    print("\n".join(columns(rows, right=range(2, 7))), flush=True)
 
 
 def save(path: pathlib.Path, results: list[Result], **more: object) -> None:
@@ -112,26 +106,9 @@ def save(path: pathlib.Path, results: list[Result], **more: object) -> None:
 
 
 def provenance() -> dict[str, object]:
-    versions = {"torch": torch.__version__}
-    for package in ("flash-attn-4", "nvidia-cutlass-dsl", "quack-kernels", "triton"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {"device": torch.cuda.get_device_name(), "versions": versions, "commit": _commit()}
-
-
-def _commit() -> str:
-    """The commit, marked where the tree had changes. A copy of a tree gets it from the environment, as COMMIT."""
-    if os.environ.get("COMMIT"):
-        return os.environ["COMMIT"]
-    root = pathlib.Path(__file__).parent.parent
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=root, capture_output=True, text=True, check=False
-    )
-    if described.returncode == 0:
-        return described.stdout.strip()
-    return "unknown"
+    machine = describe_machine()
+    device = machine.gpus[0].name if machine.gpus else machine.gpu
+    return {"device": device, "versions": dict(machine.versions), "commit": machine.commit or "unknown"}
 
 
 def _rounded(values: dict[str, object]) -> dict[str, object]:

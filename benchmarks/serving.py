@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import pathlib
 import statistics
 import sys
@@ -29,6 +30,8 @@ from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.fa4.builds.locate import installed
 from fa4_prefixlm.fa4.kernels.launch import causal_forward, mask_code, on_device
 from fa4_prefixlm.testing.accuracy import exact_attention
+from fa4_prefixlm.testing.pages import shuffled_pages
+from fa4_prefixlm.testing.tables import columns
 
 WORKLOADS = [
     (Workload(2, 8192, 128), (16, 128)),
@@ -41,14 +44,6 @@ WORKLOADS = [
 ]
 
 
-def in_pages(keys: torch.Tensor, page_size: int, table: torch.Tensor) -> torch.Tensor:
-    """The cache of `keys` `(batch, tokens, heads, head_dim)`, its pages in the order of `table`."""
-    pages = torch.nn.functional.pad(keys, (0, 0, 0, 0, 0, -keys.shape[1] % page_size)).unflatten(1, (-1, page_size))
-    cache = torch.empty_like(pages.flatten(0, 1))
-    cache[table.flatten().long()] = pages.flatten(0, 1)
-    return cache
-
-
 def paths(work: Workload, page_size: int, build: str | None) -> list[Path]:
     queries = work.tokens - work.cached
     cu_q, used = [queries * index for index in range(work.batch + 1)], [work.tokens] * work.batch
@@ -57,10 +52,9 @@ def paths(work: Workload, page_size: int, build: str | None) -> list[Path]:
         torch.randn(work.batch, tokens, heads, work.head_dim, generator=generator, device="cuda", dtype=torch.bfloat16)
         for tokens, heads in ((queries, HEADS[0]), (work.tokens, HEADS[1]), (work.tokens, HEADS[1]))
     )
-    per_sequence = -(-work.tokens // page_size)
-    order = torch.randperm(work.batch * per_sequence, generator=generator, device="cuda")
-    table = order.to(torch.int32).view(work.batch, per_sequence)
-    q, k_cache, v_cache = q.flatten(0, 1), in_pages(k, page_size, table), in_pages(v, page_size, table)
+    pages = shuffled_pages(k.flatten(0, 1), v.flatten(0, 1), used, page_size, seed=0)
+    table = pages.table[:, : -(-work.tokens // page_size)].cuda()
+    q, k_cache, v_cache = q.flatten(0, 1), pages.k, pages.v
     mask, spans = fp.PrefixLM(work.window), work.spans()
 
     def plan_for(backend: str, ranges: list[list[tuple[int, int]]]) -> fp.Plan:
@@ -121,7 +115,8 @@ def paths(work: Workload, page_size: int, build: str | None) -> list[Path]:
     causal_flops = plan_for("native", [[]] * work.batch).flops()
     named = [Path("fa4 causal", causal, causal_exact, causal_flops, is_baseline=True)]
     for name, own in plans.items():
-        named.append(Path(name, lambda own=own: fp.attention(q, k_cache, v_cache, own), masked_exact, plan.flops()))
+        run = functools.partial(fp.attention, q, k_cache, v_cache, own)
+        named.append(Path(name, run, masked_exact, plan.flops()))
     named.append(Path("mask_mod, every tile", every_tile, masked_exact, plan.flops()))
     return named
 
@@ -140,10 +135,12 @@ def steps(build: str | None) -> list[Step]:
     sequences, tokens, page_size, head_dim = 64, 16384, 16, 128
     each = tokens // sequences
     q = torch.randn(tokens, HEADS[0], head_dim, device="cuda", dtype=torch.bfloat16)
-    caches = [torch.randn(tokens // page_size, page_size, HEADS[1], head_dim, device="cuda").to(q) for _ in range(2)]
+    k_cache, v_cache = (
+        torch.randn(tokens // page_size, page_size, HEADS[1], head_dim, device="cuda").to(q) for _ in range(2)
+    )
     table = torch.randperm(tokens // page_size, device="cuda").to(torch.int32).view(sequences, -1)
     plan = fp.serving_plan(
-        like=(q, *caches),
+        like=(q, k_cache, v_cache),
         max_tokens=tokens,
         max_sequences=sequences,
         max_pages=table.shape[1],
@@ -158,7 +155,7 @@ def steps(build: str | None) -> list[Step]:
         plan.update(ranges, cu_seqlens_q=cu, seqused_k=used, page_table=table)
 
     def layer() -> torch.Tensor:
-        return fp.attention(q, *caches, plan)
+        return fp.attention(q, k_cache, v_cache, plan)
 
     fa4 = installed(build)
     assert fa4 is not None
@@ -167,7 +164,8 @@ def steps(build: str | None) -> list[Step]:
     def causal() -> torch.Tensor:
         return causal_forward(
             q,
-            *caches,
+            k_cache,
+            v_cache,
             build=fa4,
             cu_seqlens_q=cu,
             max_seqlen_q=each,
@@ -235,8 +233,8 @@ def main() -> int:
     if arguments.once:
         return 0
     found = steps(arguments.build)
-    for step in found:
-        print(f"{step.what:24} {step.gpu_us:8.1f} us GPU {step.host_us:8.1f} us host")
+    rows = [[step.what, f"{step.gpu_us:.1f} us GPU", f"{step.host_us:.1f} us host"] for step in found]
+    print("\n".join(columns(rows, right=(1, 2))))
     if arguments.save:
         more = {"heads": HEADS, "dtype": "bfloat16", "build": arguments.build or "flash_attn.cute"}
         save(arguments.save, results, **more, steps=[dataclasses.asdict(step) for step in found])

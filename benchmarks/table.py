@@ -6,6 +6,8 @@ import json
 import pathlib
 import sys
 
+from fa4_prefixlm.testing.tables import markdown
+
 
 def table(content: dict) -> str:
     """One row per workload, one column per path: milliseconds, and exact TFLOP/s relative to the baseline's."""
@@ -13,8 +15,8 @@ def table(content: dict) -> str:
     workloads = list(dict.fromkeys(result["workload"] for result in results))
     paths = list(dict.fromkeys(result["path"] for result in results))
     cells = {(result["workload"], result["path"]): _cell(result) for result in results}
-    lines = ["| workload | " + " | ".join(paths) + " |", "| --- |" + " --- |" * len(paths)]
-    lines += [f"| {work} | " + " | ".join(cells.get((work, path), "") for path in paths) + " |" for work in workloads]
+    rows = [[work, *(cells.get((work, path), "") for path in paths)] for work in workloads]
+    lines = markdown(["workload", *paths], rows)
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
     return "\n".join([*lines, "", f"{content['device']}; {versions}; commit {content['commit']}."])
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -64,3 +65,28 @@ def to_device(values: object, device: torch.device) -> torch.Tensor:
         tensor = tensor.clone() if tensor.is_pinned() else tensor
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+def to_device_together(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """int32 tensors of the host on `device`, in one copy that does not wait for the device.
+
+    They share memory of their own, and each begins at a multiple of 16 bytes there.
+    """
+    if device.type == "cpu":
+        return list(tensors)
+    begins, end = [], 0
+    for tensor in tensors:
+        begins.append(end)
+        end += -(-tensor.numel() // 4) * 4
+    here = torch.empty(end, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda" and _has_cuda())
+    for begin, tensor in zip(begins, tensors, strict=True):
+        here.narrow(0, begin, tensor.numel()).copy_(tensor.reshape(-1))
+    there = here.to(device, non_blocking=True)
+    return [
+        there.narrow(0, begin, tensor.numel()).view(tensor.shape) for begin, tensor in zip(begins, tensors, strict=True)
+    ]
+
+
+@functools.cache
+def _has_cuda() -> bool:
+    return torch.cuda.is_available()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -39,7 +40,7 @@ class PrefixLM(Mask):
         if not isinstance(self.clamp, bool):
             raise InputError("clamp", "True or False", repr(self.clamp))
 
-    @property
+    @functools.cached_property
     def expression(self) -> Mask:
         """The same mask in the terms of the authoring API, its spans named "image"."""
         if self.window is None:
@@ -48,7 +49,7 @@ class PrefixLM(Mask):
             return (causal | same_span("image")) & window(self.window)
         return (causal & window(self.window)) | same_span("image")
 
-    @property
+    @functools.cached_property
     def names(self) -> frozenset[str]:
         return self.expression.names
 

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 
 import pytest
 import torch
 
 from fa4_prefixlm.fa4.builds import locate
+
+# Tests compile, unless they say otherwise: what is on disk was compiled from other code, and by other tests.
+os.environ.setdefault("FA4_PREFIXLM_CACHE", "0")
+# The workers of pytest-xdist share the cores already, and so do the processes that tests start.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def _why_no_gpu() -> str | None:

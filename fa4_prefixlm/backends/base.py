@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.batch.ranges import SpanSets
 from fa4_prefixlm.batch.tensors import CallSpec
 from fa4_prefixlm.fa4.builds.describe import Build
-from fa4_prefixlm.geometry.intervals import Bounds, Tokens
+from fa4_prefixlm.geometry.intervals import Bounds, Tokens, row_bounds, tokens
 from fa4_prefixlm.geometry.tiles import TileCounts
 from fa4_prefixlm.geometry.traits import Traits
 from fa4_prefixlm.masks.base import Mask
@@ -29,10 +30,9 @@ class MaskedBatch:
         spans: its spans, by name.
         lengths: of the sequences.
         traits: what the mask asks of a kernel.
-        where: the position of each query token.
-        bounds: the keys that each query row sees.
         keys: where the keys are, contiguous or in pages.
         build: the FA4 to run on; None: there is none.
+        in_one_launch: `rows.kernel_rows` fills and checks what the kernel reads, in one launch, see there.
     """
 
     spec: CallSpec
@@ -40,10 +40,25 @@ class MaskedBatch:
     spans: SpanSets
     lengths: Lengths
     traits: Traits
-    where: Tokens
-    bounds: Bounds
     keys: Keys
     build: Build | None = None
+    in_one_launch: bool = False
+
+    @functools.cached_property
+    def where(self) -> Tokens:
+        """Where each query token stands; computed when it is first looked at."""
+        return tokens(self.lengths)
+
+    @functools.cached_property
+    def bounds(self) -> Bounds:
+        """The keys that each query row sees; computed when they are first looked at."""
+        most = None if self.traits.custom else self.traits.intervals
+        return row_bounds(self.mask, self.spans, self.lengths, self.where, most)
+
+    @property
+    def known_on_host(self) -> bool:
+        """The host knows the lengths and the spans, so that they are checked."""
+        return self.lengths.known and all(own.host is not None for own in self.spans.values())
 
     def fa4(self) -> Build:
         """The build. A backend that needs one refuses a call without."""
@@ -155,6 +170,7 @@ class Backend(abc.ABC):
     name: str
     summary: str
     reads_pages = False
+    reads_kernel_rows = False  # of its batch, it reads what `rows.kernel_rows` returns, and nothing else per token
 
     @abc.abstractmethod
     def refusal(self, spec: CallSpec, traits: Traits, build: Build | None) -> str | None:

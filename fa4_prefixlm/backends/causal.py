@@ -8,6 +8,7 @@ import torch
 
 from fa4_prefixlm.backends.base import Backend, MaskedBatch, Prepared
 from fa4_prefixlm.backends.fa4_verdicts import causal_refusal, kernel_line
+from fa4_prefixlm.backends.rows import ANY_TILE, kernel_rows
 from fa4_prefixlm.batch.keys import Keys
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.batch.tensors import CallSpec
@@ -59,6 +60,7 @@ class Causal(Backend):
     name = "causal"
     summary = "FlashAttention-4's own causal call: no query token is in a span"
     reads_pages = True
+    reads_kernel_rows = True
 
     def refusal(self, spec: CallSpec, traits: Traits, build: Build | None) -> str | None:
         if traits.causal_only is None:
@@ -67,6 +69,8 @@ class Causal(Backend):
 
     def prepare(self, batch: MaskedBatch) -> CausalCall:
         assert batch.traits.causal_only is not None
+        if batch.in_one_launch and not batch.known_on_host:
+            kernel_rows(batch, *ANY_TILE)  # for its checks: FA4's kernel reads none of it
         return causal_call(batch, batch.traits.causal_only.window)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 from fa4_prefixlm.batch.tensors import CallSpec, device_arch
@@ -105,7 +103,6 @@ def not_run(device: torch.device) -> str:
     return "" if device_arch(device) // 10 == 9 else " (compiled, not run)"
 
 
-@functools.lru_cache(maxsize=256)
 def choose_tile(spec: CallSpec, traits: Traits, max_seqlen_q: int) -> Tile:
     """The forward tile of a call."""
     arch = spec.arch

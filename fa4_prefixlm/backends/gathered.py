@@ -79,21 +79,7 @@ def contiguous(batch: MaskedBatch, *, trim: bool) -> tuple[MaskedBatch, torch.Te
         return inner, torch.zeros_like(keys)
     first_key = (keys - rows - left).clamp(min=0)
     lengths = _without(lengths, first_key, left)
-    by = first_key.index_select(0, batch.where.sequence)
-    where = batch.where._replace(
-        key_offset=lengths.cu_seqlens_k.index_select(0, batch.where.sequence),
-        seqlen_k=batch.where.seqlen_k - by,
-        key_start=by,
-    )
-    inner = dataclasses.replace(
-        batch,
-        spec=spec,
-        lengths=lengths,
-        where=where,
-        bounds=batch.bounds.shifted(by.neg()),
-        keys=Keys.contiguous(lengths),
-    )
-    return inner, first_key
+    return dataclasses.replace(batch, spec=spec, lengths=lengths, keys=Keys.contiguous(lengths)), first_key
 
 
 def _without(lengths: Lengths, first_key: torch.Tensor, left: int) -> Lengths:

@@ -11,14 +11,14 @@ import torch
 
 from fa4_prefixlm.backends.base import Backend, MaskedBatch, Prepared
 from fa4_prefixlm.backends.fa4_verdicts import build_refusal, choose_tile, kernel_line, outputs, paged_refusal
+from fa4_prefixlm.backends.rows import kernel_rows
 from fa4_prefixlm.batch.keys import Keys
 from fa4_prefixlm.batch.lengths import Lengths
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.batch.tensors import CallSpec
 from fa4_prefixlm.fa4.builds.describe import MASKED_ARGUMENTS, Build
-from fa4_prefixlm.fa4.kernels.launch import PADDING
 from fa4_prefixlm.fa4.kernels.native_launch import NativeKernel, native_forward
-from fa4_prefixlm.geometry.tiles import TileCounts, TileRuns, count_tiles, query_tiles, tile_runs, tile_slots
+from fa4_prefixlm.geometry.tiles import TileCounts, TileRuns, count_tiles
 from fa4_prefixlm.geometry.traits import Traits
 
 
@@ -29,11 +29,10 @@ class NativeCall(Prepared):
     Attributes:
         build: the FA4 whose kernel runs.
         kernel: which variant of it.
-        bounds, tiles: see `fa4.kernels.native.row_intervals`; query tiles have `kernel.tokens` tokens.
+        bounds, tiles: see `rows.KernelRows`; query tiles have `kernel.tokens` tokens.
         cu_seqlens_q: `(batch + 1,)` int32 on the device.
         keys: where the keys are.
         lengths: of the sequences; None where they are not known (serving plans).
-        runs: the key tiles of each query tile; None as above.
     """
 
     build: Build
@@ -43,7 +42,6 @@ class NativeCall(Prepared):
     cu_seqlens_q: torch.Tensor
     keys: Keys
     lengths: Lengths | None = None
-    runs: TileRuns | None = None
 
     def run(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, out: torch.Tensor | None
@@ -74,15 +72,16 @@ class NativeCall(Prepared):
         ]
 
     def tile_counts(self) -> TileCounts | None:
-        if self.runs is None or self.lengths is None:
+        if self.lengths is None:
             return None
-        return count_tiles(self.runs, self.lengths, self.kernel.tokens, self.kernel.tile.n)
+        return count_tiles(TileRuns(*self.tiles.unbind(1)), self.lengths, self.kernel.tokens, self.kernel.tile.n)
 
 
 class Native(Backend):
     name = "native"
     summary = "FlashAttention-4's SM90 main loop over each row's interval"
     reads_pages = True
+    reads_kernel_rows = True
 
     def refusal(self, spec: CallSpec, traits: Traits, build: Build | None) -> str | None:
         if traits.custom or traits.tagged or traits.intervals > 1:
@@ -97,18 +96,15 @@ class Native(Backend):
 
     def prepare(self, batch: MaskedBatch) -> NativeCall:
         kernel = native_kernel(batch.spec, batch.traits, batch.lengths.max_seqlen_q)
-        where = query_tiles(batch.lengths, kernel.tokens)
-        runs = tile_runs(batch.bounds, where, kernel.tokens, kernel.tile.n)
-        bounds = torch.cat([batch.bounds.lo, batch.bounds.hi], dim=1)
+        bounds, tiles = kernel_rows(batch, kernel.tokens, kernel.tile.n)
         return NativeCall(
             build=batch.fa4(),
             kernel=kernel,
-            bounds=torch.nn.functional.pad(bounds, (0, 0, 0, PADDING)),
-            tiles=tile_slots(runs, where, batch.lengths, kernel.tokens),
+            bounds=bounds,
+            tiles=tiles,
             cu_seqlens_q=batch.lengths.cu_seqlens_q,
             keys=batch.keys,
             lengths=batch.lengths,
-            runs=runs,
         )
 
 

@@ -12,6 +12,7 @@ import torch
 
 from fa4_prefixlm.backends.base import BackwardBackend, ForwardPass, Gradients, Grads, MaskedBatch, Refusal
 from fa4_prefixlm.backends.fa4_verdicts import backward_call_refusal
+from fa4_prefixlm.backends.rows import ANY_TILE, kernel_rows
 from fa4_prefixlm.batch.lengths import Lengths
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.batch.tensors import CallSpec
@@ -20,6 +21,7 @@ from fa4_prefixlm.fa4.builds.describe import BACKWARD_ARGUMENTS, Build
 from fa4_prefixlm.fa4.kernels.backward_tiles import BackwardTile, native_tile
 from fa4_prefixlm.fa4.kernels.launch import PADDING
 from fa4_prefixlm.fa4.kernels.native_backward_launch import KeyTables, native_backward
+from fa4_prefixlm.geometry.intervals import Bounds
 from fa4_prefixlm.geometry.key_bounds import KeyBounds, any_key_bounds, rises, rising_key_bounds
 from fa4_prefixlm.geometry.row_tiles import key_tile_ends, row_tiles, visitors_before
 from fa4_prefixlm.geometry.traits import Traits
@@ -98,13 +100,17 @@ def key_tables(batch: MaskedBatch, tile: BackwardTile, *, deterministic: bool) -
 
     Synchronises only where the host can't tell that the rows of the mask rise.
     """
-    bounds, lengths = batch.bounds, batch.lengths
-    if bounds.count == 1 and rises(batch.traits.closed_form, lengths):
-        if bounds.lo.is_cuda and not is_fake(bounds.lo):
-            from fa4_prefixlm.kernels.key_tables import rising_key_tables
+    lengths = batch.lengths
+    rising = batch.traits.intervals == 1 and rises(batch.traits.closed_form, lengths)
+    if rising and batch.spec.device.type == "cuda" and not is_fake(lengths.cu_seqlens_q):
+        from fa4_prefixlm.kernels.key_tables import rising_key_tables
 
-            made = rising_key_tables(bounds, lengths, tile.m, tile.n, padding=PADDING, ordered=deterministic)
-            return KeyTables(made[0], made[1], 1, made[2])
+        rows = kernel_rows(batch, *ANY_TILE).bounds if batch.in_one_launch else None
+        own = batch.bounds if rows is None else Bounds(rows.narrow(1, 0, 1), rows.narrow(1, 1, 1))
+        made = rising_key_tables(own, lengths, tile.m, tile.n, padding=PADDING, ordered=deterministic)
+        return KeyTables(made[0], made[1], 1, made[2])
+    bounds = batch.bounds
+    if rising:
         keys: KeyBounds | int = rising_key_bounds(bounds, batch.where.sequence, lengths)
     else:
         keys = any_key_bounds(bounds, batch.where.sequence, lengths, MOST_ROW_INTERVALS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -58,8 +59,7 @@ class Forward:
     @classmethod
     def after(cls, passed_over: Mapping[str, str], name: str, *, gathered: bool = False) -> Forward:
         """The first that runs the call, after those that do not."""
-        why = f"{', '.join(passed_over)} passed over" if passed_over else "the first choice"
-        return cls(name, why, tuple(passed_over.items()), gathered)
+        return _after(tuple(passed_over.items()), name, gathered)
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,13 @@ class Choice:
         return f"{self.name}: {self.backend.summary}{gathered} ({self.reason})"
 
 
+@functools.lru_cache(maxsize=256)
+def _after(passed_over: tuple[tuple[str, str], ...], name: str, gathered: bool) -> Forward:
+    names = ", ".join(own for own, _ in passed_over)
+    why = f"{names} passed over" if passed_over else "the first choice"
+    return Forward(name, why, passed_over, gathered)
+
+
 def choose(
     name: str, spec: CallSpec, traits: Traits, lengths: Lengths, build: Build | None, backward: str = "auto"
 ) -> Choice:
@@ -130,7 +137,7 @@ def _choose_forward(name: str, spec: CallSpec, traits: Traits, lengths: Lengths,
     paged = spec.page_size is not None
     if lengths.total_q == 0:
         return Forward(Reference.name, "there are no queries", gathered=paged)
-    copied = dataclasses.replace(spec, page_size=None)
+    copied = dataclasses.replace(spec, page_size=None) if paged else spec
     if name != "auto":
         gathered = paged and (not BACKENDS[name].reads_pages or BACKENDS[name].refusal(spec, traits, build) is not None)
         refusal = BACKENDS[name].refusal(copied if gathered else spec, traits, build)

@@ -14,6 +14,7 @@ import torch
 from fa4_prefixlm.backends.base import Backend, MaskedBatch, Prepared
 from fa4_prefixlm.backends.causal import CausalCall, causal_call
 from fa4_prefixlm.backends.fa4_verdicts import causal_refusal
+from fa4_prefixlm.backends.rows import ANY_TILE, kernel_rows
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.batch.tensors import CallSpec
 from fa4_prefixlm.device_checks import is_fake
@@ -71,6 +72,7 @@ class TwoPass(Backend):
     name = "two_pass"
     summary = "FlashAttention-4's own causal call, then the rest of each span"
     reads_pages = True
+    reads_kernel_rows = True
 
     def refusal(self, spec: CallSpec, traits: Traits, build: Build | None) -> str | None:
         if traits.causal_part is None or traits.intervals > 1:
@@ -80,4 +82,4 @@ class TwoPass(Backend):
     def prepare(self, batch: MaskedBatch) -> TwoPasses:
         assert batch.traits.causal_part is not None
         causal = causal_call(batch, batch.traits.causal_part.window)
-        return TwoPasses(causal, torch.cat([batch.bounds.lo, batch.bounds.hi], dim=1))
+        return TwoPasses(causal, kernel_rows(batch, *ANY_TILE).bounds)

@@ -1,20 +1,26 @@
-"""What a caller says of a batch, as one value, and the lengths and keys that follow from it."""
+"""What a caller says of a batch, as one value; the lengths and keys that follow from it; their way to the device."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from fa4_prefixlm.batch import lengths
 from fa4_prefixlm.batch.integers import as_int32
-from fa4_prefixlm.batch.keys import Keys, check_table
+from fa4_prefixlm.batch.keys import Keys, check_entries, check_table
 from fa4_prefixlm.batch.lengths import CuSeqlens, Lengths
-from fa4_prefixlm.batch.ranges import MaxRange, NamedRanges
+from fa4_prefixlm.batch.ranges import MaxRange, NamedRanges, Spans, SpanSets
 from fa4_prefixlm.batch.tensors import Cache, CallSpec
+from fa4_prefixlm.device_checks import to_device_together
 from fa4_prefixlm.errors import InputError
+
+CPU = torch.device("cpu")
+_LENGTH_TENSORS = ("cu_seqlens_q", "cu_seqlens_k", "key_start", "query_start")
 
 
 @dataclass(frozen=True)
@@ -37,9 +43,12 @@ class BatchArguments:
             return "pages"
         return None if self.seqused_k is None else "static"
 
-    def given(self) -> dict[str, object]:
-        """The arguments beside `ranges`, by name."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "ranges"}
+    @property
+    def on_host(self) -> bool:
+        """Every value is on the host. Then all are checked there first, and go to the device in one copy."""
+        ranges = self.ranges.values() if isinstance(self.ranges, Mapping) else (self.ranges,)
+        values = (self.cu_seqlens_q, self.cu_seqlens_k, self.seqused_k, self.page_table, *ranges)
+        return all(value.device.type == "cpu" for value in values if isinstance(value, torch.Tensor))
 
     def checked(self) -> BatchArguments:
         """The same with all integers as int32, where they fit."""
@@ -54,20 +63,21 @@ class BatchArguments:
         )
 
     def lengths(self, spec: CallSpec, *, more_queries: bool = False) -> Lengths:
-        """The checked lengths of the batch, whose tensors are described by `spec`.
+        """The checked lengths of the batch, whose tensors are described by `spec`; on the CPU where `on_host`.
 
         more_queries: a sequence may have more queries than keys.
         """
         if spec.batched:
             self._refuse("cu_seqlens_q", "None with (batch, seqlen, heads, head_dim) tensors")
+        device = CPU if self.on_host else spec.device
         if spec.page_size is not None:
-            return self._cached_lengths(spec, more_queries)
+            return self._cached_lengths(spec, device, more_queries)
         if spec.batched:
             self._refuse("cu_seqlens_k", "None with (batch, seqlen, heads, head_dim) tensors")
             batch, seqlen_q, seqlen_k = *spec.shape_q, spec.shape_k[1]
             lengths.check_upper_bound("max_seqlen_q", self.max_seqlen_q, (seqlen_q,))
             lengths.check_upper_bound("max_seqlen_k", self.max_seqlen_k, (seqlen_k,))
-            return lengths.batched(batch, seqlen_q, seqlen_k, spec.device, more_queries=more_queries)
+            return lengths.batched(batch, seqlen_q, seqlen_k, device, more_queries=more_queries)
         for name, value in (("cu_seqlens_q", self.cu_seqlens_q), ("cu_seqlens_k", self.cu_seqlens_k)):
             if value is None:
                 raise InputError(name, "(batch + 1,) int32 with packed (total, heads, head_dim) tensors", None)
@@ -80,20 +90,34 @@ class BatchArguments:
             total_k=spec.shape_k[0],
             max_seqlen_q=self.max_seqlen_q,
             max_seqlen_k=self.max_seqlen_k,
-            device=spec.device,
+            device=device,
             more_queries=more_queries,
         )
 
-    def keys(self, spec: CallSpec, sizes: Lengths) -> Keys:
-        """Where the keys of the batch are."""
-        if spec.page_size is None:
-            return Keys.contiguous(sizes)
+    def on_device(self, spec: CallSpec, sizes: Lengths, spans: SpanSets) -> tuple[Lengths, dict[str, Spans], Keys]:
+        """The batch on the device of `spec`: its lengths, its spans, and where its keys are."""
         table = self.page_table
-        if table is None:  # a static cache
-            table = torch.arange(sizes.batch, dtype=torch.int32, device=spec.device).unsqueeze(1)
-        return Keys.in_pages(table, sizes, spec.page_size, spec.shape_k[0])
+        if spec.page_size is not None and table is None:  # a static cache
+            table = torch.arange(sizes.batch, dtype=torch.int32, device=sizes.device).unsqueeze(1)
+        if not self.on_host or spec.device.type == "cpu":
+            return sizes, dict(spans), _keys(table, spec, sizes)
+        fields = [name for name in _LENGTH_TENSORS if getattr(sizes, name) is not None]
+        here = [*(getattr(sizes, name) for name in fields), *(own.values for own in spans.values())]
+        if table is not None:
+            assert sizes.seqlens_k is not None
+            assert spec.page_size is not None
+            check_entries(table, sizes.seqlens_k, spec.page_size, spec.shape_k[0])
+            here += [torch.tensor(sizes.seqlens_k, dtype=torch.int32, device=CPU), table]
+        there = to_device_together(here, spec.device)
+        moved: dict[str, Any] = dict(zip(fields, there, strict=False))
+        sizes = dataclasses.replace(sizes, **moved)
+        values = zip(spans.items(), there[len(fields) :], strict=False)
+        own_spans = {name: dataclasses.replace(own, values=tensor) for (name, own), tensor in values}
+        if table is None:
+            return sizes, own_spans, Keys.contiguous(sizes)
+        return sizes, own_spans, Keys(sizes.max_seqlen_k, seqused_k=there[-2], page_table=there[-1])
 
-    def _cached_lengths(self, spec: CallSpec, more_queries: bool) -> Lengths:
+    def _cached_lengths(self, spec: CallSpec, device: torch.device, more_queries: bool) -> Lengths:
         assert spec.page_size is not None
         what = "a page_table" if self.page_table is not None else "seqused_k"
         self._refuse("cu_seqlens_k", f"None with {what} (seqused_k says how many keys there are)")
@@ -123,10 +147,17 @@ class BatchArguments:
             capacity=capacity,
             max_seqlen_q=self.max_seqlen_q,
             max_seqlen_k=self.max_seqlen_k,
-            device=spec.device,
+            device=device,
             more_queries=more_queries,
         )
 
     def _refuse(self, name: str, expected: str) -> None:
         if getattr(self, name) is not None:
             raise InputError(name, expected, "a value")
+
+
+def _keys(page_table: torch.Tensor | None, spec: CallSpec, sizes: Lengths) -> Keys:
+    if page_table is None:
+        return Keys.contiguous(sizes)
+    assert spec.page_size is not None
+    return Keys.in_pages(page_table, sizes, spec.page_size, spec.shape_k[0])

@@ -27,7 +27,10 @@ def first_query(seqlen_q: int, seqlen_k: int) -> int:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Sequence lengths of one batch, and where its sequences stand; valid by construction.
+    """Sequence lengths of one batch, and where its sequences stand.
+
+    Valid by construction where the host knows them; values that only the device knows are valid once an assertion on
+    the device has seen them, `assert_valid` or that of `kernels.row_update`.
 
     Attributes:
         cu_seqlens_q, cu_seqlens_k: `(batch + 1,)` int32 on the device, `[0, 2, 6]` for lengths 2 and 4. Of keys in
@@ -37,6 +40,8 @@ class Lengths:
         max_seqlen_q, max_seqlen_k: upper bounds, known on the host.
         seqlens_q, seqlens_k: the lengths themselves where the host knows them, else None.
         same: every sequence is known to have as many queries as keys.
+        more_queries: a sequence may have more queries than keys.
+        exact_total_k: `total_k` is the number of keys; else it is an upper bound.
         key_start: `(batch,)` int32 on the device, the position of each sequence's first key; None: 0.
         query_start: `(batch,)` int32 on the device, that of its first query; None: bottom-right alignment.
     """
@@ -50,6 +55,8 @@ class Lengths:
     seqlens_q: tuple[int, ...] | None
     seqlens_k: tuple[int, ...] | None
     same: bool
+    more_queries: bool = False
+    exact_total_k: bool = True
     key_start: torch.Tensor | None = None
     query_start: torch.Tensor | None = None
 
@@ -77,6 +84,16 @@ class Lengths:
             return tuple(self.query_start.tolist()), keys
         aligned = map(first_query, seqlens_q, seqlens_k)
         return tuple(start + own for start, own in zip(keys, aligned, strict=True)), keys
+
+    @property
+    def known(self) -> bool:
+        """The host knows the lengths."""
+        return self.seqlens_q is not None and self.seqlens_k is not None
+
+    def assert_valid(self) -> None:
+        """Check values that the host does not know by an assertion on the device, which does not synchronise."""
+        if not self.known:
+            _assert_on_device(self)
 
     @property
     def batch(self) -> int:
@@ -136,9 +153,10 @@ def packed(
                 raise InputError(
                     f"cu_seqlens_q (sequence {index})", f"seqlen_q <= seqlen_k = {keys}", f"seqlen_q = {rows}"
                 )
+    own_cu_seqlens_q = _on_device(cu_seqlens_q, device)
     lengths = Lengths(
-        cu_seqlens_q=_on_device(cu_seqlens_q, device),
-        cu_seqlens_k=_on_device(cu_seqlens_k, device),
+        cu_seqlens_q=own_cu_seqlens_q,
+        cu_seqlens_k=own_cu_seqlens_q if cu_seqlens_k is cu_seqlens_q else _on_device(cu_seqlens_k, device),
         total_q=total_q,
         total_k=total_k,
         max_seqlen_q=_upper_bound("max_seqlen_q", max_seqlen_q, seqlens_q, total_q),
@@ -146,11 +164,10 @@ def packed(
         seqlens_q=seqlens_q,
         seqlens_k=seqlens_k,
         same=cu_seqlens_q is cu_seqlens_k or (seqlens_q is not None and seqlens_q == seqlens_k),
+        more_queries=more_queries,
     )
     if cu_seqlens_q is cu_seqlens_k and total_q != total_k:
         raise InputError("k", f"total_k = {total_q}, as q, with the same cu_seqlens", total_k)
-    if seqlens_q is None or seqlens_k is None:
-        _assert_on_device(lengths, more_queries=more_queries)
     return lengths
 
 
@@ -185,7 +202,7 @@ def cached(
     else:
         keys_on_device = _on_device(seqused_k, device)
         cu_seqlens_k = torch.nn.functional.pad(keys_on_device.cumsum(0, dtype=torch.int32), (1, 0))
-    lengths = Lengths(
+    return Lengths(
         cu_seqlens_q=_on_device(cu_seqlens_q, device),
         cu_seqlens_k=cu_seqlens_k,
         total_q=total_q,
@@ -195,10 +212,9 @@ def cached(
         seqlens_q=seqlens_q,
         seqlens_k=seqlens_k,
         same=False,
+        more_queries=more_queries,
+        exact_total_k=False,
     )
-    if seqlens_q is None or seqlens_k is None:
-        _assert_on_device(lengths, more_queries=more_queries, exact_total_k=False)
-    return lengths
 
 
 def batched(batch: int, seqlen_q: int, seqlen_k: int, device: torch.device, *, more_queries: bool = False) -> Lengths:
@@ -216,6 +232,7 @@ def batched(batch: int, seqlen_q: int, seqlen_k: int, device: torch.device, *, m
         seqlens_q=(seqlen_q,) * batch,
         seqlens_k=(seqlen_k,) * batch,
         same=seqlen_q == seqlen_k,
+        more_queries=more_queries,
     )
 
 
@@ -242,18 +259,19 @@ def _on_device(values: CuSeqlens, device: torch.device) -> torch.Tensor:
     return to_device(list(values), device)
 
 
-def _assert_on_device(lengths: Lengths, *, more_queries: bool, exact_total_k: bool = True) -> None:
-    """Check values that the host does not know by an assertion on the device, which does not synchronise."""
+def _assert_on_device(lengths: Lengths) -> None:
     cu_q, cu_k = lengths.cu_seqlens_q.long(), lengths.cu_seqlens_k.long()
     rows, keys = cu_q.diff(), cu_k.diff()
     fine = (
         (rows >= 0)
         & (keys >= 0)
-        & ((rows <= keys) | more_queries)
+        & ((rows <= keys) | lengths.more_queries)
         & (rows <= lengths.max_seqlen_q)
         & (keys <= lengths.max_seqlen_k)
     )
-    last_k = cu_k.narrow(0, -1, 1) if exact_total_k else torch.full_like(cu_k.narrow(0, -1, 1), lengths.total_k)
+    last_k = cu_k.narrow(0, -1, 1)
+    if not lengths.exact_total_k:
+        last_k = torch.full_like(last_k, lengths.total_k)
     ends = torch.stack([cu_q.narrow(0, 0, 1), cu_q.narrow(0, -1, 1), cu_k.narrow(0, 0, 1), last_k])
     first_and_last = torch.arange(4, device=ends.device).remainder(2).unsqueeze(1)  # 0, 1, 0, 1
     totals = torch.arange(4, device=ends.device).div(2, rounding_mode="floor").unsqueeze(1)  # 0, 0, 1, 1

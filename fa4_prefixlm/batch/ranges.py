@@ -47,11 +47,13 @@ class Spans:
     values: `(batch, max_spans, 2)` int32 on the device, half-open `[start, end)`; rows `(0, 0)` are unused.
     host: the same, per sequence and sorted, where the host knows them, else None.
     longest: upper bound of a span's length in tokens, known on the host.
+    whole: what of them a chunk must hold.
     """
 
     values: torch.Tensor
     host: HostSpans | None
     longest: int
+    whole: Whole = "span"
 
     def on_host(self) -> HostSpans:
         """The spans per sequence; reads them from the device, which synchronises, where the host does not know them."""
@@ -88,8 +90,8 @@ def by_name(mask: ReadsSpans, ranges: NamedRanges) -> dict[str, Ranges]:
 def parse(mask: ReadsSpans, ranges: NamedRanges, lengths: Lengths, max_range: MaxRange = None) -> dict[str, Spans]:
     """Check `ranges` against the mask and the batch and bring them to the device.
 
-    Values on the host are checked here. Values on the device are checked on the device by an assertion that does not
-    synchronise (a violation surfaces as a CUDA device-side assertion), and here as well in debug mode.
+    Values on the host are checked here, and in debug mode those on the device as well. What only the device can tell is
+    for `assert_valid`.
     """
     named = by_name(mask, ranges)
     plain = not isinstance(ranges, Mapping)
@@ -149,17 +151,26 @@ def _parse_set(argument: str, ranges: Ranges, lengths: Lengths, max_range: int |
         _check_tensor(argument, ranges, lengths.batch, lengths.device)
         if not host_knows(ranges):
             longest = lengths.max_seqlen_k if max_range is None else min(max_range, lengths.max_seqlen_k)
-            _assert_on_device(ranges, lengths, longest, whole)
-            return Spans(ranges.clone(), None, longest)  # the plan's own, as its lengths are
+            return Spans(ranges.clone(), None, longest, whole)  # the plan's own, as its lengths are
         checked = _check_host(argument, _used_rows(ranges), lengths, max_range, whole)
         values = to_device(ranges, lengths.device)
     else:
         checked = _check_host(argument, _as_pairs(argument, ranges, lengths.batch), lengths, max_range, whole)
         values = to_device(_padded(checked), lengths.device)
     longest = max((end - start for spans in checked for start, end in spans), default=0)
-    if lengths.seqlens_k is None:  # then only the device can tell whether each span ends within its keys
-        _assert_on_device(values, lengths, None, whole)
-    return Spans(values, checked, longest)
+    return Spans(values, checked, longest, whole)
+
+
+def assert_valid(spans: Spans, lengths: Lengths) -> None:
+    """Check what the host cannot tell of spans by an assertion on the device, which does not synchronise.
+
+    That is their values, or whether the keys of their sequences end within one. A violation surfaces as a CUDA
+    device-side assertion.
+    """
+    if spans.host is None:
+        _assert_on_device(spans.values, lengths, spans.longest, spans.whole)
+    elif lengths.seqlens_k is None:
+        _assert_on_device(spans.values, lengths, None, spans.whole)
 
 
 def _check_tensor(argument: str, ranges: torch.Tensor, batch: int, device: torch.device) -> None:
@@ -256,7 +267,6 @@ def _check_whole(argument: str, spans: SequenceSpans, rows: int | None, keys: in
 
 
 def _assert_on_device(ranges: torch.Tensor, lengths: Lengths, longest: int | None, whole: Whole) -> None:
-    """Check values that the host does not know by an assertion on the device, which does not synchronise."""
     start, end = ranges.unbind(2)
     keys = lengths.cu_seqlens_k.diff().unsqueeze(1)
     used = (start != 0) | (end != 0)

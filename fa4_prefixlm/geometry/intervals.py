@@ -151,7 +151,8 @@ def row_bounds(mask: Mask, spans: SpanSets, lengths: Lengths, where: Tokens, mos
     if lo.shape != hi.shape or lo.ndim != 2 or lo.shape[0] != len(where.position):
         shapes = f"{tuple(lo.shape)} and {tuple(hi.shape)}"
         raise InputError("mask", f"intervals lo and hi of shape ({len(where.position)}, K) from {mask!r}", shapes)
-    _check_within_keys(mask, lo, hi, where)
+    if lengths.is_bottom_right and lengths.key_start is None:  # else there may be keys that are not here
+        _check_within_keys(mask, lo, hi, where)
     lo, hi = clipped(lo.to(torch.int32), hi.to(torch.int32), where)
     if most is not None and most < lo.shape[1]:
         past = hi.narrow(1, most, hi.shape[1] - most) > EMPTY_HI

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -65,15 +66,24 @@ def traits(mask: Mask, spans: SpanSets, lengths: Lengths) -> Traits:
 
 def traits_of_any(mask: Mask, longest: Mapping[str, int], most: Mapping[str, int]) -> Traits:
     """The traits for any spans: at most `most[name]` in a sequence, of at most `longest[name]` tokens."""
-    base, tags = as_run(mask, most)
-    banded = base.around_position and base.no_empty_rows and tags is None
+    holds_tensors = mask.evaluated or mask.custom_kernel is not None
+    find = _by_counts.__wrapped__ if holds_tensors else _by_counts  # which the cache would keep alive
+    base, found = find(mask, tuple(most.items()))
+    return dataclasses.replace(found, reach=base.reach(longest)) if found.banded else found
+
+
+@functools.lru_cache(maxsize=64)
+def _by_counts(mask: Mask, most: tuple[tuple[str, int], ...]) -> tuple[Mask, Traits]:
+    """(what runs by intervals, the traits but for `reach`): the same for every batch with these numbers of spans."""
+    spans = dict(most)
+    base, tags = as_run(mask, spans)
     form = closed_form(mask)
     causal = None if form is None else causal_outside(form)
-    return Traits(
-        intervals=base.count(most),
+    return base, Traits(
+        intervals=base.count(spans),
         tagged=tags is not None,
-        banded=banded,
-        reach=base.reach(longest) if banded else Reach(None, None),
+        banded=base.around_position and base.no_empty_rows and tags is None,
+        reach=Reach(None, None),
         custom=mask.custom_kernel is not None,
         closed_form=form,
         causal_part=causal,

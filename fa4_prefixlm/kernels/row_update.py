@@ -1,7 +1,11 @@
-"""Fill a serving plan's buffers for a batch in one launch: row bounds and key tiles from lengths and spans.
+"""Row bounds and key tiles of a mask in closed form, from lengths and spans, in one launch.
 
-Computes what `geometry.intervals.row_bounds` and `geometry.tiles.tile_runs` do, for a mask in closed form, buffers that
-are allocated once, and lengths that only the device knows. Nothing here synchronises on a GPU.
+The same as `geometry.intervals.row_bounds` and `geometry.tiles.tile_slots`, bit for bit. Nothing here synchronises on
+a GPU. Two ways in, over one rule (`_fill_slot`):
+
+- `plan_rows` makes the tensors of one plan, sized for its batch.
+- `update_rows` fills a serving plan's buffers, which were allocated for the largest batch, and copies what of the batch
+  the kernels read besides.
 
 A query tile has its own slot whatever the lengths are, so the grid is known on the host: tile `m` of sequence `b`
 has slot `cu_seqlens_q[b] // tile_tokens + b + m`. One program works on one slot.
@@ -12,12 +16,16 @@ has slot `cu_seqlens_q[b] // tile_tokens + b + m`. One program works on one slot
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
+from fa4_prefixlm.batch.keys import Keys
+from fa4_prefixlm.batch.lengths import Lengths
+from fa4_prefixlm.batch.ranges import Spans
 from fa4_prefixlm.errors import InputError
 from fa4_prefixlm.masks.closed_form import ClosedForm
 from fa4_prefixlm.masks.interval_lists import END_OF_KEYS
@@ -28,6 +36,72 @@ FINE = (
     "cu_seqlens ascending from 0 within the rows of q and the plan's, seqlen_q <= seqlen_k within the plan's keys, and "
     "spans with 0 <= start < end, whole within the keys, that share no query token"
 )
+FINE_PLAN = (
+    "cu_seqlens ascending from 0 to the tensor's length, seqlen_q <= seqlen_k, both within max_seqlen, and spans with "
+    "0 <= start < end, whole within the keys and no longer than max_range, that share no query token"
+)
+
+
+def plan_rows(
+    form: ClosedForm,
+    lengths: Lengths,
+    keys: Keys,
+    spans: Spans | None,
+    tile_tokens: int,
+    tile_n: int,
+    *,
+    padding: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(bounds, tiles)` of a batch whose tensors are on the device, int32.
+
+    Values that the host does not know are checked by an assertion on the device, on the CPU (Triton's interpreter) by
+    an `InputError`.
+
+    Args:
+        form: the mask.
+        lengths: with bottom-right alignment, and keys from position 0.
+        keys: where the keys are; in pages, their number is in `seqused_k`.
+        spans: those that the mask reads; None if it reads none.
+        tile_tokens, tile_n: query tokens and keys of a tile.
+        padding: rows of bounds after the last one, `(0, 0)`.
+
+    Returns:
+        `(total_q + padding, 2)`, `[lo, hi)` of each row, local to its sequence's keys, (0, 0) past the last sequence;
+        `(slots, 4)`, the key tiles of each slot's query tile as `geometry.tiles.TileRuns` says them, 0 if it has none.
+    """
+    cu_seqlens_q, device = lengths.cu_seqlens_q, lengths.device
+    counts = lengths.cu_seqlens_k if keys.seqused_k is None else keys.seqused_k
+    ranges = cu_seqlens_q if spans is None else spans.values
+    slots = lengths.total_q // tile_tokens + lengths.batch + 1
+    checked = not lengths.known or (spans is not None and spans.host is None)
+    bounds = torch.zeros(lengths.total_q + padding, 2, dtype=torch.int32, device=device)
+    tiles = torch.empty(slots, 4, dtype=torch.int32, device=device)
+    fine = torch.ones(1, dtype=torch.bool, device=device) if checked else bounds
+    with torch.cuda.device_of(bounds):
+        plan_rows_kernel[(slots,)](
+            bounds,
+            tiles,
+            fine,
+            cu_seqlens_q,
+            counts,
+            ranges,
+            *((0, 0, 0) if spans is None else ranges.stride()),
+            0 if spans is None else ranges.shape[1],
+            lengths.batch,
+            lengths.batch.bit_length(),
+            lengths.total_q,
+            lengths.total_k,
+            lengths.max_seqlen_q,
+            min(lengths.max_seqlen_k, END_OF_KEYS),
+            END_OF_KEYS if spans is None or spans.host is not None else spans.longest,
+            min(form.window or 1, END_OF_KEYS),
+            CHECKED=checked,
+            CUMULATIVE=keys.seqused_k is None,
+            **constants(form, tile_tokens, tile_n),
+        )
+        if checked:
+            _require(fine, FINE_PLAN)
+    return bounds, tiles
 
 
 @dataclass(frozen=True)
@@ -153,36 +227,41 @@ def update_rows(
             *strides,
             spans,
             batch,
+            buffers.max_sequences.bit_length(),
             width,
             buffers.page_table.shape[1],
             buffers.max_tokens if max_rows is None else min(max_rows, buffers.max_tokens),
             buffers.max_sequences,
             END_OF_KEYS if max_keys is None else min(max_keys, END_OF_KEYS),
             min(form.window or 1, END_OF_KEYS),
-            **constants(form, buffers),
+            PAGES_AT_ONCE=PAGES_AT_ONCE,
+            **constants(form, buffers.tile_tokens, buffers.tile_n),
         )
-        if buffers.fine.is_cuda:
-            torch._assert_async(buffers.fine, f"expected {FINE}")
-        elif not buffers.fine:
-            buffers.fine.fill_(True)
-            raise InputError("cu_seqlens_q, seqused_k, ranges", FINE, "other values")
+        _require(buffers.fine, FINE)
 
 
-def constants(form: ClosedForm, buffers: RowBuffers) -> dict[str, object]:
-    """What the kernel is compiled for."""
+@functools.cache
+def constants(form: ClosedForm, tile_tokens: int, tile_n: int) -> dict[str, object]:
+    """What both kernels are compiled for."""
     return {
         "OUTSIDE_BEGIN": form.outside.begin,
         "OUTSIDE_END": form.outside.end,
         "INSIDE_BEGIN": form.inside.begin,
         "INSIDE_END": form.inside.end,
         "WHOLE_SPANS": form.inside.end != "row",
-        "TILE_TOKENS": buffers.tile_tokens,
-        "TILE_N": buffers.tile_n,
-        "ROWS": triton.next_power_of_2(buffers.tile_tokens),
+        "TILE_TOKENS": tile_tokens,
+        "TILE_N": tile_n,
+        "ROWS": triton.next_power_of_2(tile_tokens),
         "SPANS_AT_ONCE": SPANS_AT_ONCE,
-        "LEVELS": buffers.max_sequences.bit_length(),
-        "PAGES_AT_ONCE": PAGES_AT_ONCE,
     }
+
+
+def _require(fine: torch.Tensor, expected: str) -> None:
+    if fine.is_cuda:
+        torch._assert_async(fine, f"expected {expected}")
+    elif not fine:
+        fine.fill_(True)
+        raise InputError("cu_seqlens_q, cu_seqlens_k, seqused_k, ranges", expected, "other values")
 
 
 def _check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], buffers: RowBuffers) -> None:
@@ -195,21 +274,84 @@ def _check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], buffers: Row
 
 
 BATCH_VALUES = (
-    "cu_seqlens_q",
-    "seqused_k",
-    "ranges",
-    "stride_sequence",
-    "stride_span",
-    "stride_edge",
-    "spans",
-    "batch",
-    "pages",
-    "max_pages",
-    "max_rows",
-    "max_sequences",
-    "max_keys",
-    "window",
+    *("stride_sequence", "stride_span", "stride_edge", "spans", "batch", "levels", "pages", "max_pages", "max_rows"),
+    *("max_sequences", "max_keys", "window", "total_q", "total_k", "max_seqlen_q", "max_seqlen_k", "longest_span"),
 )
+
+
+@triton.jit(do_not_specialize=BATCH_VALUES)
+def plan_rows_kernel(
+    bounds,
+    tiles,
+    fine,
+    cu_seqlens_q,
+    counts,
+    ranges,
+    stride_sequence,
+    stride_span,
+    stride_edge,
+    spans,
+    batch,
+    levels,
+    total_q,
+    total_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    longest_span,
+    window,
+    CHECKED: tl.constexpr,
+    CUMULATIVE: tl.constexpr,
+    OUTSIDE_BEGIN: tl.constexpr,
+    OUTSIDE_END: tl.constexpr,
+    INSIDE_BEGIN: tl.constexpr,
+    INSIDE_END: tl.constexpr,
+    WHOLE_SPANS: tl.constexpr,
+    TILE_TOKENS: tl.constexpr,
+    TILE_N: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPANS_AT_ONCE: tl.constexpr,
+):
+    """Program `slot` writes the query tile of that slot, and checks the lengths of sequence `slot`.
+
+    counts: `cu_seqlens_k` (CUMULATIVE) or `seqused_k`.
+    """
+    slot = tl.program_id(0)
+    good = _fill_slot(
+        slot,
+        bounds,
+        tiles,
+        cu_seqlens_q,
+        counts,
+        ranges,
+        stride_sequence,
+        stride_span,
+        stride_edge,
+        spans,
+        batch,
+        levels,
+        total_q,
+        max_seqlen_k,
+        longest_span,
+        window,
+        CUMULATIVE,
+        OUTSIDE_BEGIN,
+        OUTSIDE_END,
+        INSIDE_BEGIN,
+        INSIDE_END,
+        WHOLE_SPANS,
+        TILE_TOKENS,
+        TILE_N,
+        ROWS,
+        SPANS_AT_ONCE,
+    )
+    if CHECKED:
+        good &= _lengths_are_good(slot, cu_seqlens_q, counts, batch, total_q, max_seqlen_k, CUMULATIVE)
+        begin, end = _pair(cu_seqlens_q, slot, batch)
+        good &= (end - begin <= max_seqlen_q) & ((slot != batch) | (begin == total_q))
+        if CUMULATIVE:
+            first_key, _ = _pair(counts, slot, batch)
+            good &= ((slot > 0) | (first_key == 0)) & ((slot != batch) | (first_key == total_k))
+        tl.store(fine, False, mask=good == 0)
 
 
 @triton.jit(do_not_specialize=BATCH_VALUES)
@@ -229,6 +371,7 @@ def update_rows_kernel(
     stride_edge,
     spans,
     batch,
+    levels,
     pages,
     max_pages,
     max_rows,
@@ -244,19 +387,14 @@ def update_rows_kernel(
     TILE_N: tl.constexpr,
     ROWS: tl.constexpr,
     SPANS_AT_ONCE: tl.constexpr,
-    LEVELS: tl.constexpr,
     PAGES_AT_ONCE: tl.constexpr,
 ):
     """Program `slot` writes the query tile of that slot, copies and checks the lengths of sequence `slot`, and copies
     its pages.
-
-    Values are clamped wherever an address or a bound comes from them, so that bad ones do no harm.
     """
     slot = tl.program_id(0)
-    begin, end = _pair(cu_seqlens_q, slot, batch)
-    seqlen_k, good = _seqlen_k(seqused_k, slot, batch, max_keys)
-    good &= (begin >= 0) & (begin <= end) & (end <= max_rows) & ((slot > 0) | (begin == 0))
-    good &= end - begin <= seqlen_k
+    begin, _ = _pair(cu_seqlens_q, slot, batch)
+    seqlen_k, _ = _seqlen_k(seqused_k, slot, batch, max_keys, False)
     tl.store(own_cu_seqlens_q + slot, tl.minimum(tl.maximum(begin, 0), max_rows), mask=slot <= max_sequences)
     tl.store(own_seqused_k + slot, seqlen_k, mask=slot < max_sequences)
 
@@ -265,15 +403,81 @@ def update_rows_kernel(
         entry = tl.load(page_table + slot.to(tl.int64) * pages + column, mask=column < pages, other=0)
         tl.store(own_page_table + slot.to(tl.int64) * max_pages + column, entry, mask=column < pages)
 
+    good = _lengths_are_good(slot, cu_seqlens_q, seqused_k, batch, max_rows, max_keys, False)
+    good &= _fill_slot(
+        slot,
+        bounds,
+        tiles,
+        cu_seqlens_q,
+        seqused_k,
+        ranges,
+        stride_sequence,
+        stride_span,
+        stride_edge,
+        spans,
+        batch,
+        levels,
+        max_rows,
+        max_keys,
+        max_keys,  # no span is too long
+        window,
+        False,
+        OUTSIDE_BEGIN,
+        OUTSIDE_END,
+        INSIDE_BEGIN,
+        INSIDE_END,
+        WHOLE_SPANS,
+        TILE_TOKENS,
+        TILE_N,
+        ROWS,
+        SPANS_AT_ONCE,
+    )
+    tl.store(fine, False, mask=good == 0)
+
+
+@triton.jit
+def _fill_slot(
+    slot,
+    bounds,
+    tiles,
+    cu_seqlens_q,
+    counts,
+    ranges,
+    stride_sequence,
+    stride_span,
+    stride_edge,
+    spans,
+    batch,
+    levels,
+    max_rows,
+    max_keys,
+    longest_span,
+    window,
+    CUMULATIVE: tl.constexpr,
+    OUTSIDE_BEGIN: tl.constexpr,
+    OUTSIDE_END: tl.constexpr,
+    INSIDE_BEGIN: tl.constexpr,
+    INSIDE_END: tl.constexpr,
+    WHOLE_SPANS: tl.constexpr,
+    TILE_TOKENS: tl.constexpr,
+    TILE_N: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPANS_AT_ONCE: tl.constexpr,
+):
+    """Write the bounds of the query tile of `slot` and its key tiles. Returns whether the spans it saw are good.
+
+    Values are clamped wherever an address or a bound comes from them, so that bad ones do no harm.
+    A span that starts at or after the last key is not here yet, and is passed over.
+    """
     # The slots where sequences begin ascend: the tile's sequence is the last one that begins at or before `slot`.
     sequence = 0
-    for level in tl.static_range(LEVELS):
-        later = sequence + (1 << (LEVELS - 1 - level))
+    for level in range(levels):
+        later = sequence + (1 << (levels - 1 - level))
         first_slot = tl.load(cu_seqlens_q + tl.minimum(later, batch)) // TILE_TOKENS + later
         sequence = tl.where((later < batch) & (first_slot <= slot), later, sequence)
     begin, end = _pair(cu_seqlens_q, sequence, batch)
     begin, end = tl.maximum(begin, 0), tl.minimum(end, max_rows)
-    seqlen_k, _ = _seqlen_k(seqused_k, sequence, batch, max_keys)
+    seqlen_k, _ = _seqlen_k(counts, sequence, batch, max_keys, CUMULATIVE)
     tile = slot - (begin // TILE_TOKENS + sequence)
     first_row = begin + tile * TILE_TOKENS
     is_tile = (tile >= 0) & (first_row < end)
@@ -293,16 +497,15 @@ def update_rows_kernel(
         s = tl.load(at, mask=index < spans, other=0)
         e = tl.load(at + stride_edge, mask=index < spans, other=0)
         used = (s != 0) | (e != 0)
-        wrong |= used & ((s < 0) | (s >= e))
+        wrong |= used & ((s < 0) | (s >= e) | ((s < seqlen_k) & (tl.minimum(e, seqlen_k) - s > longest_span)))
         if WHOLE_SPANS:
             wrong |= used & (s < seqlen_k) & (e > seqlen_k)
         holds = (s[:, None] <= position[None, :]) & (position[None, :] < e[:, None])
         start = tl.maximum(start, tl.max(tl.where(holds, s[:, None], 0), axis=0))
         stop = tl.maximum(stop, tl.max(tl.where(holds, e[:, None], 0), axis=0))
         holding += tl.sum(holds.to(tl.int32), axis=0)
-    good &= tl.max(wrong.to(tl.int32), axis=0) == 0
+    good = tl.max(wrong.to(tl.int32), axis=0) == 0
     good &= tl.max(tl.where(inside, holding, 0), axis=0) <= 1
-    tl.store(fine, False, mask=good == 0)
 
     left = tl.maximum(position - (window - 1), 0)
     lo, hi = _edges(OUTSIDE_BEGIN, OUTSIDE_END, position, left, start, stop, seqlen_k)
@@ -323,6 +526,16 @@ def update_rows_kernel(
     tl.store(tiles + slot * 4 + 1, tl.where(any_full, full_first, first))
     tl.store(tiles + slot * 4 + 2, tl.where(any_full, full_end, first))
     tl.store(tiles + slot * 4 + 3, last)
+    return good
+
+
+@triton.jit
+def _lengths_are_good(slot, cu_seqlens_q, counts, batch, max_rows, max_keys, CUMULATIVE: tl.constexpr):
+    """The lengths of sequence `slot` are those of a sequence within `max_rows` rows and `max_keys` keys."""
+    begin, end = _pair(cu_seqlens_q, slot, batch)
+    seqlen_k, good = _seqlen_k(counts, slot, batch, max_keys, CUMULATIVE)
+    good &= (begin >= 0) & (begin <= end) & (end <= max_rows) & ((slot > 0) | (begin == 0))
+    return good & (end - begin <= seqlen_k)
 
 
 @triton.jit
@@ -332,9 +545,13 @@ def _pair(cumulative, index, batch):
 
 
 @triton.jit
-def _seqlen_k(seqused_k, sequence, batch, max_keys):
-    """(keys of the sequence, clamped; whether the value is fine)."""
-    count = tl.load(seqused_k + sequence, mask=sequence < batch, other=0)
+def _seqlen_k(counts, sequence, batch, max_keys, CUMULATIVE: tl.constexpr):
+    """(keys of the sequence, clamped; whether the value is fine). counts: `cu_seqlens_k` or `seqused_k`."""
+    if CUMULATIVE:
+        begin, end = _pair(counts, sequence, batch)
+        count = end - begin
+    else:
+        count = tl.load(counts + sequence, mask=sequence < batch, other=0)
     return tl.minimum(tl.maximum(count, 0), max_keys), (count >= 0) & (count <= max_keys)
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 
 from fa4_prefixlm.backends.base import Gradients, MaskedBatch, Prepared
+from fa4_prefixlm.backends.rows import fills_in_one_launch
 from fa4_prefixlm.backends.select import Choice, choose
 from fa4_prefixlm.backends.select_backward import Backward, prepare_backward
 from fa4_prefixlm.batch.arguments import BatchArguments
 from fa4_prefixlm.batch.keys import Keys
 from fa4_prefixlm.batch.lengths import CuSeqlens, Lengths
-from fa4_prefixlm.batch.ranges import MaxRange, NamedRanges, SpanSets
+from fa4_prefixlm.batch.ranges import MaxRange, NamedRanges, SpanSets, assert_valid
 from fa4_prefixlm.batch.ranges import parse as parse_ranges
 from fa4_prefixlm.batch.tensors import QKV, CallSpec, describe
 from fa4_prefixlm.errors import InputError
@@ -232,13 +233,21 @@ def plan_for(
     check_ranges(arguments.ranges)
     sizes = arguments.lengths(spec, more_queries=not mask.uses_position)
     spans = parse_ranges(mask, arguments.ranges, sizes, arguments.max_range)
+    sizes, spans, keys = arguments.on_device(spec, sizes, spans)
     found = intervals.measured(mask, spans, sizes, traits(mask, spans, sizes))
     choice = choose(backend, spec, found, sizes, build, backward)
     warn_of_fallback(choice, spec, found, sizes, build)
-    where = intervals.tokens(sizes)
-    bounds = intervals.row_bounds(mask, spans, sizes, where, found.intervals if not found.custom else None)
-    keys = arguments.keys(spec, sizes)
-    return Plan(MaskedBatch(spec, mask, spans, sizes, found, where, bounds, keys, build), choice, backward)
+    batch = MaskedBatch(spec, mask, spans, sizes, found, keys, build, _in_one_launch(choice, spec, found, sizes))
+    if not batch.in_one_launch:
+        sizes.assert_valid()
+        for own in spans.values():
+            assert_valid(own, sizes)
+    return Plan(batch, choice, backward)
+
+
+def _in_one_launch(choice: Choice, spec: CallSpec, found: Traits, sizes: Lengths) -> bool:
+    """The backend reads nothing but what a single launch can fill."""
+    return choice.backend.reads_kernel_rows and not choice.gathered and fills_in_one_launch(spec, found, sizes)
 
 
 def check_ranges(ranges: object) -> None:

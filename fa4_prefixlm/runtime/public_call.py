@@ -20,6 +20,8 @@ from fa4_prefixlm.runtime.execute import run
 from fa4_prefixlm.runtime.plans import Plan, find_build, plan_for
 from fa4_prefixlm.runtime.serving_plans import ServingPlan
 
+DEFAULT_MASK = PrefixLM()
+
 
 class _Arguments(TypedDict, total=False):
     """The keyword arguments of `attention`, but for `return_lse`, which decides what it returns."""
@@ -122,11 +124,16 @@ def attention(
     Raises:
         InputError, UnsupportedError: see `plan`; no kernel was launched.
     """
-    batch = BatchArguments(
-        None if isinstance(ranges, CallablePlan) else ranges,
-        *(cu_seqlens_q, cu_seqlens_k, seqused_k, page_table, max_seqlen_q, max_seqlen_k, max_range),
-    )
-    beside_a_plan = {**batch.given(), "mask": mask, "backend": backend, "backward": backward, "build": build}
+    of_the_batch = {
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        "seqused_k": seqused_k,
+        "page_table": page_table,
+        "max_seqlen_q": max_seqlen_q,
+        "max_seqlen_k": max_seqlen_k,
+        "max_range": max_range,
+    }
+    beside_a_plan = {**of_the_batch, "mask": mask, "backend": backend, "backward": backward, "build": build}
     if torch.compiler.is_compiling():
         ready = ranges if isinstance(ranges, CallablePlan) else None
         options = (softmax_scale, softcap, learnable_sink, out, deterministic)
@@ -139,9 +146,9 @@ def attention(
             if value is not None:
                 raise InputError(name, torch_ops.PART_OF_THE_PLAN, value)
     else:
-        batch = batch.checked()
+        batch = BatchArguments(ranges, **of_the_batch).checked()  # type: ignore[arg-type]
         spec = describe(q, k, v, cache=batch.cache)
-        own_mask = PrefixLM() if mask is None else mask
+        own_mask = DEFAULT_MASK if mask is None else mask
         ready = plan_for(spec, batch, own_mask, find_build(build), backend or "auto", backward or "auto")
     pair = run(
         ready,

@@ -44,7 +44,6 @@ class Kind:
     head_dim: int = 128
     dtype: torch.dtype = torch.bfloat16
     page_size: int | None = None
-    needs_grad: bool = False
 
     def choose(self, build: Build | None, arch: int, backend: str = "auto") -> Choice:
         """The choice on a GPU of this architecture. Raises `UnsupportedError` if the named backend does not run it."""
@@ -61,7 +60,7 @@ class Kind:
             head_dim_v=self.head_dim,
             dtype=self.dtype,
             device=torch.device("cuda"),
-            needs_grad=self.needs_grad,
+            needs_grad=False,
             arch=arch,
             page_size=self.page_size,
         )
@@ -79,9 +78,11 @@ KINDS = (
     Kind("spans, head dim 512", head_dim=512),
     Kind("two intervals a row", causal & (prefix("image") | window(1024)), spans=1),
     Kind("many images, one block", causal | one_block("image"), spans=8),
-    Kind("gradients", needs_grad=True),
     Kind("float32", dtype=torch.float32),
 )
+
+# Those of which the backward is shown too.
+WITH_BACKWARD = ("text only", "spans", "spans, window 1024", "spans, head dim 256", "many images, one block")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +154,7 @@ class Diagnosis:
         parts.append(titled("known defects, and what is done about them", defects or ["none"]))
         for arch, kinds in self.takes.items():
             rows = [[kind, *map(_in_short, choices)] for kind, choices in kinds.items()]
+            rows += [[f"{kind}, backward", *map(_backward_in_short, kinds[kind])] for kind in WITH_BACKWARD]
             parts.append(titled(f"backend of a call on {arch}", columns([["", *names], *rows])))
         for name, lines in self.traces.items():
             parts.append(titled(f"compiled, not run: {name}", lines))
@@ -193,6 +195,7 @@ FACTS: dict[str, Callable[[Build], str]] = {
     "causal beside a mask_mod": lambda build: build.causal_with_mask,
     "sinks": lambda build: ", ".join(str(dtype).removeprefix("torch.") for dtype in build.sink_dtypes),
     "native backend": lambda build: "no: not run on it" if build.native_refusal else "yes",
+    "native backward": lambda build: "no: not run on it" if build.backward_refusal else "yes",
 }
 
 
@@ -256,11 +259,21 @@ def _as_json(build: Build) -> dict[str, Any]:
 
 
 def _choice_as_json(choice: Choice) -> dict[str, Any]:
-    return {"backend": choice.name, "gathered": choice.gathered, "passed_over": dict(choice.passed_over)}
+    return {
+        "backend": choice.name,
+        "gathered": choice.gathered,
+        "passed_over": dict(choice.passed_over),
+        "backward": choice.backward.name,
+        "backward_passed_over": dict(choice.backward.passed_over),
+    }
 
 
 def _in_short(choice: Choice) -> str:
     return choice.name + " (keys gathered)" * choice.gathered
+
+
+def _backward_in_short(choice: Choice) -> str:
+    return choice.backward.name or "none"
 
 
 def _backward_lists(build: Build) -> str:

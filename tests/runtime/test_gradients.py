@@ -10,13 +10,14 @@ import random
 
 import pytest
 import torch
-from cases import UGLY, Batch, Blind, random_batch, random_mask
 from torch.utils.checkpoint import checkpoint
 
 import fa4_prefixlm as fp
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.runtime import execute
 from fa4_prefixlm.testing.accuracy import exact_gradients
+from fa4_prefixlm.testing.batches import UGLY, Batch, random_batch, random_mask
+from fa4_prefixlm.testing.empty_rows import Blind
 
 BATCH = Batch(((20, 20), (12, 30)), (((3, 11),), ((0, 9), (20, 25))))
 

@@ -13,7 +13,7 @@ from fa4_prefixlm.batch.keys import Keys
 from fa4_prefixlm.batch.lengths import Lengths
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.fa4.builds.describe import Build
-from fa4_prefixlm.fa4.kernels import workarounds
+from fa4_prefixlm.fa4.kernels import disk_cache, workarounds
 from fa4_prefixlm.fa4.kernels.tiles import Tile
 from fa4_prefixlm.geometry.block_lists import BlockLists
 from fa4_prefixlm.geometry.intervals import Bounds
@@ -105,7 +105,10 @@ def masked_forward(
     sparse = None if lists is None else block_sparse_tensors(lists, build)
     sink, late_sink = _sinks(options.learnable_sink, build)
     needs_workaround = lists is not None and lengths is not None and build.sm90_list_stride == "128"
-    with on_device(q), workarounds.sm90_list_stride(build.module) if needs_workaround else contextlib.nullcontext():
+    with contextlib.ExitStack() as during:
+        during.enter_context(on_device(q))
+        changed = during.enter_context(workarounds.sm90_list_stride(build.module)) if needs_workaround else ""
+        during.enter_context(disk_cache.own_kernels(build, changed, persist=code.own is None))
         build.part("interface")._flash_attn_fwd(
             q,
             k,
@@ -147,7 +150,7 @@ def causal_forward(
     """FA4's own causal varlen call with its own tiles, `(out, lse)`: the baseline of benchmarks and errors."""
     sink, late_sink = _sinks(options.learnable_sink, build)
     pages = {} if keys.page_table is None else {"seqused_k": keys.seqused_k, "page_table": keys.page_table}
-    with on_device(q):
+    with on_device(q), disk_cache.own_kernels(build):
         out, lse, *_ = build.part("interface")._flash_attn_fwd(
             q,
             k,

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import inspect
-import pathlib
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.device_checks import is_capturing
 from fa4_prefixlm.errors import UnsupportedError
 from fa4_prefixlm.fa4.builds.describe import Build
+from fa4_prefixlm.fa4.kernels import disk_cache
 from fa4_prefixlm.fa4.kernels.launch import on_device
 from fa4_prefixlm.fa4.kernels.tiles import Tile
 
@@ -75,8 +74,9 @@ def native_forward(
         UnsupportedError: the kernel is not compiled yet, and a CUDA graph is being captured.
     """
     parts = _parts(build)
-    q, k, v = parts.contiguous(q.detach()), parts.contiguous(k.detach()), parts.contiguous(v.detach())
-    sink = None if options.learnable_sink is None else parts.contiguous(options.learnable_sink.detach(), align_bytes=4)
+    q, k, v = (parts.contiguous(_detached(tensor)) for tensor in (q, k, v))
+    sink = options.learnable_sink
+    sink = None if sink is None else parts.contiguous(_detached(sink), align_bytes=4)
     page_size = None if keys.page_table is None else k.shape[1]
     key = (
         kernel,
@@ -93,7 +93,7 @@ def native_forward(
         "mQ": q,
         "mK": k,
         "mV": v,
-        "mO": out.detach(),
+        "mO": _detached(out),
         "mLSE": lse,
         "softmax_scale": options.softmax_scale,
         "mCuSeqlensQ": cu_seqlens_q,
@@ -108,26 +108,11 @@ def native_forward(
             if is_capturing():
                 expected = "one call of attention() before the capture, to compile the kernel"
                 raise UnsupportedError("q, k, v", expected, f"a first call, {kernel}")
-            run = parts.compiled[key] = _load_or_compile(parts, key, kernel, options.softcap, tensors, bounds, tiles)
+            if key not in parts.kernels:
+                parts.kernels[key] = _compile(parts, kernel, options.softcap, tensors, bounds, tiles)
+            run = parts.compiled[key] = parts.kernels[key]
         if not parts.is_fake() and q.shape[0] > 0:
             run(*parts.arguments(tensors, (bounds, tiles, *parts.no_lists)))
-
-
-def _load_or_compile(
-    parts: _BuildParts,
-    key: object,
-    kernel: NativeKernel,
-    softcap: float,
-    tensors: dict[str, Any],
-    bounds: torch.Tensor,
-    tiles: torch.Tensor,
-) -> Any:
-    if parts.disk is None:
-        return _compile(parts, kernel, softcap, tensors, bounds, tiles)
-    named = (_own_source(), repr(key))
-    if named not in parts.disk:
-        parts.disk[named] = _compile(parts, kernel, softcap, tensors, bounds, tiles)
-    return parts.disk[named]
 
 
 def _compile(
@@ -176,6 +161,10 @@ def _compile(
     return cute.compile(forward, *parts.arguments(described, rows), stream, options="--enable-tvm-ffi")
 
 
+def _detached(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
 class _BuildParts:
     """The parts of a build that the launch uses, looked up once."""
 
@@ -190,7 +179,7 @@ class _BuildParts:
         self.describe, self.dtypes = utils.to_cute_tensor, utils.torch2cute_dtype_map
         self.softcap, self.is_fake = tools.create_softcap_scoremod, build.part("testing").is_fake_mode
         self.compiled: dict[object, Any] = {}
-        self.disk = _disk_cache(build)
+        self.kernels = disk_cache.kernels(build, "native")
 
     def arguments(self, values: dict[str, Any], rows: Any) -> list[Any]:
         """The arguments of the build's `FlashAttentionForwardSm90.__call__`, in its order."""
@@ -201,15 +190,3 @@ class _BuildParts:
 @functools.cache
 def _parts(build: Build) -> _BuildParts:
     return _BuildParts(build)
-
-
-def _disk_cache(build: Build) -> Any:
-    """FA4's cache of compiled kernels on disk, where the user has turned it on."""
-    caches = build.part("cache_utils")
-    return caches.get_jit_cache("fa4_prefixlm_native") if caches.CUTE_DSL_CACHE_ENABLED else None
-
-
-@functools.cache
-def _own_source() -> str:
-    own = (pathlib.Path(__file__).with_name(name).read_bytes() for name in ("native.py", "native_launch.py"))
-    return hashlib.sha256(b"".join(own)).hexdigest()

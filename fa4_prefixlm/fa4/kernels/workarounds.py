@@ -3,8 +3,8 @@
 SM90 list stride. `FlashAttentionForwardSm90.kernel` makes its `SeqlenInfoQK` without the tile sizes, so varlen block
 lists are read with a row stride of ceil(seqlen_k / 128) whatever the key tile. With a key tile of 64, 80 or 112 (head
 dims above 128) the output is silently wrong, relative error about 0.9. Seen in 4.0.0b36; found in a build by
-`build.describe` (`sm90_list_stride == "128"`). Without the workaround tests fail in `tests/test_gpu.py` (the output)
-and in `tests/test_crosscompile.py` (the tile that the kernel is traced with).
+`build.describe` (`sm90_list_stride == "128"`). Without the workaround tests fail in `tests/fa4/kernels/`:
+`test_gpu_workarounds.py` (the output) and `test_workarounds.py` (the tile that the kernel is traced with).
 The workaround is a subclass that adds the tile sizes to the `SeqlenInfoCls` it is given. It is right for every call of
 the kernel, so it does no harm if another thread compiles while it is in place.
 """
@@ -27,7 +27,7 @@ _inside: Counter[str] = Counter()
 
 @contextlib.contextmanager
 def disabled() -> Iterator[None]:
-    """For tests only: launch without workarounds. Kernels that are compiled already stay as they are."""
+    """For tests only: launch without workarounds."""
     global _enabled
     _enabled, before = False, _enabled
     try:
@@ -37,10 +37,13 @@ def disabled() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def sm90_list_stride(module: str) -> Iterator[None]:
-    """While it is entered, SM90 kernels that the build compiles read varlen block lists with their own tile."""
+def sm90_list_stride(module: str) -> Iterator[str]:
+    """While it is entered, SM90 kernels that the build compiles read varlen block lists with their own tile.
+
+    Yields the workaround's name, "" if it is disabled: kernels that are compiled with it are others than those without.
+    """
     if not _enabled:
-        yield
+        yield ""
         return
     interface = importlib.import_module(f"{module}.interface")
     original, patched = _kernel_classes(module)
@@ -48,7 +51,7 @@ def sm90_list_stride(module: str) -> Iterator[None]:
         _inside[module] += 1
         interface.FlashAttentionForwardSm90 = patched  # type: ignore[attr-defined]
     try:
-        yield
+        yield "with sm90_list_stride"
     finally:
         with _lock:
             _inside[module] -= 1

@@ -41,8 +41,9 @@ Answer = dict[str, Any]
 
 TIMEOUT = 300.0
 
-# A kernel kept on disk may have been compiled with other workarounds, or with none.
+# A kernel kept on disk, by FA4 or by this library, is not what the build compiles now.
 DISK_CACHE = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"
+NO_OWN_CACHE = {"FA4_PREFIXLM_CACHE": "0"}
 
 
 class LostError(Exception):
@@ -58,7 +59,7 @@ class Worker:
     def __init__(self, build: str | None, environment: Mapping[str, str], device: str) -> None:
         self._command = [sys.executable, "-m", "fa4_prefixlm.tools.check.workers", "--device", device]
         self._command += ["--build", build] if build is not None else []
-        self._environment = {name: value for name, value in environment.items() if name != DISK_CACHE}
+        self._environment = {name: value for name, value in environment.items() if name != DISK_CACHE} | NO_OWN_CACHE
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
         self._closed = False

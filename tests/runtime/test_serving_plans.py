@@ -1,0 +1,86 @@
+"""Serving plans on the CPU, and what is refused."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+import fa4_prefixlm as fp
+from fa4_prefixlm.testing.accuracy import exact_attention
+from fa4_prefixlm.testing.batches import Batch, random_batch
+from fa4_prefixlm.testing.pages import ShuffledPages
+
+
+def paged(batch: Batch, page_size: int = 16, seed: int = 0, dtype: torch.dtype = torch.float64):
+    q, k, v = batch.tensors((4, 2), (16, 24), dtype, "cpu", seed)
+    return q, k, v, batch.in_pages(k, v, page_size, seed)
+
+
+def where(batch: Batch, pages: ShuffledPages) -> dict[str, object]:
+    return {"cu_seqlens_q": batch.cu_q, "seqused_k": list(batch.as_seqlens[1]), "page_table": pages.table}
+
+
+class TestServing:
+    """On the CPU a serving plan makes a new plan for every batch."""
+
+    def plan(self, q, pages: ShuffledPages, mask: fp.Mask = fp.PrefixLM()) -> fp.ServingPlan:  # noqa: B008
+        return fp.serving_plan(like=(q, pages.k, pages.v), max_tokens=2000, max_sequences=6, max_pages=200, mask=mask)
+
+    def test_updates(self) -> None:
+        serving = None
+        for seed in range(6):
+            batch = random_batch(random.Random(seed), longest=150)
+            q, k, v, pages = paged(batch, seed=seed)
+            serving = serving or self.plan(q, pages, fp.PrefixLM(30))
+            serving.update([list(own) for own in batch.spans], **where(batch, pages))
+            exact, _ = exact_attention(q, k, v, mask=fp.PrefixLM(30), spans=batch.spans, seqlens=batch.as_seqlens)
+            torch.testing.assert_close(fp.attention(q, pages.k, pages.v, serving), exact)
+        assert serving is not None
+        assert not serving.in_place
+        assert "at most  6 sequences, 2000 queries, 3200 keys each" in str(serving)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"cu_seqlens_q": [0, 5, 5, 5, 5, 5, 5, 5]}, "as max_sequences allows"),
+            ({"seqused_k": [5, 5]}, "seqused_k: expected 1 entries"),
+            ({"cu_seqlens_q": [0, 2001]}, "the plan's max_tokens"),
+            ({"total_q": 4}, "total_q: expected 60 to 2000"),
+            ({"page_table": torch.zeros(1, 201, dtype=torch.int32)}, "at most 200 pages"),
+            ({"cu_seqlens_q": torch.tensor([0.0, 60.0])}, "cu_seqlens_q: expected dtype torch.int32"),
+            ({"ranges": [[(50, 70)]]}, "safe_chunk_end"),
+        ],
+    )
+    def test_bad_updates(self, change: dict[str, object], message: str) -> None:
+        batch = Batch(((60, 60),), ((),))
+        q, _, _, pages = paged(batch)
+        with pytest.raises(fp.InputError, match=message):
+            self.plan(q, pages).update(**{**where(batch, pages), **change})
+
+    def test_the_cache_may_have_more_pages_than_like(self) -> None:
+        batch = Batch(((60, 60),), (((3, 50),),))
+        q, _, _, pages = paged(batch)
+        serving = fp.serving_plan(like=(q, pages.k[:1], pages.v[:1]), max_tokens=99, max_sequences=2, max_pages=200)
+        assert "not " in str(serving)  # before a batch, too
+        serving.update(batch.spans, **where(batch, pages))
+        once = fp.attention(q, pages.k, pages.v, batch.spans, **where(batch, pages))
+        assert torch.equal(fp.attention(q, pages.k, pages.v, serving), once)
+
+    def test_bad_calls(self) -> None:
+        batch = Batch(((60, 60),), ((),))
+        q, _, _, pages = paged(batch)
+        serving = self.plan(q, pages)
+        with pytest.raises(fp.InputError, match="takes no rows past it"):
+            serving.update(**where(batch, pages), total_q=61)
+        serving.update(**where(batch, pages))
+        for bad in (q[:59], q.float(), q[:, :2]):
+            with pytest.raises(fp.InputError):
+                fp.attention(bad, pages.k, pages.v, serving)
+        with pytest.raises(fp.InputError, match="page_size = 16"):
+            fp.attention(q, pages.k[:, :8], pages.v[:, :8], serving)
+        for name in ("max_tokens", "max_sequences", "max_pages"):
+            sizes = {"max_tokens": 9, "max_sequences": 9, "max_pages": 9, name: 0}
+            with pytest.raises(fp.InputError, match=name):
+                fp.serving_plan(like=(q, pages.k, pages.v), **sizes)
