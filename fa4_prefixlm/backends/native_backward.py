@@ -5,6 +5,7 @@ Only on builds whose backward is known (`fa4.builds.fingerprint`).
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,8 @@ from fa4_prefixlm.geometry.traits import Traits
 
 # Intervals of rows that see one key, at most: each takes registers.
 MOST_ROW_INTERVALS = 4
+# Key tiles of all key heads: eight for each SM of an H100.
+FOLDED_KEY_TILES = 8 * 132
 
 
 @dataclass(frozen=True)
@@ -77,11 +80,19 @@ class NativeBackward(BackwardBackend):
     def prepare(self, batch: MaskedBatch, *, deterministic: bool) -> NativeGradients | Refusal:
         spec, traits, lengths = batch.spec, batch.traits, batch.lengths
         windowed = traits.banded and traits.reach.left is not None
-        tile = native_tile(spec.head_dim, spec.head_dim_v, windowed=windowed)
+        tile = native_tile(spec.head_dim, spec.head_dim_v, windowed=windowed, deterministic=deterministic)
+        tile = folded(tile, spec, lengths)
         tables = key_tables(batch, tile, deterministic=deterministic)
         if isinstance(tables, Refusal):
             return tables
         return NativeGradients(batch.fa4(), tile, tables, lengths)
+
+
+def folded(tile: BackwardTile, spec: CallSpec, lengths: Lengths) -> BackwardTile:
+    """Each CTA takes all query heads of its key head where enough CTAs are left to keep the GPU busy to the end."""
+    key_tiles = lengths.total_k // tile.n * spec.heads_kv
+    fold = tile.step != "fa4" and spec.heads_q > spec.heads_kv and key_tiles >= FOLDED_KEY_TILES
+    return dataclasses.replace(tile, fold=fold)
 
 
 def key_tables(batch: MaskedBatch, tile: BackwardTile, *, deterministic: bool) -> KeyTables | Refusal:

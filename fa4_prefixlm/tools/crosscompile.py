@@ -134,6 +134,7 @@ def backward_variants(arch: str) -> list[Variant]:
         native(128, softcap=30.0),
         native(192),
         native(192, 128, heads=(4, 4), window=256),
+        native(256),
         native(256, **ordered),
         native(256, window=256, heads=(4, 4)),
         Variant("varlen", 128, 128, mask="two", backward="native", **ordered),

@@ -33,6 +33,9 @@ KERNELS = {
     "hd128 window": Variant("native", 128, 128, window=256, backward="native"),
     "hd192": Variant("native", 192, 192, backward="native"),
     "hd256": Variant("native", 256, 256, backward="native"),
+    "hd256, deterministic": Variant("native", 256, 256, backward="native", deterministic=True),
+    "hd256, softcap": Variant("native", 256, 256, softcap=30.0, heads=(4, 4), backward="native"),
+    "hd256, folded": Variant("native", 256, 256, backward="native"),
     "hd256 window": Variant("native", 256, 256, window=256, heads=(4, 4), backward="native"),
 }
 SERIALISED = "hd64, all tiles masked"
@@ -47,6 +50,7 @@ for index, (name, spec) in enumerate(json.load(sys.stdin).items()):
     spec["heads"] = tuple(spec["heads"])
     if name.endswith("all tiles masked"):
         native_backward.native_tile = lambda *a, **k: dataclasses.replace(chosen(*a, **k), skip_full=False)
+    native_backward.FOLDED_KEY_TILES = 0 if name.endswith("folded") else sys.maxsize
     compile_variant(Variant(**spec))
     (made,) = folder.glob("*PrefixLMBackward*.cubin")  # every kernel has the same name
     print(json.dumps([name, str(made.rename(folder / f"{index}.kept"))]), flush=True)

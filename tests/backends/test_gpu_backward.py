@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import fa4_prefixlm as fp
+from fa4_prefixlm.backends import native_backward
 from fa4_prefixlm.backends.base import ForwardPass
 from fa4_prefixlm.backends.causal_backward import CausalGradients
 from fa4_prefixlm.geometry.key_bounds import rising_key_bounds
@@ -102,6 +103,28 @@ def test_random_batches(kind: Kind, backward: str, gpu_report) -> None:
     rng = random.Random(str(kind))
     for seed in range(4):
         judged(kind, random_batch(rng), random_mask(rng), backward, seed, gpu_report)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        Kind((256, 256)),
+        Kind((256, 256), (8, 1), with_lse=True),
+        Kind((256, 256), (6, 2), softcap=30.0, sink=True),
+        Kind((256, 256), (4, 2), torch.float16),
+    ],
+    ids=str,
+)
+def test_all_query_heads_of_a_key_head_in_one_cta(kind: Kind, monkeypatch, gpu_report) -> None:
+    monkeypatch.setattr(native_backward, "FOLDED_KEY_TILES", 0)
+    rng = random.Random(str(kind))
+    cases = [(random_batch(rng), random_mask(rng)) for _ in range(4)]
+    cases += [(batch, mask) for batch in UGLY.values() for mask in masks_for(batch)]
+    cases.append((Batch(((700, 700),), (((20, 60),),)), causal & (window(40) | key_in("image"))))
+    for seed, (batch, mask) in enumerate(cases):
+        own = inputs_of(kind, batch, seed)
+        assert plan_of(own, batch, mask, "native").gradients(False).tile.fold
+        judged(kind, batch, mask, "native", seed, gpu_report)
 
 
 @pytest.mark.parametrize("dim", HEAD_DIMS)

@@ -18,6 +18,8 @@ class BackwardTile:
         dq_by_one: one warp group computes all of dQ.
         skip_full: query tiles all of whose rows see all keys of the key tile are not masked. It costs a branch, which
             windows earn back, and without which ptxas serialises the products of head dims up to 64.
+        fold: a CTA takes all query heads of its key head, one after the other, and sums dK and dV of them in registers,
+            not in float32 in memory. Only for steps other than FA4's.
         step: which class computes one query tile, see `native_backward.kernel_class`.
     """
 
@@ -31,6 +33,7 @@ class BackwardTile:
     atoms: tuple[int, int, int] = (1, 2, 1)
     dq_by_one: bool = False
     skip_full: bool = True
+    fold: bool = False
     step: str = "fa4"
 
     # FA4's kernels for these tiles have two warp groups of products beside the one that loads and stores.
@@ -45,10 +48,11 @@ class BackwardTile:
         return f"{self.m}x{self.n}{', full tiles unmasked' * self.skip_full}"
 
 
-def native_tile(head_dim: int, head_dim_v: int, *, windowed: bool) -> BackwardTile:
+def native_tile(head_dim: int, head_dim_v: int, *, windowed: bool, deterministic: bool = False) -> BackwardTile:
     """The tile of the native backward, FA4's own for a causal or windowed mask.
 
     windowed: rows see few keys, so the mask is a larger part of the work.
+    deterministic: the sums of dQ have an order.
     """
     if head_dim <= 64:
         return BackwardTile(128, 128, atoms=(1, 2, 2))
@@ -59,7 +63,8 @@ def native_tile(head_dim: int, head_dim_v: int, *, windowed: bool) -> BackwardTi
     if head_dim <= 192:
         stages_do = 2 if head_dim_v <= 128 else 1
         return BackwardTile(64, 96, stages_do=stages_do, stages_pds=1, swap_sdp=False, swap_dkv=True)
-    # MORE: the step that adds dQ from registers goes here, with its own tile.
+    if not deterministic and head_dim == head_dim_v == 256:
+        return BackwardTile(64, 80, stages_do=1, swap_sdp=False, swap_dkv=True, atoms=(1, 1, 1), step="256")
     return BackwardTile(
         64, 48, stages_do=1, stages_pds=1, swap_sdp=False, swap_dkv=True, atoms=(1, 1, 1), skip_full=windowed
     )

@@ -20,6 +20,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, const_expr
 
+from fa4_prefixlm.fa4.kernels.backward_step_256 import step_class
 from fa4_prefixlm.fa4.kernels.native import by_name
 
 
@@ -37,13 +38,12 @@ def key_intervals(module: str, bounds: Any, tiles: Any, order: Any | None) -> An
 @functools.cache
 def kernel_class(module: str, step: str) -> type:
     """The kernel for the build imported as `module`. step: what computes a query tile, "fa4" is the build's own."""
-    if step != "fa4":
-        raise ValueError(f"no backward step {step!r}")
 
     def part(name: str) -> Any:
         return importlib.import_module(f"{module}.{name}")
 
     upstream: Any = part("flash_bwd_sm90").FlashAttentionBackwardSm90
+    base: Any = upstream if step == "fa4" else step_class(module)
     block_info: Any = part("block_info").BlockInfo
     masking = part("mask")
     layout_utils = importlib.import_module("quack.layout_utils")
@@ -169,15 +169,17 @@ def kernel_class(module: str, step: str) -> type:
             bits = own if bits is None else bits | own
         return bits
 
-    class PrefixLMBackwardSm90(upstream):
-        """intervals: of rows that see a key, K. skip_full: see `BackwardTile`."""
+    class PrefixLMBackwardSm90(base):
+        """intervals: of rows that see a key, K. skip_full: see `BackwardTile`. folded: query heads that a CTA takes."""
 
         # FA4 sets it where it finds something in the place of its block lists; `key_intervals` are none.
         use_block_sparsity = property(lambda self: False, lambda self, value: None)
 
-        def __init__(self, *arguments: Any, intervals: int, skip_full: bool, **options: Any) -> None:
+        def __init__(
+            self, *arguments: Any, intervals: int, skip_full: bool, softcap: float, folded: int, **options: Any
+        ) -> None:
             super().__init__(*arguments, **options)
-            self.intervals, self.skip_full = intervals, skip_full
+            self.intervals, self.skip_full, self.softcap, self.folded = intervals, skip_full, softcap, folded
             # As the kernels before and after it round, whose sums it adds to (FA4's rounds to 16 where they do to 32).
             head_dim, head_dim_v = arguments[1:3]
             multiple = 64 if self.dKV_swapAB else 32
@@ -189,21 +191,26 @@ def kernel_class(module: str, step: str) -> type:
         def load(self, *arguments: Any, **given: Any) -> None:
             given = by_name(upstream.load, arguments, given)
             self._replace(given, None)
-            upstream.load(self, **given)
+            base.load(self, **given)
 
         def dQaccum_store(self, *arguments: Any, **given: Any) -> None:
             given = by_name(upstream.dQaccum_store, arguments, given)
             self._replace(given, None)
-            upstream.dQaccum_store(self, **given)
+            base.dQaccum_store(self, **given)
 
         def mma(self, *arguments: Any, **given: Any) -> None:
             given = by_name(upstream.mma, arguments, given)
             lists = given["blocksparse_tensors"]
             thr_mma = given["tiled_mma_SdP"].get_slice(given["tidx"])
-            keys = OwnKeys(lists.mask_block_cnt, lists.mask_block_idx, self, thr_mma)
+            tables = lists.mask_block_cnt, lists.mask_block_idx
+            if step == "fa4":
+                keys: Any = OwnKeys(*tables, self, thr_mma)
+                mask: Any = IntervalMask(keys)
+            else:
+                keys = mask = base.key_mask(*tables, self, thr_mma, given["sdQaccum"], given["tidx"])
             self._replace(given, keys)
-            given["AttentionMaskCls"] = lambda seqlen_info: IntervalMask(keys)
-            upstream.mma(self, **given)
+            given["AttentionMaskCls"] = lambda seqlen_info: mask
+            base.mma(self, **given)
 
         def _replace(self, given: dict[str, Any], keys: Any) -> None:
             lists = given["blocksparse_tensors"]

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import inspect
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -80,14 +81,15 @@ def native_backward(
             cu_total_m_blocks=room.tiles_q,
             **common,
         )
+        by_rows, by_heads = _by_key_head(k.shape[-2]) if tile.fold else (_same, _same)
         tensors = {
-            "mQ": q,
+            "mQ": by_rows(q),
             "mK": k,
             "mV": v,
-            "mdO": dout,
-            "mLSE": room.lse_log2,
-            "mdPsum": room.dpsum,
-            "mdQaccum": room.dq,
+            "mdO": by_rows(dout),
+            "mLSE": by_heads(room.lse_log2),
+            "mdPsum": by_heads(room.dpsum),
+            "mdQaccum": by_heads(room.dq),
             "mdK": key_grads[0],
             "mdV": key_grads[1],
             "softmax_scale": options.softmax_scale,
@@ -120,6 +122,20 @@ def native_backward(
                     **common,
                 )
     return grads
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _by_key_head(
+    heads_kv: int,
+) -> tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]:
+    """Views `(query heads a key head, rows, key heads, dim)`, which FA4 takes for a batch, and with heads first."""
+    return (
+        lambda rows: rows.unflatten(1, (heads_kv, -1)).permute(2, 0, 1, 3),
+        lambda sums: sums.unflatten(0, (heads_kv, -1)).transpose(0, 1),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +185,7 @@ class _Room:
             return torch.zeros(*shape, dtype=torch.int32, device=device)
 
         found: dict[str, torch.Tensor] = {}
-        if heads > heads_kv:
+        if heads > heads_kv and not tile.fold:
             found["dk"], found["dv"] = sums(heads_kv, keys * width).zero_(), sums(heads_kv, keys * width_v).zero_()
         if deterministic:
             found["turns_q"] = counters(batch, heads, -(-lengths.max_seqlen_q // tile.m), 1)
@@ -196,6 +212,7 @@ def _kernel(parts: _BuildParts, tile: BackwardTile, softcap: float, tensors: dic
         q.shape[-1],
         v.shape[-1],
         q.shape[-2] // k.shape[-2],
+        q.shape[0] if tile.fold else 1,
         tables.intervals,
         0 if tables.order is None else tables.order.ndim,
         tensors["mCuTotalMBlocks"] is None,
@@ -253,6 +270,8 @@ def _compile(parts: _BuildParts, tile: BackwardTile, softcap: float, tensors: di
         dQ_single_wg=tile.dq_by_one,
         intervals=tables.intervals,
         skip_full=tile.skip_full,
+        softcap=softcap,
+        folded=q.shape[0] if tile.fold else 1,
     )
 
     def describe(name: str, value: Any) -> Any:
@@ -303,5 +322,5 @@ def _parts(build: Build) -> _BuildParts:
 
 @functools.cache
 def _own_source() -> str:
-    names = ("native.py", "native_backward.py", "native_backward_launch.py")
+    names = ("native.py", "native_backward.py", "backward_step_256.py", "native_backward_launch.py")
     return hashlib.sha256(b"".join(pathlib.Path(__file__).with_name(name).read_bytes() for name in names)).hexdigest()
