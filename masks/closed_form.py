@@ -15,6 +15,7 @@ than outside, and neither do combinations by `|` and `&`, so no row begins after
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -124,8 +125,13 @@ def edges_of(mask: HasEdges) -> RowEdges | None:
 
 def speaks_for_itself(mask: object, method: str) -> bool:
     """The method comes from the class that says what rows see (`intervals`, `visible`), or from a subclass of it."""
-    order = type(mask).__mro__
-    own, *others = (next(at for at, kind in enumerate(order) if name in vars(kind)) for name in (method, *_ROW_METHODS))
+    return _said_as_deep(type(mask), method)
+
+
+@functools.cache
+def _said_as_deep(kind: type, method: str) -> bool:
+    order = kind.__mro__
+    own, *others = (next(at for at, base in enumerate(order) if name in vars(base)) for name in (method, *_ROW_METHODS))
     return own <= min(others)
 
 

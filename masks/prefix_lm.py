@@ -61,8 +61,12 @@ class PrefixLM(Mask):
     def intervals(self, rows: Rows) -> Intervals:
         return self.expression.intervals(rows)
 
-    def ahead(self) -> Ahead:
+    @functools.cached_property
+    def _ahead(self) -> Ahead:
         return self.expression.ahead()
+
+    def ahead(self) -> Ahead:
+        return self._ahead
 
     def edges(self) -> RowEdges | None:
         return edges_of(self.expression)

@@ -85,18 +85,8 @@ def describe(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, cache: Cache 
             `(batch, max_seqlen, kv_heads, head_dim)` with room for more keys than there are, which is one page for each
             sequence. None: they hold the keys and nothing else.
     """
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        _check_layout(name, tensor, q, cache)
-        if not tensor.dtype.is_floating_point:
-            raise InputError(name, "a floating point dtype", tensor.dtype)
-        if tensor.dtype != q.dtype:
-            raise InputError(name, f"q's dtype {q.dtype}", tensor.dtype)
-        if tensor.device != q.device:
-            raise InputError(name, f"q's device {q.device}", tensor.device)
-        if tensor.shape[-1] == 0 or tensor.shape[-2] == 0:
-            raise InputError(name, "at least one head and one head dimension", f"shape {tuple(tensor.shape)}")
-        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-            raise InputError(name, "a contiguous last dimension (stride 1)", f"stride {tensor.stride(-1)}")
+    if not _are_alike(q, k, v, cache):
+        _say_what_differs(q, k, v, cache)
     if q.device.type not in ("cpu", "cuda") or (q.device.type == "cpu" and is_fake(q)):
         what = "a fake tensor" if is_fake(q) else f"device {q.device}"
         raise InputError("q, k, v", "tensors with values, on the CPU or a CUDA device", what)
@@ -126,6 +116,34 @@ def describe(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, cache: Cache 
         page_size=k.shape[1] if cache is not None else None,
         static_cache=cache == "static",
     )
+
+
+def _are_alike(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: Cache) -> bool:
+    """The tensors pass all that `_say_what_differs` looks at: the usual case, in as little time as it takes."""
+    if not (isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)):
+        return False
+    if cache is not None or not (q.ndim == k.ndim == v.ndim and q.ndim in (3, 4)):
+        return False
+    dtype, device = q.dtype, q.device
+    if not dtype.is_floating_point or k.dtype != dtype or v.dtype != dtype or k.device != device or v.device != device:
+        return False
+    return all(own.stride(-1) == 1 and own.shape[-1] and own.shape[-2] for own in (q, k, v))
+
+
+def _say_what_differs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: Cache) -> None:
+    """Refuse the first of the tensors that is not as it should be by itself, or not as `q`."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        _check_layout(name, tensor, q, cache)
+        if not tensor.dtype.is_floating_point:
+            raise InputError(name, "a floating point dtype", tensor.dtype)
+        if tensor.dtype != q.dtype:
+            raise InputError(name, f"q's dtype {q.dtype}", tensor.dtype)
+        if tensor.device != q.device:
+            raise InputError(name, f"q's device {q.device}", tensor.device)
+        if tensor.shape[-1] == 0 or tensor.shape[-2] == 0:
+            raise InputError(name, "at least one head and one head dimension", f"shape {tuple(tensor.shape)}")
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            raise InputError(name, "a contiguous last dimension (stride 1)", f"stride {tensor.stride(-1)}")
 
 
 def _check_layout(name: str, tensor: object, q: torch.Tensor, cache: Cache) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 from fa4_prefixlm.batch.lengths import Lengths, first_query
@@ -68,9 +68,11 @@ def traits(mask: Mask, spans: SpanSets, lengths: Lengths) -> Traits:
 
 def traits_of_any(mask: Mask, longest: Mapping[str, int], most: Mapping[str, int]) -> Traits:
     """The traits for any spans: at most `most[name]` in a sequence, of at most `longest[name]` tokens."""
-    holds_tensors = mask.evaluated or mask.custom_kernel is not None
-    find = _by_counts.__wrapped__ if holds_tensors else _by_counts  # which the cache would keep alive
-    base, found = find(mask, tuple(most.items()))
+    counts = tuple(most.items())
+    if mask.evaluated or mask.custom_kernel is not None or not isinstance(mask, Hashable):
+        base, found = _by_counts.__wrapped__(mask, counts)  # the cache would keep its tensors alive
+    else:
+        base, found = _by_counts(mask, counts)
     return dataclasses.replace(found, reach=base.reach(longest)) if found.banded else found
 
 
