@@ -125,7 +125,7 @@ def edges_of(mask: HasEdges) -> RowEdges | None:
 
 def speaks_for_itself(mask: object, method: str) -> bool:
     """The method comes from the class that says what rows see (`intervals`, `visible`), or from a subclass of it."""
-    return _said_as_deep(type(mask), method)
+    return _said_as_deep(type(mask), method)  # type: ignore[arg-type]
 
 
 @functools.cache
