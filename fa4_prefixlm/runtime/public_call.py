@@ -107,8 +107,8 @@ def attention(
             of `kv_heads` (GQA, MQA). With a `page_table`: the cache, `(pages, page_size, kv_heads, head_dim)`.
         ranges: the spans, or a `Plan` or `ServingPlan` made once and reused; with a plan, the arguments that went
             into it stay out. In code that `torch.compile` compiles it has to be a plan, made outside of it.
-        cu_seqlens_q, cu_seqlens_k, seqused_k, page_table, max_seqlen_q, max_seqlen_k, max_range, mask, backend,
-            backward, build: see `plan`.
+        cu_seqlens_q, cu_seqlens_k, seqused_k, page_table: see `plan`.
+        max_seqlen_q, max_seqlen_k, max_range, mask, backend, backward, build: see `plan`.
         softmax_scale: default `1 / sqrt(head_dim)`.
         softcap: scores become `softcap * tanh(scores / softcap)`; 0.0 is off.
         learnable_sink: `(heads,)` logits, one per query head, that join the softmax of every row and carry no value.
