@@ -20,8 +20,6 @@ from fa4_prefixlm.errors import InputError
 
 CuSeqlens = torch.Tensor | Sequence[int]
 
-_LATER = torch.zeros((), dtype=torch.int32, device="cpu")
-
 
 def first_query(seqlen_q: int, seqlen_k: int) -> int:
     """The position of the first query under bottom-right alignment: the last query stands at the last key."""
@@ -160,7 +158,7 @@ def packed(
                 raise InputError(
                     f"cu_seqlens_q (sequence {index})", f"seqlen_q <= seqlen_k = {keys}", f"seqlen_q = {rows}"
                 )
-    own_cu_seqlens_q = _LATER.expand(batch_q + 1) if deferred else _on_device(cu_seqlens_q, device)
+    own_cu_seqlens_q = _later(batch_q) if deferred else _on_device(cu_seqlens_q, device)
     one = deferred or cu_seqlens_k is cu_seqlens_q
     lengths = Lengths(
         cu_seqlens_q=own_cu_seqlens_q,
@@ -355,6 +353,11 @@ def _upper_bound(name: str, given: int | None, seqlens: tuple[int, ...] | None, 
     if seqlens is None:
         return total if given is None else min(given, total)
     return max(seqlens, default=0)
+
+
+def _later(batch: int) -> torch.Tensor:
+    """In the place of a cu_seqlens that is still to be made."""
+    return torch.empty(batch + 1, dtype=torch.int32, device="cpu")
 
 
 def cumulative(seqlens: Sequence[int]) -> list[int]:

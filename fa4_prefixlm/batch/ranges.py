@@ -25,8 +25,6 @@ MaxRange = int | Mapping[str, int] | None
 SequenceSpans = tuple[tuple[int, int], ...]
 HostSpans = tuple[SequenceSpans, ...]
 LARGEST = torch.iinfo(torch.int32).max
-
-_LATER = torch.zeros(0, 0, 2, dtype=torch.int32, device="cpu")
 # What a chunk of a prefill must hold of a span set, for its rows to see all that they ever see: nothing (no row sees
 # ahead of itself on its account); each span whole or not at all; all spans, if a query token is in one; all spans.
 Whole = Literal["nothing", "span", "block", "all"]
@@ -157,10 +155,10 @@ def _parse_set(argument: str, ranges: Ranges, lengths: Lengths, max_range: int |
             longest = lengths.max_seqlen_k if max_range is None else min(max_range, lengths.max_seqlen_k)
             return Spans(ranges.clone(), None, longest, whole)  # the plan's own, as its lengths are
         checked = _check_host(argument, _used_rows(ranges), lengths, max_range, whole)
-        values = _LATER if lengths.deferred else to_device(ranges, lengths.device)
+        values = _later() if lengths.deferred else to_device(ranges, lengths.device)
     else:
         checked = _check_host(argument, _as_pairs(argument, ranges, lengths.batch), lengths, max_range, whole)
-        values = _LATER if lengths.deferred else to_device(_padded(checked), lengths.device)
+        values = _later() if lengths.deferred else to_device(_padded(checked), lengths.device)
     longest = max((end - start for spans in checked for start, end in spans), default=0)
     return Spans(values, checked, longest, whole)
 
@@ -304,6 +302,11 @@ def _assert_on_device(ranges: torch.Tensor, lengths: Lengths, longest: int | Non
 
 def _used_rows(ranges: torch.Tensor) -> HostSpans:
     return tuple(tuple((start, end) for start, end in rows if (start, end) != (0, 0)) for rows in ranges.tolist())
+
+
+def _later() -> torch.Tensor:
+    """In the place of values that are still to be brought to the device."""
+    return torch.empty(0, 0, 2, dtype=torch.int32, device="cpu")
 
 
 def flat_values(host: HostSpans) -> tuple[list[int], int]:
