@@ -22,7 +22,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, const_expr
 from cutlass._mlir.dialects import llvm
-from cutlass.cute.nvgpu import warpgroup
+from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.cutlass_dsl import dsl_user_op
 
 WARP_GROUP = 128
@@ -354,7 +354,7 @@ def step_class(module: str) -> type:
             """Of half the columns: a quarter by each warp group."""
             helpers = importlib.import_module("cutlass.utils.hopper_helpers")
             return helpers.make_trivial_tiled_mma(
-                *(self.dtype, self.dtype, warpgroup.OperandMajorMode.K, warpgroup.OperandMajorMode.MN, Float32),
+                *(self.dtype, self.dtype, OperandMajorMode.K, OperandMajorMode.MN, Float32),
                 atom_layout_mnk=(1, 2, 1),
                 tiler_mn=(self.tile_m, self.tile_hdim // PARTS_OF_DQ // 2),
             )
