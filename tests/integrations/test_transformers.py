@@ -20,6 +20,8 @@ from fa4_prefixlm.integrations.transformers import row_bounds  # noqa: E402
 from tests.integrations import tiny_models  # noqa: E402
 from tests.integrations.tiny_models import CACHE, NAME, NAMES, WITH_WINDOW, inputs, logits, model, text_model, types_of  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 LENGTH = 64
 IMAGES = {
     "one": [[(4, 20)], [(30, 37)]],

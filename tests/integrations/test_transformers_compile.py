@@ -20,7 +20,10 @@ from tests.integrations.tiny_models import CACHE, NAME, NAMES, WITH_WINDOW, inpu
 
 LENGTH = 48
 # Of torch itself, where dynamo traces the vmap that transformers makes some masks with.
-pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+]
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,8 @@ import fa4_prefixlm.integrations.transformers as integration  # noqa: E402
 from fa4_prefixlm.integrations.transformers import masks  # noqa: E402
 from fa4_prefixlm.integrations.transformers.mask_functions import is_known, read  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 ROWS, KEYS, BATCH = 40, 48, 3
 CAUSAL = masking_utils.causal_mask_function
 

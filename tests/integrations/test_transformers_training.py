@@ -12,6 +12,8 @@ pytest.importorskip("transformers", minversion="5.23")
 import fa4_prefixlm.integrations.transformers  # noqa: F401
 from tests.integrations.tiny_models import NAME, NAMES, inputs, model, text_model, types_of
 
+pytestmark = pytest.mark.slow
+
 LENGTH = 48
 
 

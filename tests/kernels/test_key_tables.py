@@ -64,6 +64,7 @@ if INTERPRETED:
 
 else:
 
+    @pytest.mark.slow
     def test_in_the_interpreter() -> None:
         run_interpreted(__file__)
 

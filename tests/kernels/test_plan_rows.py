@@ -179,6 +179,7 @@ class TestInterpreted:
 class TestCompiled:
     __test__ = not INTERPRETED
 
+    @pytest.mark.slow
     def test_in_the_interpreter(self) -> None:
         run_interpreted(__file__)
 

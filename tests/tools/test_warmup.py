@@ -16,6 +16,8 @@ import torch
 from fa4_prefixlm import InputError
 from fa4_prefixlm.tools import cli, warmup
 
+pytestmark = pytest.mark.slow
+
 SHAPE = ["--head-dim", "64", "--heads", "4", "--kv-heads", "2"]
 
 

@@ -21,6 +21,8 @@ from fa4_prefixlm.fa4.kernels import disk_cache
 from fa4_prefixlm.fa4.kernels.disk_cache import KernelCache
 from fa4_prefixlm.tools.crosscompile import TARGETS
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = """
 import json, sys, warnings
 from fa4_prefixlm.fa4.kernels import disk_cache, workarounds
