@@ -10,21 +10,21 @@ work of each path's own mask: 2.5 times the forward's, as FlashAttention counts.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import gc
 import json
-import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterator
 
 import torch
+from harness import benchmark_parser, lacks_hopper
 
 import fa4_prefixlm as fp
-from fa4_prefixlm.backends.base import ForwardPass, Gradients
+from fa4_prefixlm.backends.base import Gradients
 from fa4_prefixlm.backends.native_backward import NativeGradients
 from fa4_prefixlm.backends.select_backward import prepare_backward
+from fa4_prefixlm.batch.forward_pass import ForwardPass
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.fa4.kernels.launch import mask_code
 from fa4_prefixlm.testing.accuracy import relative_error
@@ -304,14 +304,10 @@ def rows_of(results: list[Result]) -> list[list[str]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--save", type=pathlib.Path, metavar="FILE", help="keep the results as JSON")
-    parser.add_argument("--only", default="", metavar="TEXT", help="only workloads whose name holds TEXT")
-    parser.add_argument("--once", action="store_true", help="call every path once, to fill FA4's cache of kernels")
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
-        print("this benchmark needs a Hopper GPU")
+    if lacks_hopper():
         return 2
     results: list[Result] = []
     for work in WORKLOADS:

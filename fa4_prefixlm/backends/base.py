@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fa4_prefixlm.batch.forward_pass import ForwardPass, Grads
 from fa4_prefixlm.batch.keys import Keys
 from fa4_prefixlm.batch.lengths import Lengths
 from fa4_prefixlm.batch.options import Options
@@ -93,25 +94,6 @@ class Prepared(abc.ABC):
     def tile_counts(self) -> TileCounts | None:
         """How many key tiles are visited; None where the backend has no tiles. Synchronises."""
         return None
-
-
-Grads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class ForwardPass:
-    """What a forward read and returned, packed, for its backward.
-
-    Attributes:
-        q, k, v, out: `(total, heads, head_dim)`.
-        lse: `(heads, total_q)` float32, the sink included.
-    """
-
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    out: torch.Tensor
-    lse: torch.Tensor
 
 
 class Gradients(abc.ABC):

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from fa4_prefixlm.backends.base import BackwardBackend, ForwardPass, Gradients, Grads, MaskedBatch, Refusal
+from fa4_prefixlm.backends.base import BackwardBackend, Gradients, MaskedBatch, Refusal
 from fa4_prefixlm.backends.fa4_verdicts import backward_call_refusal
 from fa4_prefixlm.backends.rows import ANY_TILE, kernel_rows
+from fa4_prefixlm.batch.forward_pass import ForwardPass, Grads
 from fa4_prefixlm.batch.lengths import Lengths
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.batch.tensors import CallSpec
@@ -43,11 +44,7 @@ class NativeGradients(Gradients):
 
     def run(self, forward: ForwardPass, dout: torch.Tensor, dlse: torch.Tensor | None, options: Options) -> Grads:
         return native_backward(
-            forward.q,
-            forward.k,
-            forward.v,
-            forward.out,
-            forward.lse,
+            forward,
             dout,
             dlse,
             build=self.build,

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from fa4_prefixlm.backends.base import BackwardBackend, ForwardPass, Gradients, Grads, MaskedBatch
+from fa4_prefixlm.backends.base import BackwardBackend, Gradients, MaskedBatch
 from fa4_prefixlm.backends.fa4_verdicts import not_run, own_backward_refusal
+from fa4_prefixlm.batch.forward_pass import ForwardPass, Grads
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.batch.tensors import CallSpec
 from fa4_prefixlm.fa4.builds.describe import PACKED_BACKWARD_ARGUMENTS, Build
@@ -32,11 +33,7 @@ class PackedGradients(Gradients):
 
     def run(self, forward: ForwardPass, dout: torch.Tensor, dlse: torch.Tensor | None, options: Options) -> Grads:
         return packed_backward(
-            forward.q,
-            forward.k,
-            forward.v,
-            forward.out,
-            forward.lse,
+            forward,
             dout,
             dlse,
             build=self.build,

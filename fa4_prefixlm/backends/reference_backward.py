@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from fa4_prefixlm.backends.base import BackwardBackend, ForwardPass, Gradients, Grads, MaskedBatch
+from fa4_prefixlm.backends.base import BackwardBackend, Gradients, MaskedBatch
 from fa4_prefixlm.backends.reference import attend, by_key_head, chunks
+from fa4_prefixlm.batch.forward_pass import ForwardPass, Grads
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.batch.tensors import CallSpec
 from fa4_prefixlm.fa4.builds.describe import Build

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from fa4_prefixlm.backends.base import ForwardPass, Gradients, Prepared
+from fa4_prefixlm.backends.base import Gradients, Prepared
+from fa4_prefixlm.batch.forward_pass import ForwardPass
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.errors import UnsupportedError
 

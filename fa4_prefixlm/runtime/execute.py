@@ -6,9 +6,10 @@ from typing import Protocol
 
 import torch
 
-from fa4_prefixlm.backends.base import ForwardPass, Gradients, Prepared
+from fa4_prefixlm.backends.base import Gradients, Prepared
 from fa4_prefixlm.backends.reference import Reference
 from fa4_prefixlm.backends.select import Choice
+from fa4_prefixlm.batch.forward_pass import ForwardPass
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.batch.tensors import CallSpec, check_out, describe
 from fa4_prefixlm.errors import InputError, UnsupportedError

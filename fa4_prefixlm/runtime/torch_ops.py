@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from fa4_prefixlm.backends.base import ForwardPass
+from fa4_prefixlm.batch.forward_pass import ForwardPass
 from fa4_prefixlm.errors import InputError, UnsupportedError
 from fa4_prefixlm.runtime import autograd
 from fa4_prefixlm.runtime.execute import Pair, Runnable, run, run_backward

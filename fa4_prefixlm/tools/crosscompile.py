@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fa4_prefixlm.backends.base import ForwardPass
+from fa4_prefixlm.batch.forward_pass import ForwardPass
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.fa4.kernels.target_hardware import target_hardware
 from fa4_prefixlm.masks import PrefixLM, causal, key_in, one_block, prefix, window

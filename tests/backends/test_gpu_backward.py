@@ -17,8 +17,8 @@ import torch
 
 import fa4_prefixlm as fp
 from fa4_prefixlm.backends import native_backward
-from fa4_prefixlm.backends.base import ForwardPass
 from fa4_prefixlm.backends.causal_backward import CausalGradients
+from fa4_prefixlm.batch.forward_pass import ForwardPass
 from fa4_prefixlm.geometry.key_bounds import rising_key_bounds
 from fa4_prefixlm.geometry.row_tiles import key_tile_ends, row_tiles
 from fa4_prefixlm.masks import causal, key_in, one_block, prefix, window

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import torch
 
+from fa4_prefixlm.batch.forward_pass import ForwardPass, Grads
 from fa4_prefixlm.batch.lengths import Lengths
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.fa4.builds.describe import Build
 from fa4_prefixlm.fa4.kernels.launch import MaskCode, block_sparse_tensors, on_device
 from fa4_prefixlm.geometry.block_lists import BlockLists
 
-Grads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
 
 def causal_backward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
+    forward: ForwardPass,
     dout: torch.Tensor,
     dlse: torch.Tensor | None,
     *,
@@ -29,6 +24,7 @@ def causal_backward(
     deterministic: bool = False,
 ) -> Grads:
     """`(dq, dk, dv)` by FA4's own varlen backward: the peer of every benchmark and error band."""
+    q, k, v, out, lse = forward
     with on_device(q):
         dq, dk, dv, *_ = build.part("interface")._flash_attn_bwd(
             *(q, k, v, out, dout, lse, options.softmax_scale),
@@ -47,11 +43,7 @@ def causal_backward(
 
 
 def packed_backward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
+    forward: ForwardPass,
     dout: torch.Tensor,
     dlse: torch.Tensor | None,
     *,
@@ -61,6 +53,7 @@ def packed_backward(
     options: Options,
 ) -> Grads:
     """`(dq, dk, dv)` under the mask of `code`, the batch as one sequence. lists: query tiles by key tile."""
+    q, k, v, out, lse = forward
     with on_device(q):
         dq, dk, dv, *_ = build.part("interface")._flash_attn_bwd(
             *(tensor.unsqueeze(0) for tensor in (q, k, v, out, dout, lse)),

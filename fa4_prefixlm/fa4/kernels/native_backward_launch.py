@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fa4_prefixlm.batch.forward_pass import ForwardPass, Grads
 from fa4_prefixlm.batch.lengths import Lengths
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.device_checks import is_capturing
@@ -22,7 +23,6 @@ from fa4_prefixlm.fa4.kernels.launch import PADDING, on_device
 from fa4_prefixlm.geometry.key_bounds import KeyBounds
 
 ARCH = 90
-Grads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +48,7 @@ class KeyTables:
 
 
 def native_backward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
+    forward: ForwardPass,
     dout: torch.Tensor,
     dlse: torch.Tensor | None,
     *,
@@ -67,6 +63,7 @@ def native_backward(
     The stream must have made `tables` before: the kernel reads them before it waits for the preprocess (PDL).
     """
     parts = _parts(build)
+    q, k, v, out, lse = forward
     q, k, v, out, dout = (parts.contiguous(tensor.detach()) for tensor in (q, k, v, out, dout))
     lse = parts.contiguous(lse)
     with on_device(q):
