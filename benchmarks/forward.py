@@ -6,14 +6,12 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
-import pathlib
 import sys
 
 import torch
-from harness import Path, Result, measure, save, show
+from harness import Path, Result, benchmark_parser, lacks_hopper, measure, save, show
 
 import fa4_prefixlm as fp
 from fa4_prefixlm.backends.mask_mod_call import MaskModCall
@@ -117,13 +115,9 @@ def paths(work: Workload) -> list[Path]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--save", type=pathlib.Path, metavar="FILE", help="keep the results as JSON")
-    parser.add_argument("--only", default="", metavar="TEXT", help="only workloads whose name holds TEXT")
-    parser.add_argument("--once", action="store_true", help="call every path once, to fill FA4's cache of kernels")
+    parser = benchmark_parser(__doc__)
     arguments = parser.parse_args()
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
-        print("this benchmark needs a Hopper GPU")
+    if lacks_hopper():
         return 2
     results: list[Result] = []
     for work in WORKLOADS:

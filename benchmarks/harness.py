@@ -6,6 +6,7 @@ what is wrong, then times all others by `fa4_prefixlm.testing.timing`. TFLOP/s c
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import pathlib
@@ -49,6 +50,23 @@ class Result:
     spread: float | None = None
     tflops: float | None = None
     of_baseline: float | None = None
+
+
+def benchmark_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that every speed benchmark has: `--save FILE`, `--only TEXT`, `--once`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--save", type=pathlib.Path, metavar="FILE", help="keep the results as JSON")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only workloads whose name holds TEXT")
+    parser.add_argument("--once", action="store_true", help="call every path once, to fill FA4's cache of kernels")
+    return parser
+
+
+def lacks_hopper() -> bool:
+    """There is no Hopper GPU here; says so."""
+    lacking = not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9
+    if lacking:
+        print("this benchmark needs a Hopper GPU")
+    return lacking
 
 
 def measure(workload: str, paths: list[Path]) -> list[Result]:

@@ -10,10 +10,8 @@ layer.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
-import pathlib
 import statistics
 import sys
 import time
@@ -22,7 +20,7 @@ from typing import Any
 
 import torch
 from forward import HEADS, Workload
-from harness import Path, Result, measure, save, show
+from harness import Path, Result, benchmark_parser, lacks_hopper, measure, save, show
 
 import fa4_prefixlm as fp
 from fa4_prefixlm.batch.keys import Keys
@@ -209,14 +207,10 @@ def _gpu_us(run: Callable[[], object], calls: int) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--save", type=pathlib.Path, metavar="FILE", help="keep the results as JSON")
-    parser.add_argument("--only", default="", metavar="TEXT", help="only workloads whose name holds TEXT")
-    parser.add_argument("--once", action="store_true", help="call every path once, to fill FA4's cache of kernels")
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--build", metavar="MODULE", help="the FA4 to run on, as it is imported")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
-        print("this benchmark needs a Hopper GPU")
+    if lacks_hopper():
         return 2
     results: list[Result] = []
     for work, page_sizes in WORKLOADS:

@@ -10,28 +10,15 @@ import torch
 
 import fa4_prefixlm as fp
 from fa4_prefixlm.backends.select_backward import Backward, choose_backward
-from fa4_prefixlm.batch.tensors import CallSpec
 from fa4_prefixlm.fa4.builds.describe import BEST
 from fa4_prefixlm.geometry.traits import traits_of_any
 from fa4_prefixlm.masks import causal, one_block, prefix, window
 from fa4_prefixlm.runtime.fallback_warnings import warn_of_slow_backward
+from tests.backends.calls import GPU_CALL
 
 # As 4.0.0b36 is.
 B36 = dataclasses.replace(BEST, sm90_backward_head_dims="wrong")
-CALL = CallSpec(
-    batched=False,
-    shape_q=(900,),
-    shape_k=(900,),
-    heads_q=4,
-    heads_kv=2,
-    head_dim=128,
-    head_dim_v=128,
-    dtype=torch.bfloat16,
-    device=torch.device("cuda"),
-    needs_grad=True,
-    arch=90,
-    page_size=None,
-)
+CALL = dataclasses.replace(GPU_CALL, shape_q=(900,), shape_k=(900,), device=torch.device("cuda"), needs_grad=True)
 
 
 def chosen(mask: fp.Mask = fp.PrefixLM(), build=B36, *, spans: int = 3, name: str = "auto", **change) -> Backward:  # noqa: B008

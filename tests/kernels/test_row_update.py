@@ -14,6 +14,7 @@ import torch
 
 from fa4_prefixlm.testing.batches import EDGES, UGLY, Batch, random_batch
 from fa4_prefixlm.testing.stages import prepare
+from tests.kernels.cases import MASKS, TILES
 from tests.kernels.triton_processes import INTERPRETED, compile_for_hopper, run_interpreted
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -21,20 +22,8 @@ from fa4_prefixlm import InputError, Mask, PrefixLM
 from fa4_prefixlm.geometry import tiles as tiling
 from fa4_prefixlm.kernels import row_update
 from fa4_prefixlm.kernels.row_update import RowBuffers, update_rows
-from fa4_prefixlm.masks import causal, query_in, same_span, window
+from fa4_prefixlm.masks import causal, query_in, window
 from fa4_prefixlm.masks.closed_form import closed_form
-
-TILES = ((128, 128), (64, 80), (42, 64), (128, 112), (192, 64))
-MASKS = (
-    causal,
-    window(33),
-    causal | query_in("image"),
-    window(20) | same_span("image"),
-    PrefixLM(),
-    PrefixLM(1),
-    PrefixLM(100),
-    PrefixLM(17, clamp=False),
-)
 
 GUARD, POISON = 64, -7654321
 
