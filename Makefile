@@ -74,14 +74,15 @@ $(OLD_VENV)/.ready: pyproject.toml
 	$(OLD_VENV)/bin/python -m pip install --progress-bar off -e ".[old-fa4]"
 	touch $@
 
-# The sdist without extensions (47 MB), and torchvision without its dependencies: its wheel is made for CUDA, see the tests' shim.
-# A constraint on numpy in pip's own configuration would be met by the requirements; PIP_CONSTRAINT keeps the build environment to them.
+# The sdist without extensions (47 MB). torchvision's wheel is made for CUDA; torchvision_on_cpu.py has it imported all the same.
 $(VLLM_VENV)/.ready: pyproject.toml $(VLLM_TESTS)/requirements.txt
 	@echo "Setting up $(VLLM_VENV), once: torch and vLLM 0.33.0. Some minutes; see pip's lines below."
 	python3 -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --progress-bar off torch==2.13.0
 	$(VLLM_VENV)/bin/python -m pip install --progress-bar off -r $(VLLM_TESTS)/requirements.txt
 	$(VLLM_VENV)/bin/python -m pip install --progress-bar off --no-deps torchvision==0.28.0
+	cp $(VLLM_TESTS)/torchvision_on_cpu.py $(VLLM_VENV)/lib/python3*/site-packages/
+	echo "import torchvision_on_cpu" > $$(echo $(VLLM_VENV)/lib/python3*/site-packages)/torchvision_on_cpu.pth
 	VLLM_TARGET_DEVICE=empty VLLM_VERSION_OVERRIDE=0.33.0 $(VLLM_VENV)/bin/python -m pip install --progress-bar off \
 		--no-deps --no-build-isolation --no-binary vllm vllm==0.33.0
 	$(VLLM_VENV)/bin/python -m pip install --progress-bar off --no-deps --no-build-isolation -e .

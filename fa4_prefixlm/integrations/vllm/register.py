@@ -35,7 +35,7 @@ def unsupported(version: str | None = None) -> str | None:
             version = importlib.metadata.version("vllm")
         except importlib.metadata.PackageNotFoundError:
             return "vLLM is not installed"
-    if re.match(r"\d+\.\d+", version) is None or re.match(r"\d+\.\d+", version)[0] != SUPPORTED:  # type: ignore[index]
+    if re.match(rf"{re.escape(SUPPORTED)}\b", version) is None:
         return f"this is vLLM {version}, and the backends were made for {SUPPORTED}"
     return None
 
@@ -58,7 +58,7 @@ def _register() -> None:
     for name, path in BACKENDS.items():
         if name not in AttentionBackendEnum.__members__:
             register_backend(name, path)
-    copyreg.pickle(AttentionBackendEnum, _reduce)  # type: ignore[arg-type]
+    copyreg.pickle(AttentionBackendEnum, _reduce)
 
 
 def _reduce(member: Any) -> tuple[Any, ...]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import pathlib
-
 import torch
 
 _library: torch.library.Library | None = None
@@ -12,9 +9,7 @@ _library: torch.library.Library | None = None
 
 def environment(runner: str) -> dict[str, str]:
     """What the process has to be started with. runner: "V1" or "V2", vLLM's model runner."""
-    path = [str(pathlib.Path(__file__).parent / "shim"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     own = {
-        "PYTHONPATH": os.pathsep.join(filter(None, path)),
         "VLLM_TARGET_DEVICE": "cpu",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "OMP_NUM_THREADS": "1",

@@ -14,7 +14,7 @@ import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ import torch
 ROOT = pathlib.Path(__file__).parents[3]
 OWN = "fa4_prefixlm.integrations.vllm.backend.PrefixLMBackend"
 TRITON = "vllm.v1.attention.backends.triton_attn.TritonAttentionBackend"
+PROGRAM = ("-m", "tests.integrations.vllm_engine.engine")
 GENERATED = 8
 # vLLM's compilation for each mode; graphs are captured at these sizes.
 MODES: dict[str, dict[str, Any]] = {
@@ -67,19 +68,30 @@ class Job:
         """Of the model."""
         return pathlib.Path(self.folder).name.partition("-")[0]
 
-    def start(self, log: pathlib.Path) -> subprocess.Popen[bytes]:
-        """Start the process, with its output in a file."""
+    def start(self, log: pathlib.Path, program: Sequence[str] = PROGRAM) -> subprocess.Popen[bytes]:
+        """Start the process, with its output in a file.
+
+        Args:
+            log: the file.
+            program: what Python runs, before the name of the job's file.
+        """
         from tests.integrations.vllm_engine import cpu
 
         file = log.with_suffix(".json")
         file.write_text(json.dumps(dataclasses.asdict(self)))
-        command = [sys.executable, "-m", "tests.integrations.vllm_engine.engine", str(file)]
+        command = [sys.executable, *program, str(file)]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
         # One process, so that it can be looked into; a second GPU needs one of its own.
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         environment |= cpu.environment(self.cpu) if self.cpu else {}
         with log.open("w") as output:
             return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
+
+
+def read_job(file: pathlib.Path) -> Job:
+    """The job that `Job.start` wrote."""
+    values = json.loads(file.read_text())
+    return Job(**{**values, "rounds": tuple(values["rounds"])})
 
 
 def prompts(job: Job) -> dict[str, tuple[list[int], tuple[Any, ...]]]:
@@ -103,7 +115,7 @@ def prompts(job: Job) -> dict[str, tuple[list[int], tuple[Any, ...]]]:
 
 
 def make_engine(job: Job, **settings: Any) -> Any:
-    """vLLM's `LLM` of a job. settings: its arguments, in place of those of the tests."""
+    """An `LLM` of vLLM. settings: its arguments, in place of those of the tests."""
     if job.cpu:
         from tests.integrations.vllm_engine import cpu
 
@@ -164,7 +176,7 @@ def broken(what: str) -> Iterator[None]:
         update(self, mm_ranges=None, **batch)
 
     if what == "attention zeroed":
-        GroupPlans.attention = zeroed  # type: ignore[method-assign, assignment]
+        GroupPlans.attention = zeroed  # type: ignore[method-assign]
     if what == "spans dropped":
         GroupPlans.update = dropped  # type: ignore[method-assign, assignment]
     try:
@@ -222,8 +234,7 @@ def _counts() -> dict[str, int]:
 
 
 def main() -> None:
-    values = json.loads(pathlib.Path(sys.argv[1]).read_text())
-    job = Job(**{**values, "rounds": tuple(values["rounds"])})
+    job = read_job(pathlib.Path(sys.argv[1]))
     torch.save(run(job), job.result)
 
 

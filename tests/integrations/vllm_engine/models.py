@@ -12,7 +12,7 @@ IMAGE_TOKEN = {"gemma3": 4, "gemma4": 6}  # of prompts: a place for an image
 FIRST_LETTER = 16
 _LETTERS = [chr(code) for code in range(32, 127)]
 _NEWLINES = ["\n" * count for count in range(1, 5)]
-_TINY = {"layers": 4, "hidden": 128, "heads": 4, "kv_heads": 2, "head_dim": 64, "window": 128, "gain": 1.0}
+_TINY = {"layers": 4, "hidden": 128, "heads": 4, "kv_heads": 2, "head_dim": 64, "window": 128}
 
 
 def make(kind: str, folder: pathlib.Path, *, dtype: torch.dtype = torch.float32, **shape: Any) -> None:
@@ -23,24 +23,23 @@ def make(kind: str, folder: pathlib.Path, *, dtype: torch.dtype = torch.float32,
         folder: made where it is not there.
         dtype: of the weights.
         shape: what is not as in the tiny model: layers (or `layer_types`), hidden, intermediate, heads, kv_heads,
-            head_dim, window, gain (of the weights; larger ones make sharper attention, which low precision misses), of
-            Gemma 3 image_size and image_tokens, of Gemma 4 global_head_dim, kv_shared and soft_tokens.
+            head_dim, window, of Gemma 3 image_size and image_tokens, of Gemma 4 global_head_dim, global_kv_heads,
+            kv_shared and soft_tokens.
     """
     {"gemma3": _gemma3, "gemma4": _gemma4}[kind](folder, dtype, {**_TINY, **shape})
 
 
 def image(index: int, size: int) -> Any:
-    """A square image of noise, `size` pixels wide."""
+    """A square image of a few soft patches, `size` pixels wide. A vision tower's pooling would leave little of noise."""
     import numpy
     from PIL import Image
 
-    noise = numpy.random.default_rng(index).integers(0, 256, (size, size, 3), dtype=numpy.uint8)
-    return Image.fromarray(noise)
+    patches = numpy.random.default_rng(index).integers(0, 256, (5, 5, 3), dtype=numpy.uint8)
+    return Image.fromarray(patches).resize((size, size), Image.Resampling.BICUBIC)
 
 
 def _gemma3(folder: pathlib.Path, dtype: torch.dtype, shape: dict[str, Any]) -> None:
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3Processor
-    from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
     size, tokens = shape.get("image_size", 112), shape.get("image_tokens", 64)
     names = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
@@ -63,12 +62,10 @@ def _gemma3(folder: pathlib.Path, dtype: torch.dtype, shape: dict[str, Any]) -> 
         architectures=["Gemma3ForConditionalGeneration"],
         dtype=str(dtype).removeprefix("torch."),
     )
-    _save(Gemma3ForConditionalGeneration(config), folder, dtype, shape["gain"])
+    _save(Gemma3ForConditionalGeneration(config), folder, dtype)
     # As on the hub, where vLLM looks for it; transformers 5 saves its own name.
     _rename(folder, "vision_tower.", "vision_tower.vision_model.")
-    images = Gemma3ImageProcessorPil(
-        size={"height": size, "width": size}, image_mean=[0.5] * 3, image_std=[0.5] * 3
-    )
+    images = _image_processor("gemma3")(size={"height": size, "width": size}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     Gemma3Processor(images, tokenizer, image_seq_length=tokens).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -81,7 +78,6 @@ def _gemma4(folder: pathlib.Path, dtype: torch.dtype, shape: dict[str, Any]) -> 
         Gemma4Processor,
         Gemma4VideoProcessor,
     )
-    from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
     soft = shape.get("soft_tokens", 70)
     names = {
@@ -94,7 +90,7 @@ def _gemma4(folder: pathlib.Path, dtype: torch.dtype, shape: dict[str, Any]) -> 
         "video_token": "<|video|>",
     }
     tokenizer, words = _tokenizer(names)
-    ids = {name.replace("_token", "_token_id"): words[word] for name, word in names.items()}
+    ids: dict[str, Any] = {name.replace("_token", "_token_id"): words[word] for name, word in names.items()}
     ids["eoa_token_index"] = ids.pop("eoa_token_id")
     config = Gemma4Config(
         text_config=_text(shape)
@@ -123,15 +119,28 @@ def _gemma4(folder: pathlib.Path, dtype: torch.dtype, shape: dict[str, Any]) -> 
         dtype=str(dtype).removeprefix("torch."),
         **ids,
     )
-    _save(Gemma4ForConditionalGeneration(config), folder, dtype, shape["gain"])
+    _save(Gemma4ForConditionalGeneration(config), folder, dtype, norms_of_qk=0.25)
     Gemma4Processor(
         feature_extractor=Gemma4AudioFeatureExtractor(),
-        image_processor=Gemma4ImageProcessorPil(patch_size=16, pooling_kernel_size=3, max_soft_tokens=soft),
+        image_processor=_image_processor("gemma4")(patch_size=16, pooling_kernel_size=3, max_soft_tokens=soft),
         tokenizer=tokenizer,
         video_processor=Gemma4VideoProcessor(),
         image_seq_length=soft,
     ).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _image_processor(kind: str) -> Any:
+    """The class that works on PIL images, which transformers has under a name of its own since it has another."""
+    import importlib
+
+    import transformers
+
+    name = f"{kind.capitalize()}ImageProcessor"
+    try:
+        return getattr(importlib.import_module(f"transformers.models.{kind}.image_processing_pil_{kind}"), f"{name}Pil")
+    except ImportError:
+        return getattr(transformers, name)
 
 
 def _text(shape: dict[str, Any]) -> dict[str, Any]:
@@ -170,18 +179,22 @@ def _tokenizer(names: dict[str, str]) -> tuple[Any, dict[str, int]]:
     return PreTrainedTokenizerFast(tokenizer_object=made, extra_special_tokens=names, **special), words
 
 
-def _save(model: Any, folder: pathlib.Path, dtype: torch.dtype, gain: float) -> None:
-    """With weights so large that what attention sees decides the logits."""
+def _save(model: Any, folder: pathlib.Path, dtype: torch.dtype, norms_of_qk: float = 1.0) -> None:
+    """With weights so large that what attention sees decides the logits.
+
+    norms_of_qk: factor of the weights that queries and keys are normalised with. Gemma 4 does not scale its scores, and
+    with ones each row would look at one key, which bfloat16 can't tell from the next.
+    """
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim < 2:
                 base = parameter if "norm" in name or "scal" in name else 0.0
+                base = base * norms_of_qk if ".q_norm." in name or ".k_norm." in name else base
                 parameter.copy_(base + 0.02 * noise)
             else:
-                fan_in = parameter[0].numel()
-                parameter.copy_(noise * (0.05 if "embed" in name else gain / fan_in**0.5))
+                parameter.copy_(noise * (0.05 if "embed" in name else parameter[0].numel() ** -0.5))
     model.to(dtype).save_pretrained(folder)
 
 

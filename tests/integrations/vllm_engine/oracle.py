@@ -63,5 +63,6 @@ def said(output: Any) -> tuple[list[int], torch.Tensor, int]:
 def _model(folder: str, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+    torch.backends.cudnn.allow_tf32 = False  # of the convolution that cuts an image into patches
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
     return model.to(device).eval(), AutoProcessor.from_pretrained(folder)

@@ -1,4 +1,5 @@
-"""On PYTHONPATH of processes that run vLLM on a CPU: PyPI's torchvision beside a torch without CUDA.
+"""PyPI's torchvision beside a torch without CUDA. The Makefile copies it into vLLM's environment, where it is imported
+when Python starts.
 
 The wheel is made for CUDA, so its operations do not load, and importing it fails where their shapes are registered.
 """
