@@ -15,10 +15,8 @@ import argparse
 import itertools
 import json
 import pathlib
-import subprocess
 import sys
 import tempfile
-import time
 from typing import Any
 
 import torch
@@ -28,7 +26,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # the test
 
 from fa4_prefixlm.testing.tables import columns
 from tests.integrations.vllm_engine import models, oracle
-from tests.integrations.vllm_engine.engine import MODES, ROUNDS, Job, prompts
+from tests.integrations.vllm_engine.engine import MODES, ROUNDS, Job, prompts, run_all
 
 OURS = ("FA4_PREFIXLM", "FA4_PREFIXLM_IMAGES")
 BACKENDS = (*OURS, "TRITON_ATTN", "TRITON_FLASH_ATTN", "FLASH_ATTN")
@@ -62,7 +60,7 @@ def exact(arguments: argparse.Namespace, folder: pathlib.Path) -> tuple[dict[str
         )
         for kind, mode, backend in itertools.product(arguments.models, arguments.modes, arguments.backends)
     ]
-    done = run_all(jobs, arguments)
+    done = run_all(jobs, at_once=arguments.jobs, timeout=arguments.timeout, total=arguments.total)
     rows = [judge(job, "cpu" if arguments.cpu else "cuda") for job in jobs if job in done]
     bands = [band(rows, kind, mode) for kind, mode in itertools.product(arguments.models, arguments.modes)]
     _show(rows, [own for own in bands if own])
@@ -72,35 +70,6 @@ def exact(arguments: argparse.Namespace, folder: pathlib.Path) -> tuple[dict[str
     for line in [*silent, *(f"WRONG: {line}" for line in wrong)]:
         print(line)
     return {"band": BAND, "wrong": wrong, "silent": silent, "bands": bands, "results": rows}, not wrong
-
-
-def run_all(jobs: list[Job], arguments: argparse.Namespace) -> set[Job]:
-    """Run the engines, some at once, until the time is over; those that answered."""
-    waiting, running, done = list(jobs), dict[Job, tuple[subprocess.Popen[bytes], float]](), set()
-    began = time.monotonic()
-    while waiting or running:
-        in_time = time.monotonic() - began < arguments.total
-        while in_time and waiting and len(running) < arguments.jobs:
-            job = waiting.pop(0)
-            running[job] = job.start(_log(job)), time.monotonic()
-        if not in_time:
-            waiting.clear()
-        time.sleep(0.2)
-        for job, (process, started) in list(running.items()):
-            if not in_time or time.monotonic() - started > arguments.timeout:
-                process.kill()
-                process.wait()
-            if process.poll() is None:
-                continue
-            del running[job]
-            name = f"{job.kind} {job.backend} {job.mode}"
-            print(f"{name}: exit {process.returncode} after {time.monotonic() - started:.0f} s", flush=True)
-            if process.returncode == 0:
-                done.add(job)
-            else:
-                print("    " + "\n    ".join(_log(job).read_text().splitlines()[-15:]), flush=True)
-    print(f"{len(done)} of {len(jobs)} engines in {time.monotonic() - began:.0f} s", flush=True)
-    return done
 
 
 def judge(job: Job, device: str) -> dict[str, Any]:
@@ -173,10 +142,6 @@ _known: dict[Any, torch.Tensor] = {}
 
 def _furthest(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).abs().max())
-
-
-def _log(job: Job) -> pathlib.Path:
-    return pathlib.Path(job.result).with_suffix(".log")
 
 
 def _show(rows: list[dict[str, Any]], bands: list[dict[str, Any]]) -> None:

@@ -68,6 +68,11 @@ class Job:
         """Of the model."""
         return pathlib.Path(self.folder).name.partition("-")[0]
 
+    @property
+    def log(self) -> pathlib.Path:
+        """Beside the result."""
+        return pathlib.Path(self.result).with_suffix(".log")
+
     def start(self, log: pathlib.Path, program: Sequence[str] = PROGRAM) -> subprocess.Popen[bytes]:
         """Start the process, with its output in a file.
 
@@ -112,6 +117,45 @@ def prompts(job: Job) -> dict[str, tuple[list[int], tuple[Any, ...]]]:
         "many small images": ([2, *text(8, 4), *place * 6, *text(9, 4)], small),
         "an image after the window": ([2, *text(7, 333), *place, *text(8, 3)], (fourth,)),
     }
+
+
+def run_all(jobs: Sequence[Job], *, at_once: int, timeout: float, total: float) -> set[Job]:
+    """Run engines in processes, and print how each ended.
+
+    Args:
+        jobs: in the order in which they are started.
+        at_once: processes.
+        timeout: seconds of one.
+        total: seconds of all; what has not ended by then is stopped.
+
+    Returns:
+        The jobs that wrote their result.
+    """
+    waiting, running, done = list(jobs), dict[Job, tuple[subprocess.Popen[bytes], float]](), set[Job]()
+    began = time.monotonic()
+    while waiting or running:
+        in_time = time.monotonic() - began < total
+        if not in_time:
+            waiting.clear()
+        while waiting and len(running) < at_once:
+            job = waiting.pop(0)
+            running[job] = job.start(job.log), time.monotonic()
+        time.sleep(0.2)
+        for job, (process, started) in list(running.items()):
+            if not in_time or time.monotonic() - started > timeout:
+                process.kill()
+                process.wait()
+            if process.poll() is None:
+                continue
+            del running[job]
+            took = time.monotonic() - started
+            print(f"{job.log.stem}: exit {process.returncode} after {took:.0f} s", flush=True)
+            if process.returncode == 0:
+                done.add(job)
+            else:
+                print("    " + "\n    ".join(job.log.read_text(errors="replace").splitlines()[-15:]), flush=True)
+    print(f"{len(done)} of {len(jobs)} engines in {time.monotonic() - began:.0f} s", flush=True)
+    return done
 
 
 def make_engine(job: Job, **settings: Any) -> Any:

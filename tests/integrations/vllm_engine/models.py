@@ -30,7 +30,7 @@ def make(kind: str, folder: pathlib.Path, *, dtype: torch.dtype = torch.float32,
 
 
 def image(index: int, size: int) -> Any:
-    """A square image of a few soft patches, `size` pixels wide. A vision tower's pooling would leave little of noise."""
+    """A square image of a few soft patches, `size` pixels wide. Of noise a vision tower's pooling leaves little."""
     import numpy
     from PIL import Image
 

@@ -66,3 +66,10 @@ def _model(folder: str, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
     torch.backends.cudnn.allow_tf32 = False  # of the convolution that cuts an image into patches
     model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
     return model.to(device).eval(), AutoProcessor.from_pretrained(folder)
+
+
+def image_token(folder: str) -> int:
+    """The token that stands for each of an image's tokens."""
+    model, _ = _model(folder, torch.float32, "cpu")
+    token: int = model.config.image_token_id
+    return token
