@@ -27,7 +27,7 @@ def test_bars_are_as_long_as_their_times() -> None:
     pytest.importorskip("PIL")
     picture = plots.first_token(kept(), "gemma3")
     counted = picture.getcolors(1 << 24)
-    by_colour = {"#%02x%02x%02x" % colour: count for count, colour in counted}
+    by_colour = {f"#{bytes(colour).hex()}": count for count, colour in counted}
     mine, theirs = (by_colour[plots.COLOURS[name]] for name in ("FA4_PREFIXLM", "TRITON_ATTN"))
     legend = 12 * 12
     assert (theirs - legend) / (mine - legend) == pytest.approx(2, rel=0.02)
