@@ -117,7 +117,8 @@ class GroupPlans:
         plans: one `ServingPlan` for each distinct mask.
         text_only: no query token of the last update is in a span, so every layer is causal, with its window if it has
             one.
-        in_place: a captured CUDA graph runs the batch of the last update.
+        in_place: a captured CUDA graph runs the batch of the last update, padded to as many requests as the update
+            before the capture had.
     """
 
     def __init__(
@@ -163,7 +164,10 @@ class GroupPlans:
         self.plans: dict[Mask, ServingPlan] = {}
         for name, mask in layers.items():
             if mask not in self.plans:
-                self.plans[mask] = serving_plan(like=like, mask=mask, build=build, **limits)
+                # vLLM pads requests to those of the graph that it replays.
+                self.plans[mask] = serving_plan(
+                    like=like, mask=mask, build=build, graphs_take_any_batch=False, **limits
+                )
                 _refuse_reference(name, mask, self.plans[mask])
         self._plan_of = {name: self.plans[mask] for name, mask in layers.items()}
         self._max_blocks, self._block_size, self._tokens = max_blocks, block_size, 0
