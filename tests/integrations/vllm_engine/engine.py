@@ -280,7 +280,7 @@ def _counts() -> dict[str, int]:
 
 
 def _kernels() -> dict[str, int]:
-    """This process's, by how it got them: "compiled", or "loaded" from the cache on disk."""
+    """Kernels of the process by how it got them: "compiled", or "loaded" from the cache on disk."""
     from fa4_prefixlm.fa4.kernels.disk_cache import counts
 
     return dict(counts)
