@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pathlib
 import pickle
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 import fa4_prefixlm as fp
 from fa4_prefixlm.fa4.builds.head_dims import HeadDims
 from fa4_prefixlm.integrations.vllm import refusals, register
+from tests.integrations.vllm_engine import engine, models
 
 pytestmark = pytest.mark.slow  # importing vLLM takes seconds
 
@@ -194,6 +196,36 @@ def test_without_metadata_there_are_zeros(backend: Any) -> None:
     out = torch.ones(3, 4, 16)
     assert made(backend).forward(None, out, out, out, None, None, out) is out
     assert not out.any()
+
+
+def test_a_layer_hands_on_what_it_was_made_with(backend: Any) -> None:
+    given: dict[str, Any] = {}
+
+    class Plans:
+        @staticmethod
+        def attention(layer: str, *tensors: torch.Tensor, **options: Any) -> torch.Tensor:
+            given.update(options, layer=layer, tensors=tensors)
+            return tensors[2]
+
+    q, cache, out, sinks = torch.ones(3, 4, 16), torch.ones(1), torch.zeros(3, 4, 16), torch.ones(4)
+    layer = backend.PrefixLMImpl(4, 16, 0.25, 2, logits_soft_cap=30.0, sinks=sinks)
+    metadata = backend.PrefixLMMetadata(Plans(), 3, torch.arange(3))
+    assert layer.forward(SimpleNamespace(layer_name="a"), q, None, None, cache, metadata, out) is out
+    options = {"softmax_scale": 0.25, "softcap": 30.0, "sinks": sinks}
+    assert given == {**options, "layer": "a", "tensors": (q, cache, out)}
+
+
+def test_the_engine_does_not_start_with_what_is_refused(tmp_path: pathlib.Path) -> None:
+    models.make("gemma3", tmp_path / "gemma3")
+    job = engine.Job(str(tmp_path / "gemma3"), str(tmp_path / "out.pt"), cpu="V1")
+    program = """
+import pathlib, sys
+from tests.integrations.vllm_engine import engine
+engine.make_engine(engine.read_job(pathlib.Path(sys.argv[1])), disable_chunked_mm_input=False)
+"""
+    assert job.start(job.log, ["-c", program]).wait() != 0
+    log = job.log.read_text()
+    assert "attention_backend: expected a configuration that FA4_PREFIXLM runs, got disable_chunked_mm_input" in log
 
 
 @pytest.mark.parametrize("heads_first", [False, True])
