@@ -245,6 +245,19 @@ def builder(backend: Any) -> Any:
     return object.__new__(backend.PrefixLMBuilder)
 
 
+def test_a_step_is_placed_once_for_all_groups(backend: Any) -> None:
+    starts, keys, ranges = torch.tensor([0, 40, 41, 41]), torch.tensor([40, 70, 0]), {0: [(3, 20)]}
+    placed = backend._placed(starts, keys, ranges, 3)
+    assert (placed.rows, placed.keys, placed.spans) == ([40, 1, 0], [40, 70, 0], [[(3, 21)], [], []])
+    assert (placed.tokens, placed.longest) == (41, 70)
+    assert backend._placed(starts, keys, ranges, 3) is placed
+    for other in ((starts.clone(), keys, ranges), (starts, keys.clone(), ranges), (starts, keys, dict(ranges))):
+        assert backend._placed(*other, 3) is not placed
+    assert backend._placed(starts, keys, None, 2).rows == [40, 1]
+    keys += 1  # without ranges there is no object that tells one step from the next
+    assert backend._placed(starts, keys, None, 2).keys == [41, 71]
+
+
 @pytest.mark.parametrize("causal", [False, torch.ones(2, dtype=torch.int32)], ids=str)
 def test_a_step_that_is_not_causal_is_refused(backend: Any, causal: object) -> None:
     with pytest.raises(fp.UnsupportedError, match="causal: expected True for all requests"):
