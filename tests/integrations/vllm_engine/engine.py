@@ -212,22 +212,22 @@ def broken(what: str) -> Iterator[None]:
     """Break the backend for a round of that name; the others run as they are."""
     from fa4_prefixlm.integrations.vllm.plans import GroupPlans
 
-    attention, update = GroupPlans.attention, GroupPlans.update
+    attention, take = GroupPlans.attention, GroupPlans.take
 
     def zeroed(self: Any, layer: str, q: Any, kv_cache: Any, out: torch.Tensor, **options: Any) -> torch.Tensor:
         return out.fill_(0)
 
-    def dropped(self: Any, *, mm_ranges: Any, **batch: Any) -> None:
-        update(self, mm_ranges=None, **batch)
+    def dropped(self: Any, placed: Any, **batch: Any) -> None:
+        take(self, dataclasses.replace(placed, spans=None), **batch)
 
     if what == "attention zeroed":
         GroupPlans.attention = zeroed  # type: ignore[method-assign]
     if what == "spans dropped":
-        GroupPlans.update = dropped  # type: ignore[method-assign, assignment]
+        GroupPlans.take = dropped  # type: ignore[method-assign]
     try:
         yield
     finally:
-        GroupPlans.attention, GroupPlans.update = attention, update  # type: ignore[method-assign]
+        GroupPlans.attention, GroupPlans.take = attention, take  # type: ignore[method-assign]
 
 
 def run(job: Job) -> dict[str, Any]:
