@@ -59,21 +59,24 @@ class Traits:
 
 def traits(mask: Mask, spans: SpanSets, lengths: Lengths) -> Traits:
     """The traits of a mask for one batch."""
-    longest = {name: own.longest for name, own in spans.items()}
-    found = traits_of_any(mask, longest, most_spans(spans))
+    base, found = _of_any(mask, most_spans(spans))
+    reach = base.reach({name: own.longest for name, own in spans.items()}) if found.banded else found.reach
     if not lengths.is_bottom_right:
-        return dataclasses.replace(found, causal_part=None, causal_only=None)
-    return dataclasses.replace(found, causal_only=_causal_only(found, spans, lengths))
+        return dataclasses.replace(found, reach=reach, causal_part=None, causal_only=None)
+    return dataclasses.replace(found, reach=reach, causal_only=_causal_only(found, spans, lengths))
 
 
 def traits_of_any(mask: Mask, longest: Mapping[str, int], most: Mapping[str, int]) -> Traits:
     """The traits for any spans: at most `most[name]` in a sequence, of at most `longest[name]` tokens."""
+    base, found = _of_any(mask, most)
+    return dataclasses.replace(found, reach=base.reach(longest)) if found.banded else found
+
+
+def _of_any(mask: Mask, most: Mapping[str, int]) -> tuple[Mask, Traits]:
     counts = tuple(most.items())
     if mask.evaluated or mask.custom_kernel is not None or not isinstance(mask, Hashable):
-        base, found = _by_counts.__wrapped__(mask, counts)  # the cache would keep its tensors alive
-    else:
-        base, found = _by_counts(mask, counts)
-    return dataclasses.replace(found, reach=base.reach(longest)) if found.banded else found
+        return _by_counts.__wrapped__(mask, counts)  # the cache would keep its tensors alive
+    return _by_counts(mask, counts)
 
 
 @functools.lru_cache(maxsize=64)
