@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from fa4_prefixlm.backends.base import Backend, MaskedBatch, Prepared
 from fa4_prefixlm.backends.causal import Causal
 from fa4_prefixlm.backends.fa4_verdicts import PAGES_NO_GRADIENT, choose_tile
+from fa4_prefixlm.backends.flex import Flex
 from fa4_prefixlm.backends.gathered import Gathered, contiguous
 from fa4_prefixlm.backends.native import Native
 from fa4_prefixlm.backends.packed import Packed
@@ -26,14 +27,15 @@ from fa4_prefixlm.geometry.traits import Traits
 
 # In order of preference.
 BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (Causal(), Native(), Varlen(), Packed(), TwoPass(), Reference())
+    backend.name: backend for backend in (Causal(), Native(), Varlen(), Packed(), TwoPass(), Flex(), Reference())
 }
 
 # The same for keys in pages: (name, whether the keys are gathered). Gathering was up to 9 % faster than two passes
 # with pages of 16, and up to 14 % slower with larger ones (benchmarks/results/h200-serving.json).
 IN_PAGES = (
     *(("causal", False), ("native", False), ("causal", True), ("native", True), ("varlen", True)),
-    *(("two_pass", False), ("packed", True), ("two_pass", True), ("reference", True)),
+    *(("two_pass", False), ("packed", True), ("two_pass", True), ("flex", True)),
+    ("reference", True),
 )
 
 # Above this, `auto` compares the varlen block lists with the packed ones, and takes packed where it needs less.
@@ -148,12 +150,19 @@ def _choose_forward(name: str, spec: CallSpec, traits: Traits, lengths: Lengths,
     for preferred, gathered in IN_PAGES if paged else ((name, False) for name in BACKENDS):
         backend, as_called = BACKENDS[preferred], copied if gathered else spec
         reason = backend.refusal(as_called, traits, build)
-        if reason is None and backend.name == Varlen.name:
-            reason = _too_large(as_called, traits, lengths, build)
+        if reason is None:
+            reason = _unasked(backend, as_called, traits, lengths, build)
         if reason is None:
             return Forward.after(passed_over, backend.name, gathered=gathered)
         passed_over.setdefault(backend.name, reason)
     raise AssertionError("the reference runs every call")
+
+
+def _unasked(backend: Backend, spec: CallSpec, traits: Traits, lengths: Lengths, build: Build | None) -> str | None:
+    """Why a backend that can run the call is taken by name only; None if it is taken without."""
+    if backend.name == Flex.name and spec.device.type == "cpu":
+        return "on the CPU it computes every pair as well, and is there for tests"
+    return _too_large(spec, traits, lengths, build) if backend.name == Varlen.name else None
 
 
 def _too_large(spec: CallSpec, traits: Traits, lengths: Lengths, build: Build | None) -> str | None:

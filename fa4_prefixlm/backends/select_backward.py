@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fa4_prefixlm.backends.base import BackwardBackend, Gradients, MaskedBatch, Refusal
 from fa4_prefixlm.backends.causal_backward import CausalBackward
 from fa4_prefixlm.backends.fa4_verdicts import PAGES_NO_GRADIENT
+from fa4_prefixlm.backends.flex_backward import FlexBackward
 from fa4_prefixlm.backends.native_backward import NativeBackward
 from fa4_prefixlm.backends.packed_backward import PackedBackward
 from fa4_prefixlm.backends.reference import Reference
@@ -19,7 +20,8 @@ from fa4_prefixlm.geometry.traits import Traits
 
 # In order of preference.
 BACKWARDS: dict[str, BackwardBackend] = {
-    backward.name: backward for backward in (CausalBackward(), NativeBackward(), PackedBackward(), ReferenceBackward())
+    backward.name: backward
+    for backward in (CausalBackward(), NativeBackward(), PackedBackward(), FlexBackward(), ReferenceBackward())
 }
 
 

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 
 from fa4_prefixlm.backends.base import Gradients, Prepared
+from fa4_prefixlm.backends.flex import Flex
 from fa4_prefixlm.backends.reference import Reference
 from fa4_prefixlm.backends.select import Choice
 from fa4_prefixlm.batch.forward_pass import ForwardPass
@@ -103,7 +104,7 @@ _ARGUMENT = {"shape_k": "k", "heads_kv": "k", "page_size": "k", "head_dim_v": "v
 
 def _through_torch(plan: Runnable) -> bool:
     """Autograd differentiates the forward's own torch operations."""
-    return plan.choice.name == plan.choice.backward.name == Reference.name
+    return plan.choice.name == plan.choice.backward.name and plan.choice.name in (Flex.name, Reference.name)
 
 
 def _gradients(
