@@ -21,7 +21,7 @@ from fa4_prefixlm.batch.tensors import CallSpec
 from fa4_prefixlm.fa4.builds.describe import Build
 from fa4_prefixlm.geometry.intervals import Bounds, Tags
 from fa4_prefixlm.geometry.packed_row_tiles import packed_map, transposed
-from fa4_prefixlm.geometry.tiles import KeyTiles, TileCounts, ceil_div, query_tiles, tile_runs
+from fa4_prefixlm.geometry.tiles import TileCounts, TileMap, ceil_div
 from fa4_prefixlm.geometry.traits import Traits, in_words
 from fa4_prefixlm.masks.interval_lists import EMPTY_HI, EMPTY_LO, END_OF_KEYS
 
@@ -50,7 +50,7 @@ class FlexCall(Prepared):
     bounds: Bounds
     lengths: Lengths
     whole: Lengths
-    key_tiles: KeyTiles
+    key_tiles: TileMap
 
     @functools.cached_property
     def tables(self) -> Tables:
@@ -69,7 +69,7 @@ class FlexCall(Prepared):
     @functools.cached_property
     def tables_of_backward(self) -> Tables:
         """With the blocks of queries of each block of keys; made when a gradient is first needed."""
-        seen = transposed(packed_map(self.bounds, self.whole, self.lengths.batch, BLOCK, BLOCK))
+        seen = transposed(self.key_tiles)
         rows = self.whole.total_q // BLOCK
         return self.tables._replace(
             row_counts=_counts(seen.partial),
@@ -130,11 +130,7 @@ def flex_call(batch: MaskedBatch) -> FlexCall:
     rows, keys = (max(LEAST_BLOCKS, ceil_div(total, BLOCK)) * BLOCK for total in (lengths.total_q, lengths.total_k))
     whole = as_one_sequence(dataclasses.replace(lengths, total_q=rows, total_k=keys))
     bounds = _padded(batch.bounds.shifted(batch.where.key_offset), rows, keys)
-    key_tiles: KeyTiles
-    if batch.traits.banded:
-        key_tiles = tile_runs(bounds, query_tiles(whole, BLOCK), BLOCK, BLOCK)
-    else:
-        key_tiles = packed_map(bounds, whole, lengths.batch, BLOCK, BLOCK)
+    key_tiles = packed_map(bounds, whole, lengths.batch, BLOCK, BLOCK)
     return FlexCall(batch.spec, bounds, lengths, whole, key_tiles)
 
 
