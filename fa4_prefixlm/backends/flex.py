@@ -40,31 +40,19 @@ class FlexCall(Prepared):
 
     Attributes:
         spec: of the tensors.
-        bounds: of the padded rows, counting the packed keys of the whole batch.
         lengths: those of the batch.
         whole: the batch as one sequence, padded to whole blocks.
         key_tiles: of each block of queries.
+        intervals: of a row.
+        tables: the mask as the forward reads it.
     """
 
     spec: CallSpec
-    bounds: Bounds
     lengths: Lengths
     whole: Lengths
     key_tiles: TileMap
-
-    @functools.cached_property
-    def tables(self) -> Tables:
-        """The mask as the forward reads it."""
-        tags, keys = self.bounds.tags, self.whole.total_k // BLOCK
-        return Tables(
-            ends=_ends(self.bounds),
-            row_tag=None if tags is None else free(tags.row_tag.view(-1, BLOCK), 0),
-            key_tag=None if tags is None else free(tags.key_tag.view(-1, BLOCK), 0),
-            counts=_counts(self.key_tiles.partial),
-            indices=_indices(self.key_tiles.partial_matrix(keys)),
-            full_counts=_counts(self.key_tiles.full),
-            full_indices=_indices(self.key_tiles.full_matrix(keys)),
-        )
+    intervals: int
+    tables: Tables
 
     @functools.cached_property
     def tables_of_backward(self) -> Tables:
@@ -95,7 +83,7 @@ class FlexCall(Prepared):
         return (result, lse) if out is None else (out.copy_(result), lse)
 
     def describe(self) -> list[tuple[str, str]]:
-        words = in_words(self.bounds.count, tagged=self.bounds.tags is not None)
+        words = in_words(self.intervals, tagged=self.tables.row_tag is not None)
         how = "its dense form, every pair of tokens" if self.spec.device.type == "cpu" else f"blocks of {BLOCK}x{BLOCK}"
         return [
             ("kernel", f"torch {torch.__version__} on {self.spec.device}, {how}, {words}"),
@@ -108,7 +96,7 @@ class FlexCall(Prepared):
         return TileCounts(full, partial, max(0, blocks - full - partial))
 
     def _form(self, options: Options, with_grad: bool) -> Form:
-        spec, ends, searched = self.spec, self.tables.ends, _is_searched(self.bounds)
+        spec, ends, searched = self.spec, self.tables.ends, is_searched(self.intervals)
         return Form(
             device=spec.device.type,
             dtype=spec.dtype,
@@ -116,7 +104,7 @@ class FlexCall(Prepared):
             dims=(spec.head_dim, spec.head_dim_v),
             ends=ends.shape[2] if searched else ends.shape[0],
             searched=searched,
-            tagged=self.bounds.tags is not None,
+            tagged=self.tables.row_tag is not None,
             softmax_scale=options.softmax_scale,
             softcap=options.softcap,
             sink=options.learnable_sink is not None,
@@ -131,7 +119,17 @@ def flex_call(batch: MaskedBatch) -> FlexCall:
     whole = as_one_sequence(dataclasses.replace(lengths, total_q=rows, total_k=keys))
     bounds = _padded(batch.bounds.shifted(batch.where.key_offset), rows, keys)
     key_tiles = packed_map(bounds, whole, lengths.batch, BLOCK, BLOCK)
-    return FlexCall(batch.spec, bounds, lengths, whole, key_tiles)
+    tags, columns = bounds.tags, keys // BLOCK
+    tables = Tables(
+        ends=_ends(bounds),
+        row_tag=None if tags is None else free(tags.row_tag.view(-1, BLOCK), 0),
+        key_tag=None if tags is None else free(tags.key_tag.view(-1, BLOCK), 0),
+        counts=_counts(key_tiles.partial),
+        indices=_indices(key_tiles.partial_matrix(columns)),
+        full_counts=_counts(key_tiles.full),
+        full_indices=_indices(key_tiles.full_matrix(columns)),
+    )
+    return FlexCall(batch.spec, lengths, whole, key_tiles, bounds.count, tables)
 
 
 def flex_refusal(spec: CallSpec) -> str | None:
@@ -185,14 +183,15 @@ def _padded(bounds: Bounds, rows: int, keys: int) -> Bounds:
     return Bounds(pad(bounds.lo, rows, EMPTY_LO), pad(bounds.hi, rows, EMPTY_HI), tags)
 
 
-def _is_searched(bounds: Bounds) -> bool:
-    return bounds.count > MOST_COMPARED
+def is_searched(intervals: int) -> bool:
+    """A kernel searches the ends of a row that has so many intervals."""
+    return intervals > MOST_COMPARED
 
 
 def _ends(bounds: Bounds) -> torch.Tensor:
     """`Tables.ends`, for a number of intervals that is rounded up to a power of two: few forms are compiled."""
     ends = torch.stack([bounds.lo, bounds.hi], dim=2).flatten(1)
-    if not _is_searched(bounds):
+    if not is_searched(bounds.count):
         missing = _power_of_two(bounds.count) - bounds.count
         empty = ends.new_tensor([EMPTY_LO, EMPTY_HI]).repeat(missing) if missing else None
         if empty is not None:

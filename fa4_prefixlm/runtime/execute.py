@@ -75,6 +75,8 @@ def run(
     if needs_grad or (wanted and not _through_torch(plan)):
         # Before the forward: what has no backward is refused, and the kernel of the forward waits for no table of it.
         gradients = _gradients(plan, spec, learnable_sink, out, deterministic)
+    elif wanted and plan.choice.name == Flex.name:
+        autograd.refuse_transforms()
     if spec.batched:
         q = q.flatten(0, 1)
         if spec.page_size is None:

@@ -13,7 +13,7 @@ import torch
 from torch._dynamo.utils import counters
 
 import fa4_prefixlm as fp
-from fa4_prefixlm.backends.flex import MOST_COMPARED
+from fa4_prefixlm.backends.flex import is_searched
 from fa4_prefixlm.backends.flex_attend import BLOCK, with_sink
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.masks import causal, key_in, one_block, prefix, same_span, window
@@ -78,7 +78,7 @@ def test_any_number_of_intervals(count: int) -> None:
     """Compared one by one, then searched; a full list of ends has none that is past every key."""
     plan = check(TWO, MANY, images(count))
     assert plan.bounds.count == count + 1
-    assert (plan.bounds.count > MOST_COMPARED) == (plan.prepared.tables.ends.ndim == 3 and count >= MOST_COMPARED)
+    assert is_searched(plan.bounds.count) == (count >= 8)
     check(TWO, causal | one_block("image"), images(count))
 
 
