@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from fa4_prefixlm.backends.base import Backend, MaskedBatch, Prepared
 from fa4_prefixlm.backends.causal import Causal
+from fa4_prefixlm.backends.cudnn import Cudnn, CudnnCall, FlexFor
 from fa4_prefixlm.backends.fa4_verdicts import PAGES_NO_GRADIENT, choose_tile
 from fa4_prefixlm.backends.flex import Flex
 from fa4_prefixlm.backends.gathered import Gathered, contiguous
@@ -27,7 +28,8 @@ from fa4_prefixlm.geometry.traits import Traits
 
 # In order of preference.
 BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (Causal(), Native(), Varlen(), Packed(), TwoPass(), Flex(), Reference())
+    backend.name: backend
+    for backend in (Causal(), Native(), Varlen(), Packed(), TwoPass(), Cudnn(), Flex(), Reference())
 }
 
 # The same for keys in pages: (name, whether the keys are gathered). Gathering was up to 9 % faster than two passes
@@ -40,6 +42,9 @@ IN_PAGES = (
 
 # Above this, `auto` compares the varlen block lists with the packed ones, and takes packed where it needs less.
 LARGE_LISTS = 64 * 2**20
+
+
+BY_NAME = "asked for by name"
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,11 @@ class Forward:
     reason: str
     passed_over: tuple[tuple[str, str], ...] = ()
     gathered: bool = False
+
+    @property
+    def by_name(self) -> bool:
+        """The caller named it."""
+        return self.reason == BY_NAME
 
     @classmethod
     def after(cls, passed_over: Mapping[str, str], name: str, *, gathered: bool = False) -> Forward:
@@ -104,7 +114,10 @@ class Choice:
     def prepare(self, batch: MaskedBatch) -> Prepared:
         """Build the forward backend's state on the device without synchronising it."""
         if not self.gathered:
-            return self.backend.prepare(batch)
+            state = self.backend.prepare(batch)
+            if isinstance(state, CudnnCall) and not self.forward.by_name:
+                state.or_flex = FlexFor.of(batch)
+            return state
         inner, first_key = contiguous(batch, trim=self.backend is not BACKENDS[Reference.name])
         return Gathered(self.backend.prepare(inner), batch.keys, first_key, inner.lengths)
 
@@ -145,7 +158,7 @@ def _choose_forward(name: str, spec: CallSpec, traits: Traits, lengths: Lengths,
         refusal = BACKENDS[name].refusal(copied if gathered else spec, traits, build)
         if refusal is not None:
             raise UnsupportedError("backend", f"a backend that can run this call ({refusal})", repr(name))
-        return Forward(name, "asked for by name", gathered=gathered)
+        return Forward(name, BY_NAME, gathered=gathered)
     passed_over: dict[str, str] = {}
     for preferred, gathered in IN_PAGES if paged else ((name, False) for name in BACKENDS):
         backend, as_called = BACKENDS[preferred], copied if gathered else spec

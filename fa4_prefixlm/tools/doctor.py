@@ -21,6 +21,7 @@ from fa4_prefixlm.backends.causal import Causal
 from fa4_prefixlm.backends.flex import Flex
 from fa4_prefixlm.backends.reference import Reference
 from fa4_prefixlm.backends.select import Choice, choose
+from fa4_prefixlm.backends.two_pass import TwoPass
 from fa4_prefixlm.batch import lengths
 from fa4_prefixlm.batch.tensors import CallSpec, device_arch
 from fa4_prefixlm.errors import InputError, UnsupportedError, install_hint
@@ -169,7 +170,7 @@ def _normal(kinds: Mapping[str, Sequence[Choice]]) -> str:
     normal = choices["spans"]
     reasons = {name: reason for name, reason in normal.passed_over if name != Causal.name}  # it is for text only
     if {own.name for own in choices.values()} in ({Flex.name}, {Reference.name}):
-        return f"every call runs `{normal.name}` ({list(reasons.values())[-1]})"
+        return f"every call runs `{normal.name}` ({reasons[TwoPass.name]})"
     said = f"a call with spans takes `{normal.name}` ({normal.backend.summary})"
     if not reasons:
         return f"{said}, the first choice"

@@ -75,7 +75,7 @@ def test_what_fa4_cannot_run_goes_to_flex(change: dict, why: str) -> None:
     call = dataclasses.replace(GPU_CALL, **change)
     choice = choose(GOOD, call, arch=call.arch)
     assert choice.name == "flex"
-    assert [name for name, _ in choice.passed_over] == ["causal", "native", "varlen", "packed", "two_pass"]
+    assert [name for name, _ in choice.passed_over] == ["causal", "native", "varlen", "packed", "two_pass", "cudnn"]
     assert all(why in dict(choice.passed_over)[name] for name in ("varlen", "packed", "two_pass"))
     with pytest.raises(fp.UnsupportedError, match=why):
         choose(GOOD, call, name="packed", arch=call.arch)

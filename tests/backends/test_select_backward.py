@@ -85,7 +85,9 @@ def test_what_is_asked_for_by_name() -> None:
         chosen(name="causal")
     with pytest.raises(fp.UnsupportedError, match="its order of writes differs"):
         chosen(name="packed", deterministic=True)
-    with pytest.raises(fp.InputError, match="^backward: expected one of auto, causal, native, packed, flex, reference"):
+    with pytest.raises(
+        fp.InputError, match="^backward: expected one of auto, causal, native, packed, cudnn, flex, reference"
+    ):
         chosen(name="fast")
     with pytest.raises(fp.UnsupportedError, match="contiguous keys"):
         chosen(name="native", page_size=16)
