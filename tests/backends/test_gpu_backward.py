@@ -46,6 +46,8 @@ KINDS = [
     Kind((64, 64), (5, 5), softcap=20.0),
     Kind((256, 256), (4, 4), sink=True),
 ]
+# torch compiles for many seconds for each.
+FLEX_KINDS = [Kind((64, 64)), Kind((256, 256)), Kind((128, 128), (6, 2), softcap=30.0, sink=True, with_lse=True)]
 # Those at which FA4's own backward is wrong, and others beside them that are no multiples of 32.
 HEAD_DIMS = (24, 40, 48, 56, 72, 80, 88, 104, 112, 120, 136, 160, 224)
 MANY = Batch(tuple((n % 40, n % 40) for n in range(300)), tuple(((n % 7, n % 40),) * (n % 40 > 8) for n in range(300)))
@@ -97,8 +99,11 @@ def test_tables_are_those_of_the_torch_path() -> None:
                     assert torch.equal(mine[live].cpu(), right[live])
 
 
-@pytest.mark.parametrize("backward", ["native", "packed"])
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize(
+    ("kind", "backward"),
+    [*itertools.product(KINDS, ("native", "packed")), *((kind, "flex") for kind in FLEX_KINDS)],
+    ids=str,
+)
 def test_random_batches(kind: Kind, backward: str, gpu_report) -> None:
     rng = random.Random(str(kind))
     for seed in range(4):
@@ -147,8 +152,14 @@ def test_head_dims_at_which_fa4_is_wrong(dim: int, gpu_report) -> None:
     judged(Kind((dim, dim)), batch, fp.PrefixLM(), "native", dim, gpu_report)
 
 
-@pytest.mark.parametrize("backward", ["native", "packed"])
-@pytest.mark.parametrize("kind", [Kind((64, 64)), Kind((128, 128)), Kind((256, 256), (4, 4))], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "backward"),
+    [
+        *itertools.product((Kind((64, 64)), Kind((128, 128)), Kind((256, 256), (4, 4))), ("native", "packed")),
+        (Kind((64, 64)), "flex"),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("name", UGLY)
 def test_ugly_batches(name: str, kind: Kind, backward: str, gpu_report) -> None:
     for mask in masks_for(UGLY[name]):
@@ -173,7 +184,7 @@ def test_masks_beyond_one_rising_interval(dim: int, backward: str) -> None:
         judged(kind, batch, mask, backward, 5)
 
 
-@pytest.mark.parametrize("backward", ["packed", "reference"])
+@pytest.mark.parametrize("backward", ["packed", "flex", "reference"])
 def test_rows_that_see_nothing(backward: str) -> None:
     batch = Batch(((500, 500), (90, 90)), (((210, 300),), ()))
     judged(Kind((128, 128), with_lse=True), batch, Blind(), backward, 6, backend="varlen")
@@ -193,6 +204,29 @@ def test_a_block_of_tags(dim: int) -> None:
     spans = (((5, 80), (100, 180), (300, 301), (400, 470), (500, 530)), ((0, 30), (40, 60)))
     batch = Batch(((600, 600), (70, 70)), spans)
     judged(Kind((dim, dim)), batch, causal | one_block("image"), "packed", 7)
+
+
+def test_flex_after_its_own_forward_and_after_another(gpu_report) -> None:
+    """Through autograd, and computed again: masks of more intervals than FA4's kernels take, and tags."""
+    spans = tuple((at, at + 7) for at in range(0, 280, 40)), ((0, 9),)
+    batch, kind = Batch(((600, 600), (70, 90)), spans), Kind((64, 64), with_lse=True)
+    for mask, forwards in (
+        (causal & (window(40) | key_in("image")), ("flex", "auto")),
+        (causal | one_block("image"), ("flex", "varlen")),
+    ):
+        for forward in forwards:
+            judged(kind, batch, mask, "flex", 8, gpu_report, backend=forward)
+
+
+def test_flex_is_deterministic() -> None:
+    spans = tuple((at, at + 7) for at in range(0, 280, 40)), ((0, 9),)
+    batch, kind = Batch(((900, 900), (70, 90)), spans), Kind((64, 64), with_lse=True)
+    own = inputs_of(kind, batch, 9)
+    for forward in ("flex", "varlen"):
+        plan = plan_of(own, batch, causal | one_block("image"), "flex", forward)
+        runs = [gradients_of(own, plan, deterministic=True) for _ in range(4)]
+        for other in runs[1:]:
+            assert all(torch.equal(getattr(other, name), getattr(runs[0], name)) for name in "qkv")
 
 
 def test_keys_that_nobody_sees_have_no_gradient() -> None:

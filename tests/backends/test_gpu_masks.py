@@ -28,6 +28,7 @@ MASKS = {
     "window and block of tags": (causal & window(90)) | one_block("many"),
     "from flex": from_flex(lambda b, h, q, kv: (q >= kv) & ((q - kv < 70) | (kv < 30) | ((kv >= 200) & (kv < 240)))),
 }
+FLEX_KIND = Kind((128, 128))  # the one that flex runs: it compiles for seconds for each kind and count of intervals
 KINDS = [Kind((64, 64)), Kind((128, 128)), Kind((256, 256)), Kind((128, 128), torch.float16, (6, 1), sink=True)]
 
 
@@ -59,7 +60,7 @@ def check(mask: fp.Mask, batch: Batch, spans: dict[str, list], kind: Kind, seed:
     exact, exact_lse = exact_attention(q, k, v, mask=mask, spans=named, seqlens=batch.as_seqlens, options=options)
     band = causal_band(q, k, v, batch, 64, options)
     ran = set()
-    for backend in ("native", "varlen", "packed"):
+    for backend in ("native", "varlen", "packed", *["flex"] * (kind == FLEX_KIND)):
         poison_free_memory()
         try:
             plan = fp.plan(
@@ -92,6 +93,7 @@ def test_masks(name: str, kind: Kind, gpu_report) -> None:
         batch = a_batch(rng)
         ran = check(MASKS[name], batch, spans_for(MASKS[name], batch, rng), kind, seed, gpu_report, name)
         assert "varlen" in ran
+        assert ("flex" in ran) == (kind == FLEX_KIND)
 
 
 @pytest.mark.parametrize("name", CATALOGUE)
@@ -122,4 +124,4 @@ def test_a_mask_with_its_own_kernel(gpu_report) -> None:
 
     mask = from_cute(causal_to_allowed_keys, aux_tensors=[allowed], twin=twin)
     ran = check(mask, batch, {}, Kind((128, 128)), 0, gpu_report, "own kernel")
-    assert ran == {"varlen"}
+    assert ran == {"varlen", "flex"}

@@ -160,7 +160,7 @@ def _make_plan(record: Record, bounds: torch.Tensor, spec: CallSpec) -> Plan | s
         plain = causal if seen.longest >= spec.shape_k[1] else causal & window(seen.longest)
         return plan_for(spec, BatchArguments(), plain, build)
     choice = batch.choose(build)
-    if spec.device.type == "cuda" and choice.name == "reference":
+    if spec.device.type == "cuda" and choice.name in ("cudnn", "flex", "reference"):
         why = dict(choice.passed_over).get("varlen", choice.reason)  # the one that takes any bounds
         return f"{why} (head dim {spec.head_dim}, {spec.dtype})"
     return batch.plan(build, choice)
