@@ -8,7 +8,7 @@
 A mask is a value. Atoms and masks combine by `&` and `|`.
 """
 
-from fa4_prefixlm.masks.atoms import causal, key_in, one_block, prefix, query_in, same_span, window
+from fa4_prefixlm.masks.atoms import causal, everything, key_in, one_block, prefix, query_in, same_span, window
 from fa4_prefixlm.masks.base import Mask
 from fa4_prefixlm.masks.cute import from_cute
 from fa4_prefixlm.masks.flex import from_flex
@@ -35,6 +35,7 @@ __all__ = [
     "bagel",
     "causal",
     "drop_longer",
+    "everything",
     "from_cute",
     "from_flex",
     "gemma3",

@@ -1,11 +1,13 @@
 """The atoms that masks are written with.
 
-For the row at position `p`, window `w`, and the span `[s, e)` that holds `p`:
+For the row at position `p`, windows of `w` and `r` tokens, and the span `[s, e)` that holds `p`:
 
 | atom | keys it sees |
 | --- | --- |
 | `causal` | `[0, p + 1)` |
-| `window(w)` | `[p - w + 1, ...)`: it looks left only, and counts the row's own key |
+| `window(w)` | `[p - w + 1, ...)`: it limits the left side only, and counts the row's own key |
+| `window(w, r)` | `[p - w + 1, p + 1 + r)` |
+| `everything` | all keys |
 | `same_span(name)` | `[s, e)`; nothing outside of spans |
 | `prefix(name)` | `[0, e')`, `e'` the end of the last span that starts at or before `p` |
 | `key_in(name)` | all spans of the sequence |
@@ -24,7 +26,7 @@ import torch
 
 from fa4_prefixlm.errors import InputError
 from fa4_prefixlm.masks.base import Mask
-from fa4_prefixlm.masks.closed_form import Edges, RowEdges
+from fa4_prefixlm.masks.closed_form import Edges, End, RowEdges
 from fa4_prefixlm.masks.interval_lists import EMPTY_HI, EMPTY_LO, END_OF_KEYS, Intervals, normalised
 from fa4_prefixlm.masks.protocols import Ahead, Pairs, Reach, Rows
 
@@ -88,31 +90,64 @@ class Causal(Atom):
 
 @dataclass(frozen=True, repr=False)
 class Window(Atom):
-    tokens: int
+    """Keys `[p - left + 1, p + 1 + right)`; None is no limit on that side."""
+
+    left: int | None
+    right: int | None = None
     around_position = no_empty_rows = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.tokens, int) or isinstance(self.tokens, bool) or self.tokens < 1:
-            raise InputError("window", "a positive number of tokens, a Python int", repr(self.tokens))
+        if self.left is not None and not _is_count(self.left, least=1):
+            raise InputError("window", "a positive number of tokens, a Python int", repr(self.left))
+        if self.right is not None and not _is_count(self.right, least=0):
+            raise InputError("right", "a number of tokens, at least 0, a Python int", repr(self.right))
+
+    @property
+    def uses_position(self) -> bool:  # type: ignore[override]
+        return self.left is not None or self.right is not None
 
     def intervals(self, rows: Rows) -> Intervals:
-        lo = rows.position - min(self.tokens - 1, INT32_MAX)  # no wider than any sequence, and no overflow
-        return _column(lo.clamp(min=0)), _column(torch.full_like(lo, END_OF_KEYS))
+        # No limit is wider than any sequence, and none overflows.
+        lo, hi = torch.zeros_like(rows.position), torch.full_like(rows.position, END_OF_KEYS)
+        if self.left is not None:
+            lo = (rows.position - min(self.left - 1, INT32_MAX)).clamp(min=0)
+        if self.right is not None:
+            right = min(self.right, INT32_MAX)
+            hi = torch.minimum(rows.position + 1, rows.seqlen_k - right) + right
+        return _column(lo), _column(hi)
 
     def edges(self) -> RowEdges:
-        return RowEdges(Edges("window", "keys"), Edges("window", "keys"), windows=frozenset({self.tokens}))
+        end: End = "keys" if self.right is None else "window" if self.right else "row"
+        edges = Edges("keys" if self.left is None else "window", end)
+        return RowEdges(
+            edges,
+            edges,
+            windows=frozenset() if self.left is None else frozenset({self.left}),
+            rights=frozenset({self.right}) if self.right else frozenset(),
+        )
 
     def ahead(self) -> Ahead:
-        return Ahead(keys=True)
+        return Ahead(keys=self.right != 0)
 
     def visible(self, pairs: Pairs) -> torch.Tensor:
-        return pairs.query - pairs.key < self.tokens
+        ahead = pairs.key - pairs.query
+        near = pairs.key >= 0 if self.left is None else ahead > -self.left
+        return near if self.right is None else near & (ahead <= self.right)
 
     def reach(self, longest: Mapping[str, int]) -> Reach:
-        return Reach(self.tokens - 1, None)
+        return Reach(
+            None if self.left is None else self.left - 1,
+            None if self.right is None else self.right + 1,
+        )
 
     def __repr__(self) -> str:
-        return f"window({self.tokens})"
+        if self.right is None:
+            return "everything" if self.left is None else f"window({self.left})"
+        return f"window({self.left}, {self.right})"
+
+
+def _is_count(value: object, *, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 @dataclass(frozen=True, repr=False)
@@ -224,12 +259,31 @@ def _column(values: torch.Tensor) -> torch.Tensor:
 causal = Causal()
 
 
-def window(tokens: int) -> Mask:
-    """Keys less than `tokens` before the query: `query - key < tokens`. It looks left only, so combine it."""
+def window(left: int | None, right: int | None = None) -> Mask:
+    """Keys near the query: `query - key < left` and `key - query <= right`.
+
+    The two sides count differently, as models do: `left` counts the query's own key, `right` only those after it.
+    `window(w)` limits the left side alone, and is combined with `causal`; `causal & window(w)` is `window(w, 0)`. Both
+    ways, `abs(query - key) <= r` is `window(r + 1, r)`.
+
+    Args:
+        left: tokens, at least 1; None: no limit on the left.
+        right: tokens, at least 0; None: no limit on the right.
+
+    Raises:
+        InputError: a side is no such number.
+    """
+    return Window(_as_int(left), _as_int(right))
+
+
+def _as_int(tokens: int | None) -> int | None:
     if not isinstance(tokens, bool):
         with contextlib.suppress(TypeError):
-            tokens = operator.index(tokens)  # NumPy's integers are integers
-    return Window(tokens)
+            return operator.index(tokens)  # type: ignore[arg-type]  # NumPy's integers are integers
+    return tokens
+
+
+everything = Window(None, None)
 
 
 def same_span(name: str = "image") -> Mask:

@@ -28,9 +28,9 @@ from typing import Literal
 import torch
 
 from fa4_prefixlm.masks.atoms import causal, same_span
-from fa4_prefixlm.masks.atoms import window as sliding_window
 from fa4_prefixlm.masks.base import Mask
 from fa4_prefixlm.masks.models._like import variant
+from fa4_prefixlm.masks.models._window import sliding_window
 from fa4_prefixlm.masks.spans import BatchSpans, drop_longer, runs_of
 
 __all__ = ["drop_longer", "global_layers", "local_layers", "spans_from_token_types"]

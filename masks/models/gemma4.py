@@ -36,9 +36,9 @@ from typing import Literal
 import torch
 
 from fa4_prefixlm.masks.atoms import causal, same_span
-from fa4_prefixlm.masks.atoms import window as sliding_window
 from fa4_prefixlm.masks.base import Mask
 from fa4_prefixlm.masks.models._like import variant
+from fa4_prefixlm.masks.models._window import sliding_window
 from fa4_prefixlm.masks.spans import BatchSpans, runs_of
 
 UnifiedLike = Literal["transformers-forward", "transformers-static-cache", "vllm"]

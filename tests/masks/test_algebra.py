@@ -27,7 +27,8 @@ NAMES = ("image", "prompt")
 def atoms() -> st.SearchStrategy[fp.Mask]:
     name = st.sampled_from(NAMES)
     named = [st.builds(make, name) for make in (same_span, prefix, key_in, query_in, one_block)]
-    return st.one_of(st.just(causal), st.builds(window, st.integers(1, 40)), *named)
+    left, right = st.none() | st.integers(1, 40), st.none() | st.integers(0, 40)
+    return st.one_of(st.just(causal), st.builds(window, left, right), *named)
 
 
 def expressions() -> st.SearchStrategy[fp.Mask]:
@@ -55,7 +56,8 @@ def said(mask: fp.Mask, p: int, kv: int, spans: dict[str, tuple]) -> bool:
         repr(mask),
         {
             "causal": kv <= p,
-            "window": lambda w: p - kv < w,
+            "everything": True,
+            "window": lambda w, r=None: (w is None or p - kv < w) and (r is None or kv - p <= r),
             "same_span": lambda name: holds(name, p) is not None and holds(name, p) == holds(name, kv),
             "prefix": lambda name: kv < latest_end(name),
             "key_in": lambda name: holds(name, kv) is not None,
