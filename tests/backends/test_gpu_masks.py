@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fa4_prefixlm as fp
-from fa4_prefixlm.masks import causal, from_cute, from_flex, key_in, one_block, prefix, same_span, window
+from fa4_prefixlm.masks import causal, everything, from_cute, from_flex, key_in, one_block, prefix, same_span, window
 from fa4_prefixlm.masks.models.catalogue import CATALOGUE
 from fa4_prefixlm.testing.accuracy import exact_attention
 from fa4_prefixlm.testing.batches import EDGES, Batch, random_spans
@@ -19,6 +19,10 @@ from tests.exactness import assert_within, errors
 pytestmark = pytest.mark.gpu
 
 MASKS = {
+    "everything": everything,
+    "both ways": window(100, 60),
+    "both ways and spans": window(90, 30) | same_span("image"),
+    "spans that look right in a window": (causal | same_span("image")) & window(100, 30),
     "two intervals": causal & (prefix("prompt") | window(100)),
     "two intervals and spans": (causal | same_span("image")) & (prefix("prompt") | window(130)),
     "three intervals": causal & (window(60) | key_in("image")),
