@@ -10,17 +10,17 @@ A mask is a value. Atoms and masks combine by `&` and `|`.
 
 from fa4_prefixlm.masks.atoms import causal, everything, key_in, one_block, prefix, query_in, same_span, window
 from fa4_prefixlm.masks.base import Mask
-from fa4_prefixlm.masks.noised_copy import block_diffusion, noised_and_clean
 from fa4_prefixlm.masks.cute import from_cute
 from fa4_prefixlm.masks.flex import from_flex
 from fa4_prefixlm.masks.interval_lists import EMPTY_HI, EMPTY_LO, END_OF_KEYS, Intervals
 from fa4_prefixlm.masks.models import bagel, bd3lm, gemma3, gemma4, molmo2, moondream3, paligemma, rswa, t5, video
 from fa4_prefixlm.masks.models.catalogue import CATALOGUE
+from fa4_prefixlm.masks.noised_copy import block_diffusion, noised_and_clean
 from fa4_prefixlm.masks.packing import in_documents
 from fa4_prefixlm.masks.prefix_lm import PrefixLM
 from fa4_prefixlm.masks.prefix_tree import prefix_trees, tree_mask
 from fa4_prefixlm.masks.protocols import Ahead, Pairs, Reach, Rows
-from fa4_prefixlm.masks.spans import drop_longer, runs_of
+from fa4_prefixlm.masks.spans import drop_longer, runs_of, runs_on_device
 
 __all__ = [
     "CATALOGUE",
@@ -56,6 +56,7 @@ __all__ = [
     "query_in",
     "rswa",
     "runs_of",
+    "runs_on_device",
     "same_span",
     "t5",
     "tree_mask",
