@@ -8,7 +8,17 @@
 A mask is a value. Atoms and masks combine by `&` and `|`.
 """
 
-from fa4_prefixlm.masks.atoms import causal, everything, key_in, one_block, prefix, query_in, same_span, window
+from fa4_prefixlm.masks.atoms import (
+    causal,
+    everything,
+    key_in,
+    key_outside,
+    one_block,
+    prefix,
+    query_in,
+    same_span,
+    window,
+)
 from fa4_prefixlm.masks.base import Mask
 from fa4_prefixlm.masks.cute import from_cute
 from fa4_prefixlm.masks.flex import from_flex
@@ -47,6 +57,7 @@ __all__ = [
     "gemma4",
     "in_documents",
     "key_in",
+    "key_outside",
     "molmo2",
     "moondream3",
     "one_block",

@@ -9,8 +9,10 @@ For the row at position `p`, windows of `w` and `r` tokens, and the span `[s, e)
 | `window(w, r)` | `[p - w + 1, p + 1 + r)` |
 | `everything` | all keys |
 | `same_span(name)` | `[s, e)`; nothing outside of spans |
+| `same_span(name, before=t)` | `[s - t, e)`; nothing outside of spans |
 | `prefix(name)` | `[0, e')`, `e'` the end of the last span that starts at or before `p` |
 | `key_in(name)` | all spans of the sequence |
+| `key_outside(name)` | all keys but those |
 | `query_in(name)` | everything if `p` is in a span, else nothing |
 | `one_block(name)` | `query_in(name) & key_in(name)`: all spans of the sequence are one block |
 """
@@ -153,24 +155,40 @@ def _is_count(value: object, *, least: int) -> bool:
 @dataclass(frozen=True, repr=False)
 class SameSpan(_Named):
     name: str
+    before: int = 0
     around_position = True
     _call = "same_span"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not _is_count(self.before, least=0):
+            raise InputError("before", "a number of tokens, at least 0, a Python int", repr(self.before))
+
     def intervals(self, rows: Rows) -> Intervals:
         start, end = rows.span_of(self.name)
+        if self.before:
+            start = torch.where(end > 0, (start - min(self.before, INT32_MAX)).clamp(min=0), start)
         return _column(start), _column(end)
 
-    def edges(self) -> RowEdges:
-        return RowEdges(None, Edges("window or span", "span"), spans=self.names)
+    def edges(self) -> RowEdges | None:
+        return None if self.before else RowEdges(None, Edges("window or span", "span"), spans=self.names)
 
     def ahead(self) -> Ahead:
         return Ahead(spans=self.names)
 
     def visible(self, pairs: Pairs) -> torch.Tensor:
-        return pairs.same_span(self.name)
+        same = pairs.same_span(self.name)
+        if not self.before:
+            return same
+        start = pairs.query - pairs.query_offset(self.name)
+        near = (pairs.key < start) & (pairs.key >= start - self.before)
+        return same | (near & pairs.query_in(self.name))
 
     def reach(self, longest: Mapping[str, int]) -> Reach:
-        return Reach(longest[self.name], longest[self.name])
+        return Reach(longest[self.name] + self.before, longest[self.name])
+
+    def __repr__(self) -> str:
+        return f"same_span({self.name!r}, before={self.before})" if self.before else super().__repr__()
 
 
 @dataclass(frozen=True, repr=False)
@@ -231,6 +249,30 @@ class KeyIn(_Named):
 
 
 @dataclass(frozen=True, repr=False)
+class KeyOutside(_Named):
+    name: str
+    _call = "key_outside"
+
+    uses_position = False
+
+    def count(self, spans: Mapping[str, int]) -> int:
+        return 1 + _require(self.name, spans)
+
+    def intervals(self, rows: Rows) -> Intervals:
+        # From the end of each span to the start of the next; unused spans stand past all keys.
+        start, end = rows.spans_of(self.name)
+        lo = torch.nn.functional.pad(torch.where(end > 0, end, EMPTY_LO), (1, 0), value=0)
+        hi = torch.nn.functional.pad(start, (0, 1), value=END_OF_KEYS)
+        return normalised(lo, hi)
+
+    def ahead(self) -> Ahead:
+        return Ahead(keys=True)
+
+    def visible(self, pairs: Pairs) -> torch.Tensor:
+        return ~pairs.key_in(self.name)
+
+
+@dataclass(frozen=True, repr=False)
 class OneBlock(_Named):
     name: str
     _call = "one_block"
@@ -286,9 +328,15 @@ def _as_int(tokens: int | None) -> int | None:
 everything = Window(None, None)
 
 
-def same_span(name: str = "image") -> Mask:
-    """Tokens of one span of `name` see each other, in both directions."""
-    return SameSpan(name)
+def same_span(name: str = "image", *, before: int = 0) -> Mask:
+    """Tokens of one span of `name` see each other, in both directions.
+
+    Args:
+        name: of the span set.
+        before: tokens before the span that all of its tokens see as well.
+    """
+    before_as_int = _as_int(before)
+    return SameSpan(name, before if before_as_int is None else before_as_int)
 
 
 def prefix(name: str = "prompt") -> Mask:
@@ -301,6 +349,11 @@ def prefix(name: str = "prompt") -> Mask:
 def key_in(name: str) -> Mask:
     """Keys in any span of `name`. A row sees as many intervals as the sequence has spans."""
     return KeyIn(name)
+
+
+def key_outside(name: str) -> Mask:
+    """Keys in no span of `name`. A row sees as many intervals as the sequence has spans, and one more."""
+    return KeyOutside(name)
 
 
 def query_in(name: str) -> Mask:
