@@ -23,7 +23,25 @@ from fa4_prefixlm.masks.base import Mask
 from fa4_prefixlm.masks.cute import from_cute
 from fa4_prefixlm.masks.flex import from_flex
 from fa4_prefixlm.masks.interval_lists import EMPTY_HI, EMPTY_LO, END_OF_KEYS, Intervals
-from fa4_prefixlm.masks.models import bagel, bd3lm, gemma3, gemma4, molmo2, moondream3, paligemma, rswa, t5, video
+from fa4_prefixlm.masks.models import (
+    bagel,
+    bd3lm,
+    diffusion_gemma,
+    embedding_gemma,
+    gemma3,
+    gemma4,
+    hrm_text,
+    modernbert,
+    molmo2,
+    moondream3,
+    paligemma,
+    pi0,
+    rswa,
+    streaming,
+    t5,
+    t5gemma,
+    video,
+)
 from fa4_prefixlm.masks.models.catalogue import CATALOGUE
 from fa4_prefixlm.masks.noised_copy import block_diffusion, noised_and_clean
 from fa4_prefixlm.masks.packing import in_documents
@@ -49,19 +67,24 @@ __all__ = [
     "block_diffusion",
     "causal",
     "noised_and_clean",
+    "diffusion_gemma",
     "drop_longer",
+    "embedding_gemma",
     "everything",
     "from_cute",
     "from_flex",
     "gemma3",
     "gemma4",
+    "hrm_text",
     "in_documents",
     "key_in",
     "key_outside",
+    "modernbert",
     "molmo2",
     "moondream3",
     "one_block",
     "paligemma",
+    "pi0",
     "prefix",
     "prefix_trees",
     "query_in",
@@ -69,7 +92,9 @@ __all__ = [
     "runs_of",
     "runs_on_device",
     "same_span",
+    "streaming",
     "t5",
+    "t5gemma",
     "tree_mask",
     "video",
     "window",
