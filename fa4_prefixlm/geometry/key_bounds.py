@@ -51,7 +51,11 @@ def rises(form: ClosedForm | None, lengths: Lengths) -> bool:
         return False
     outside, inside = form.outside, form.inside
     begins = outside.begin == inside.begin or (outside.begin, inside.begin) == ("window", "window or span")
-    return begins and (outside.end == inside.end or (outside.end, inside.end) == ("row", "span"))
+    return begins and (outside.end == inside.end or (outside.end, inside.end) in _RISING_ENDS)
+
+
+# Where a row after a span ends no earlier than the rows in it.
+_RISING_ENDS = {("row", "span"), ("row", "window and span"), ("window", "window or span")}
 
 
 def rising_key_bounds(bounds: Bounds, sequence: torch.Tensor, lengths: Lengths) -> KeyBounds:

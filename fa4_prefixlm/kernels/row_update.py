@@ -94,7 +94,7 @@ def plan_rows(
             lengths.max_seqlen_q,
             min(lengths.max_seqlen_k, END_OF_KEYS),
             END_OF_KEYS if spans is None or spans.host is not None else spans.longest,
-            min(form.window or 1, END_OF_KEYS),
+            *_windows(form),
             CHECKED=checked,
             CUMULATIVE=keys.seqused_k is None,
             **constants(form, tile_tokens, tile_n),
@@ -233,7 +233,7 @@ def update_rows(
             buffers.max_tokens if max_rows is None else min(max_rows, buffers.max_tokens),
             buffers.max_sequences,
             END_OF_KEYS if max_keys is None else min(max_keys, END_OF_KEYS),
-            min(form.window or 1, END_OF_KEYS),
+            *_windows(form),
             PAGES_AT_ONCE=PAGES_AT_ONCE,
             **constants(form, buffers.tile_tokens, buffers.tile_n),
         )
@@ -256,6 +256,11 @@ def constants(form: ClosedForm, tile_tokens: int, tile_n: int) -> dict[str, obje
     }
 
 
+def _windows(form: ClosedForm) -> tuple[int, int]:
+    """The windows on the left and on the right; a form that has none does not read it."""
+    return min(form.window or 1, END_OF_KEYS), min(form.right or 0, END_OF_KEYS)
+
+
 def _require(fine: torch.Tensor, expected: str) -> None:
     if fine.is_cuda:
         torch._assert_async(fine, f"expected {expected}")
@@ -275,7 +280,8 @@ def _check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], buffers: Row
 
 BATCH_VALUES = (
     *("stride_sequence", "stride_span", "stride_edge", "spans", "batch", "levels", "pages", "max_pages", "max_rows"),
-    *("max_sequences", "max_keys", "window", "total_q", "total_k", "max_seqlen_q", "max_seqlen_k", "longest_span"),
+    *("max_sequences", "max_keys", "window", "right", "total_q", "total_k", "max_seqlen_q", "max_seqlen_k"),
+    "longest_span",
 )
 
 
@@ -299,6 +305,7 @@ def plan_rows_kernel(
     max_seqlen_k,
     longest_span,
     window,
+    right,
     CHECKED: tl.constexpr,
     CUMULATIVE: tl.constexpr,
     OUTSIDE_BEGIN: tl.constexpr,
@@ -333,6 +340,7 @@ def plan_rows_kernel(
         max_seqlen_k,
         longest_span,
         window,
+        right,
         CUMULATIVE,
         OUTSIDE_BEGIN,
         OUTSIDE_END,
@@ -378,6 +386,7 @@ def update_rows_kernel(
     max_sequences,
     max_keys,
     window,
+    right,
     OUTSIDE_BEGIN: tl.constexpr,
     OUTSIDE_END: tl.constexpr,
     INSIDE_BEGIN: tl.constexpr,
@@ -421,6 +430,7 @@ def update_rows_kernel(
         max_keys,
         max_keys,  # no span is too long
         window,
+        right,
         False,
         OUTSIDE_BEGIN,
         OUTSIDE_END,
@@ -453,6 +463,7 @@ def _fill_slot(
     max_keys,
     longest_span,
     window,
+    right,
     CUMULATIVE: tl.constexpr,
     OUTSIDE_BEGIN: tl.constexpr,
     OUTSIDE_END: tl.constexpr,
@@ -508,8 +519,9 @@ def _fill_slot(
     good &= tl.max(tl.where(inside, holding, 0), axis=0) <= 1
 
     left = tl.maximum(position - (window - 1), 0)
-    lo, hi = _edges(OUTSIDE_BEGIN, OUTSIDE_END, position, left, start, stop, seqlen_k)
-    lo_inside, hi_inside = _edges(INSIDE_BEGIN, INSIDE_END, position, left, start, stop, seqlen_k)
+    ahead = tl.minimum(position + 1, seqlen_k - right) + right  # no wider than the keys, and no overflow
+    lo, hi = _edges(OUTSIDE_BEGIN, OUTSIDE_END, position, left, ahead, start, stop, seqlen_k)
+    lo_inside, hi_inside = _edges(INSIDE_BEGIN, INSIDE_END, position, left, ahead, start, stop, seqlen_k)
     lo = tl.minimum(tl.where(holding > 0, lo_inside, lo), seqlen_k)
     hi = tl.maximum(tl.minimum(tl.where(holding > 0, hi_inside, hi), seqlen_k), 0)
     tl.store(bounds + row * 2, lo, mask=inside)
@@ -556,7 +568,7 @@ def _seqlen_k(counts, sequence, batch, max_keys, CUMULATIVE: tl.constexpr):
 
 
 @triton.jit
-def _edges(BEGIN: tl.constexpr, END: tl.constexpr, position, left, start, stop, seqlen_k):
+def _edges(BEGIN: tl.constexpr, END: tl.constexpr, position, left, ahead, start, stop, seqlen_k):
     """`[lo, hi)` of the rows, by the names of `closed_form.Edges`."""
     lo = tl.zeros_like(position)
     if BEGIN == "window":
@@ -564,8 +576,14 @@ def _edges(BEGIN: tl.constexpr, END: tl.constexpr, position, left, start, stop, 
     elif BEGIN == "window or span":
         lo = tl.minimum(left, start)
     hi = position + 1
-    if END == "span":
+    if END == "window":
+        hi = ahead
+    elif END == "span":
         hi = stop
+    elif END == "window and span":
+        hi = tl.minimum(ahead, stop)
+    elif END == "window or span":
+        hi = tl.maximum(ahead, stop)
     elif END == "keys":
         hi = tl.zeros_like(position) + seqlen_k
     return lo, hi

@@ -21,7 +21,7 @@ from fa4_prefixlm.backends.causal_backward import CausalGradients
 from fa4_prefixlm.batch.forward_pass import ForwardPass
 from fa4_prefixlm.geometry.key_bounds import rising_key_bounds
 from fa4_prefixlm.geometry.row_tiles import key_tile_ends, row_tiles
-from fa4_prefixlm.masks import causal, key_in, one_block, prefix, window
+from fa4_prefixlm.masks import causal, everything, key_in, one_block, prefix, same_span, window
 from fa4_prefixlm.testing.accuracy import Gradients
 from fa4_prefixlm.testing.batches import UGLY, Batch, masks_for, random_batch, random_mask
 from fa4_prefixlm.testing.empty_rows import Blind
@@ -130,6 +130,23 @@ def test_all_query_heads_of_a_key_head_in_one_cta(kind: Kind, monkeypatch, gpu_r
         own = inputs_of(kind, batch, seed)
         assert plan_of(own, batch, mask, "native").gradients(False).tile.fold
         judged(kind, batch, mask, "native", seed, gpu_report)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("kind", [KINDS[2], KINDS[5]], ids=str)
+def test_windows_that_look_right(kind: Kind, deterministic: bool, gpu_report) -> None:
+    rng = random.Random(str(kind))
+    bare = Batch(((300, 300), (64, 200), (1, 1)), ((), (), ()))
+    for seed, (batch, mask) in enumerate(
+        [
+            (bare, everything | same_span("image")),
+            (bare, window(100, 60) | same_span("image")),
+            (bare, window(None, 30) | same_span("image")),
+            (random_batch(rng), window(70, 40) | same_span("image")),
+            (random_batch(rng), (causal | same_span("image")) & window(100, 30)),
+        ]
+    ):
+        judged(kind, batch, mask, "native", seed, gpu_report, deterministic=deterministic)
 
 
 @pytest.mark.parametrize("dim", HEAD_DIMS)

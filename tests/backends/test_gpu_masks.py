@@ -8,17 +8,24 @@ import pytest
 import torch
 
 import fa4_prefixlm as fp
-from fa4_prefixlm.masks import causal, from_cute, from_flex, key_in, one_block, prefix, same_span, window
+from fa4_prefixlm.geometry.intervals import measured as measured_traits
+from fa4_prefixlm.geometry.traits import MOST_INTERVALS
+from fa4_prefixlm.masks import causal, everything, from_cute, from_flex, key_in, one_block, prefix, same_span, window
 from fa4_prefixlm.masks.models.catalogue import CATALOGUE
 from fa4_prefixlm.testing.accuracy import exact_attention
 from fa4_prefixlm.testing.batches import EDGES, Batch, random_spans
 from fa4_prefixlm.testing.poison import nan_output, poison_free_memory
+from fa4_prefixlm.testing.stages import prepare
 from tests.backends.gpu_calls import Kind, causal_band, limit, measured, tensors_of
 from tests.exactness import assert_within, errors
 
 pytestmark = pytest.mark.gpu
 
 MASKS = {
+    "everything": everything,
+    "both ways": window(100, 60),
+    "both ways and spans": window(90, 30) | same_span("image"),
+    "spans that look right in a window": (causal | same_span("image")) & window(100, 30),
     "two intervals": causal & (prefix("prompt") | window(100)),
     "two intervals and spans": (causal | same_span("image")) & (prefix("prompt") | window(130)),
     "three intervals": causal & (window(60) | key_in("image")),
@@ -107,7 +114,10 @@ def test_catalogue(name: str, gpu_report) -> None:
                 span_set: [random_spans(rng, keys)[:4] or ((0, keys),) for _, keys in batch.seqlens]
                 for span_set in sorted(entry.mask.names)
             }
-            assert "varlen" in check(entry.mask, batch, spans, kind, case, gpu_report, name)
+            ran = check(entry.mask, batch, spans, kind, case, gpu_report, name)
+            counted = prepare(batch, entry.mask, spans)
+            seen = measured_traits(entry.mask, counted.spans, counted.sizes, counted.traits)
+            assert ("varlen" in ran) == (seen.tagged or seen.intervals <= MOST_INTERVALS)
 
 
 def test_a_mask_with_its_own_kernel(gpu_report) -> None:

@@ -228,7 +228,7 @@ class TestCompiled:
     def test_in_the_interpreter(self) -> None:
         run_interpreted(__file__)
 
-    @pytest.mark.parametrize("mask", [PrefixLM(), PrefixLM(9, clamp=False), window(9) | query_in("a")], ids=str)
+    @pytest.mark.parametrize("mask", [PrefixLM(), PrefixLM(9, clamp=False), window(9, 3) | query_in("a")], ids=str)
     def test_compiles_for_hopper(self, mask: Mask) -> None:
         constants = {**row_update.constants(closed_form(mask), 42, 80), "PAGES_AT_ONCE": row_update.PAGES_AT_ONCE}
         pointers = dict.fromkeys((*TENSORS, "own_cu_seqlens_q", "own_seqused_k", "own_page_table", "ranges"), "*i32")

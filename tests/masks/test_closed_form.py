@@ -9,13 +9,25 @@ import pytest
 import torch
 
 from fa4_prefixlm import Mask, PrefixLM
-from fa4_prefixlm.masks import causal, from_cute, from_flex, key_in, one_block, prefix, query_in, same_span, window
+from fa4_prefixlm.masks import (
+    causal,
+    everything,
+    from_cute,
+    from_flex,
+    key_in,
+    one_block,
+    prefix,
+    query_in,
+    same_span,
+    window,
+)
 from fa4_prefixlm.masks.closed_form import ClosedForm, Edges, closed_form
 from fa4_prefixlm.masks.protocols import Pairs
 from fa4_prefixlm.testing.batches import random_spans
 from fa4_prefixlm.testing.empty_rows import Blind
 
 ATOMS = (causal, window(4), same_span("image"), query_in("image"))
+BOTH_SIDES = (causal, window(4, 3), window(None, 3), everything, same_span("image"), query_in("image"))
 KEYS = 14
 # One token, the whole sequence, borders, adjacent spans, spans longer and shorter than the window.
 SPANS = (
@@ -28,10 +40,10 @@ SPANS = (
 )
 
 
-def expressions(depth: int) -> list[Mask]:
+def expressions(depth: int, atoms: tuple[Mask, ...] = ATOMS) -> list[Mask]:
     if depth == 1:
-        return list(ATOMS)
-    parts = expressions(depth - 1)
+        return list(atoms)
+    parts = expressions(depth - 1, atoms)
     pairs = list(itertools.combinations_with_replacement(parts, 2))
     return parts + [a & b for a, b in pairs] + [a | b for a, b in pairs]
 
@@ -56,9 +68,21 @@ def check(mask: Mask, seqlen_q: int, seqlen: int, spans: tuple[tuple[int, int], 
 
 
 def test_every_expression_has_a_form_that_says_the_same_or_blind_rows() -> None:
-    rng = random.Random(0)
-    masks = expressions(3)
-    forms = set()
+    forms = check_all(expressions(3))
+    assert {form.inside.begin for form in forms} == {"keys", "window", "window or span"}
+    assert {form.inside.end for form in forms} == {"row", "span", "keys"}
+
+
+@pytest.mark.slow
+def test_every_expression_of_windows_that_look_right() -> None:
+    forms = check_all(expressions(3, BOTH_SIDES))
+    assert {form.inside.begin for form in forms} == {"keys", "window", "window or span"}
+    ends = {"row", "window and span", "window", "span", "window or span", "keys"}
+    assert {form.inside.end for form in forms} == ends
+
+
+def check_all(masks: list[Mask]) -> set[ClosedForm]:
+    rng, forms = random.Random(0), set()
     for index, mask in enumerate(masks):
         form = closed_form(mask)
         if form is None:
@@ -69,8 +93,7 @@ def test_every_expression_has_a_form_that_says_the_same_or_blind_rows() -> None:
         check(mask, KEYS, KEYS, SPANS[index % len(SPANS)])
         check(mask, seqlen_q, KEYS, random_spans(rng, KEYS))
     assert len(masks) > 600
-    assert {form.inside.begin for form in forms} == {"keys", "window", "window or span"}
-    assert {form.inside.end for form in forms} == {"row", "span", "keys"}
+    return forms
 
 
 @pytest.mark.parametrize("spans", SPANS, ids=str)
@@ -89,12 +112,24 @@ def test_prefix_lm(tokens: int | None, spans: tuple[tuple[int, int], ...]) -> No
         (causal, ClosedForm(None, None, Edges("keys", "row"), Edges("keys", "row"))),
         (window(3), ClosedForm(None, 3, Edges("window", "keys"), Edges("window", "keys"))),
         (window(3) & causal | query_in("a"), ClosedForm("a", 3, Edges("window", "row"), Edges("keys", "keys"))),
+        (window(3, 0), ClosedForm(None, 3, Edges("window", "row"), Edges("window", "row"))),
+        (window(3, 2), ClosedForm(None, 3, Edges("window", "window"), Edges("window", "window"), 2)),
+        (window(None, 2), ClosedForm(None, None, Edges("keys", "window"), Edges("keys", "window"), 2)),
+        (everything, ClosedForm(None, None, Edges("keys", "keys"), Edges("keys", "keys"))),
+        (
+            window(3) & window(None, 2) | same_span("a"),
+            ClosedForm("a", 3, Edges("window", "window"), Edges("window or span", "window or span"), 2),
+        ),
+        (
+            causal | same_span("a") & window(3, 2),
+            ClosedForm("a", 3, Edges("keys", "row"), Edges("keys", "window and span"), 2),
+        ),
     ],
     ids=str,
 )
 def test_the_form_of_known_masks(mask: Mask, form: ClosedForm) -> None:
     assert closed_form(mask) == form
-    assert form.is_causal_outside == (mask != window(3))
+    assert form.is_causal_outside == (form.outside.end == "row")
 
 
 def visible(b, h, q, kv):
@@ -117,6 +152,7 @@ class Mine(PrefixLM):
         causal | prefix("image"),
         causal | one_block("image"),
         causal & window(4) | same_span("image") & window(5),
+        window(4, 3) | same_span("image") & window(4, 5),
         causal | same_span("image") | same_span("video"),
         same_span("image"),
         query_in("image") & causal,

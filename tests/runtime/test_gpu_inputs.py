@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fa4_prefixlm as fp
-from fa4_prefixlm.masks import causal, from_flex, in_documents, key_in, rswa, same_span
+from fa4_prefixlm.masks import causal, from_flex, gemma3, in_documents, key_in, rswa, same_span
 from fa4_prefixlm.testing.accuracy import exact_attention, relative_error
 from fa4_prefixlm.testing.bands import row_errors
 
@@ -115,3 +115,27 @@ def test_spans_that_may_be_cut(name: str, on_device: bool, way: str) -> None:
         assert relative_error(out, exact[begin:end]) < BAND
         assert row_errors(out, exact[begin:end]).max() < 2e-2
     torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_spans_of_token_types_on_the_device_do_not_synchronise(packed: bool) -> None:
+    generator = torch.Generator("cuda").manual_seed(1)
+    types = (torch.rand(900, generator=generator, device="cuda") < 0.98).long()  # a few long runs
+    cu = torch.tensor([0, 300, 300, 900] if packed else [0, 450, 900], dtype=torch.int32, device="cuda")
+    q, k, v = normal(900, 4, 128), normal(900, 2, 128, seed=1), normal(900, 2, 128, seed=2)
+    where = {"cu_seqlens_q": cu, "cu_seqlens_k": cu}
+    given = {"cu_seqlens": cu} if packed else {}
+    shaped = types if packed else types.view(2, 450)
+    out = torch.empty(0)
+    for mode in ("default", "error"):  # the first compiles
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            spans = gemma3.spans_from_token_types(shaped, max_spans=40, **given)
+            out = fp.attention(q, k, v, spans, **where)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    lists = gemma3.spans_from_token_types(shaped.cpu(), **({"cu_seqlens": cu.cpu()} if packed else {}))
+    assert [[pair for pair in own if pair != [0, 0]] for own in spans.tolist()] == [
+        list(map(list, own)) for own in lists
+    ]
+    torch.testing.assert_close(out, fp.attention(q, k, v, lists, **where), rtol=0, atol=0)

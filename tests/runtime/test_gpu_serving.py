@@ -14,7 +14,7 @@ import torch
 import fa4_prefixlm as fp
 from fa4_prefixlm.fa4.builds import locate
 from fa4_prefixlm.geometry.traits import text_only
-from fa4_prefixlm.masks import causal, prefix, window
+from fa4_prefixlm.masks import causal, prefix, same_span, window
 from fa4_prefixlm.testing.accuracy import exact_attention
 from fa4_prefixlm.testing.batches import Batch, mixed_batch
 from fa4_prefixlm.testing.pages import ShuffledPages
@@ -25,6 +25,7 @@ pytestmark = pytest.mark.gpu
 plan_module = importlib.import_module("fa4_prefixlm.runtime.serving_plans")  # `fp.plan` is the function
 
 MASKS = [fp.PrefixLM(), fp.PrefixLM(100), fp.PrefixLM(100, clamp=False)]
+ENCODER = window(100, 40) | same_span("image")
 TOKENS, SEQUENCES, PAGES_PER_SEQUENCE, PAGE = 12000, 16, 128, 16
 
 
@@ -51,8 +52,8 @@ def serving_plan(mask: fp.Mask, dim: int = 128, heads: tuple[int, int] = (4, 2))
 
 
 @pytest.mark.parametrize("dim", [128, 256])
-@pytest.mark.parametrize("mask", MASKS, ids=str)
-def test_an_updated_plan_is_a_new_plan_bit_for_bit(mask: fp.PrefixLM, dim: int) -> None:
+@pytest.mark.parametrize("mask", [*MASKS, ENCODER], ids=str)
+def test_an_updated_plan_is_a_new_plan_bit_for_bit(mask: fp.Mask, dim: int) -> None:
     serving = serving_plan(mask, dim)
     assert serving.in_place
     for seed in range(10):
@@ -113,8 +114,8 @@ def test_two_passes_are_updated_and_captured_in_place(mask: fp.PrefixLM, without
         assert torch.equal(out[: len(own_q)], called)
 
 
-@pytest.mark.parametrize("mask", MASKS, ids=str)
-def test_a_captured_graph_replays_on_the_next_batch(mask: fp.PrefixLM) -> None:
+@pytest.mark.parametrize("mask", [*MASKS, ENCODER], ids=str)
+def test_a_captured_graph_replays_on_the_next_batch(mask: fp.Mask) -> None:
     """Two layers in one graph; batches with other lengths, ranges and pages; text-only ones too."""
     serving = serving_plan(mask)
     pool = 3000

@@ -62,8 +62,15 @@ def test_one_interval_a_row_where_the_docs_say_so() -> None:
         named = ranges if isinstance(ranges, dict) else dict.fromkeys(example.mask.names, ranges)
         intervals[name] = example.mask.count({own: len(pairs) for own, pairs in named.items()})
     assert intervals.pop("molmo2-transformers") == 6
-    assert [intervals.pop(name) for name in ("paligemma-global-gaps", "paligemma2-local-gaps")] == [4, 4]
-    assert intervals.pop("rswa") == 2
+    gaps = ("paligemma-global-gaps", "paligemma2-local-gaps", "hrm-text-gaps")
+    assert [intervals.pop(name) for name in gaps] == [4] * len(gaps)
+    two = ("rswa", "sinks", "bd3lm", "teacher-forcing", "shared-prompt")
+    assert [intervals.pop(name) for name in two] == [2] * len(two)
+    # By the formula; what rows of a batch really see is counted where it is above 4.
+    assert [intervals.pop(f"t5gemma2-merged-{layers}") for layers in ("global", "local")] == [3, 3]
+    assert intervals.pop("pi0-expert-padding") == 3
+    assert intervals.pop("prefix-tree") == 4
+    assert intervals.pop("bagel-training") == 5
     assert set(intervals.values()) == {1}
 
 
