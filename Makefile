@@ -12,7 +12,11 @@ OLD_BUILD := $(OLD_VENV)/.ready
 export OLD_FA4_PYTHON := $(CURDIR)/$(OLD_VENV)/bin/python
 endif
 
-.PHONY: demo test-fast test test-old-transformers test-gpu check docs bench pictures
+# vLLM 0.33.0 on a CPU, whose transformers is older: the real engine on this library's backend.
+VLLM_VENV := .venv-vllm
+VLLM_TESTS := tests/integrations/vllm_engine
+
+.PHONY: demo test-fast test test-old-transformers test-vllm test-gpu check docs bench pictures
 
 demo: $(ENVIRONMENT)
 	$(PYTHON) examples/photo.py --out demo.png
@@ -30,6 +34,9 @@ test-old-transformers: $(ENVIRONMENT) .old-transformers/.ready
 .old-transformers/.ready:
 	$(PYTHON) -m pip install --progress-bar off --no-deps --target .old-transformers transformers==5.23.0
 	touch $@
+
+test-vllm: $(VLLM_VENV)/.ready
+	$(VLLM_VENV)/bin/python -m pytest $(VLLM_TESTS)
 
 test-gpu: $(ENVIRONMENT)
 	$(PYTHON) -m pytest -m gpu -n 8
@@ -65,4 +72,18 @@ $(OLD_VENV)/.ready: pyproject.toml
 	python3 -m venv $(OLD_VENV)
 	$(OLD_VENV)/bin/python -m pip install --progress-bar off torch==2.13.0
 	$(OLD_VENV)/bin/python -m pip install --progress-bar off -e ".[old-fa4]"
+	touch $@
+
+# The sdist without extensions (47 MB). torchvision's wheel is made for CUDA; torchvision_on_cpu.py has it imported all the same.
+$(VLLM_VENV)/.ready: pyproject.toml $(VLLM_TESTS)/requirements.txt
+	@echo "Setting up $(VLLM_VENV), once: torch and vLLM 0.33.0. Some minutes; see pip's lines below."
+	python3 -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --progress-bar off torch==2.13.0
+	$(VLLM_VENV)/bin/python -m pip install --progress-bar off -r $(VLLM_TESTS)/requirements.txt
+	$(VLLM_VENV)/bin/python -m pip install --progress-bar off --no-deps torchvision==0.28.0
+	cp $(VLLM_TESTS)/torchvision_on_cpu.py $(VLLM_VENV)/lib/python3*/site-packages/
+	echo "import torchvision_on_cpu" > $$(echo $(VLLM_VENV)/lib/python3*/site-packages)/torchvision_on_cpu.pth
+	VLLM_TARGET_DEVICE=empty VLLM_VERSION_OVERRIDE=0.33.0 $(VLLM_VENV)/bin/python -m pip install --progress-bar off \
+		--no-deps --no-build-isolation --no-binary vllm vllm==0.33.0
+	$(VLLM_VENV)/bin/python -m pip install --progress-bar off --no-deps --no-build-isolation -e .
 	touch $@

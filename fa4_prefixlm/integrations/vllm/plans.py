@@ -4,7 +4,7 @@
     plans.update(mm_ranges={0: [(4, 259)]}, ...)  # once a step
     plans.attention("layers.0", q, kv_cache, out)  # in every layer
 
-docs/vllm.md shows where these lines go. Positions are vLLM's: counted from the start of the request, with inclusive
+`backend` has these lines in vLLM's classes. Positions are vLLM's: counted from the start of the request, with inclusive
 ends in `mm_ranges` and nowhere else. A *block* is vLLM's word for a page of the cache; it is used in this module only.
 """
 
@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -173,6 +174,13 @@ class GroupPlans:
     def in_place(self) -> bool:
         return all(plan.in_place for plan in self.plans.values())
 
+    def plan_of(self, layer: str) -> ServingPlan:
+        """The plan that runs a layer, by its name in `layers`."""
+        plan = self._plan_of.get(layer)
+        if plan is None:
+            raise InputError("layer", f"one of {', '.join(self._plan_of)}", repr(layer))
+        return plan
+
     def update(
         self,
         *,
@@ -236,9 +244,7 @@ class GroupPlans:
                 the result of `split_cache`, which can be kept.
             softmax_scale, softcap, sinks: as for `fa4_prefixlm.attention`.
         """
-        plan = self._plan_of.get(layer)
-        if plan is None:
-            raise InputError("layer", f"one of {', '.join(self._plan_of)}", repr(layer))
+        plan = self.plan_of(layer)
         keys, values = split_cache(kv_cache) if isinstance(kv_cache, torch.Tensor) else kv_cache
         rows, written = q, out
         if not plan.in_place:  # made for exactly the batch's rows, where a plan in place has them in its buffers
@@ -255,19 +261,29 @@ class GroupPlans:
         )
         return out
 
-    def warm_up(self, kv_cache: KVCache, **options: Any) -> None:
+    def warm_up(
+        self,
+        kv_cache: KVCache | None = None,
+        *,
+        progress: Callable[[str, float], None] | None = None,
+        **options: Any,
+    ) -> None:
         """Compile the kernels of batches with and without spans: once, before the first update and before CUDA graphs.
 
         Args:
-            kv_cache: of any layer of the group; two tokens of block 0 are read.
+            kv_cache: of any layer of the group; two tokens of block 0 are read. None: a cache of two blocks is made.
+            progress: called after each call with what it was ("native, with spans") and the seconds that it took.
             options: `softcap` and `sinks` of the group's layers.
         """
         spec = next(iter(self.plans.values())).spec
+        if kv_cache is None:
+            size = (2, self._block_size, spec.heads_kv, 2 * spec.head_dim)
+            kv_cache = torch.zeros(size, dtype=spec.dtype, device=spec.device).transpose(1, 2)
         q = torch.zeros(2, spec.heads_q, spec.head_dim, dtype=spec.dtype, device=spec.device)
         starts, keys, table = (
             torch.tensor(values, dtype=torch.int32, device=spec.device) for values in ([0, 2], [2], [[0]])
         )
-        for mm_ranges in ({0: [(0, 1)]}, None):
+        for what, mm_ranges in (("with spans", {0: [(0, 1)]}), ("without spans", None)):
             self.update(
                 query_start_loc=starts,
                 seq_lens=keys,
@@ -278,7 +294,10 @@ class GroupPlans:
                 exact_on_host=True,
             )
             for layer in {id(plan): name for name, plan in self._plan_of.items()}.values():
+                began = time.monotonic()
                 self.attention(layer, q, kv_cache, torch.empty_like(q), **options)
+                if progress is not None:
+                    progress(f"{self._plan_of[layer].mask}, {what}", time.monotonic() - began)
 
 
 def _spans(mm_ranges: MMRanges, rows: list[int], keys: list[int], longest: int | None) -> BatchSpans | None:

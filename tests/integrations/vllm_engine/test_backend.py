@@ -1,0 +1,324 @@
+"""The backend in vLLM's own classes: how it is found, what it refuses and how, what it writes to the cache."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import fa4_prefixlm as fp
+from fa4_prefixlm.fa4.builds.head_dims import HeadDims
+from fa4_prefixlm.integrations.vllm import refusals, register
+
+pytestmark = pytest.mark.slow  # importing vLLM takes seconds
+
+
+@pytest.fixture
+def backend() -> Any:
+    from fa4_prefixlm.integrations.vllm import backend
+
+    return backend
+
+
+def test_vllm_finds_both_forms_by_the_entry_point() -> None:
+    code = """
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+import sys
+print([name for name in ("flash_attn", "cutlass") if name in sys.modules])
+print("fa4_prefixlm.integrations.vllm.backend" in sys.modules)
+for name in ("FA4_PREFIXLM", "FA4_PREFIXLM_IMAGES"):
+    print(AttentionBackendEnum[name].get_class().get_name())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-4:] == ["[]", "False", "FA4_PREFIXLM", "FA4_PREFIXLM_IMAGES"]
+
+
+def test_registering_twice_is_once() -> None:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    for _ in range(2):
+        register.register()
+    assert set(register.BACKENDS) <= set(AttentionBackendEnum.__members__)
+    for name, path in register.BACKENDS.items():
+        assert AttentionBackendEnum[name].get_path() == path
+        assert AttentionBackendEnum[name].get_class().full_cls_name() == tuple(path.rsplit(".", 1))
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_a_configuration_reaches_a_process_that_has_no_plugins_yet(protocol: int) -> None:
+    """Engine and workers are spawned, and what they get is unpickled before they load plugins."""
+    from vllm.config.attention import AttentionConfig
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    register.register()
+    config = AttentionConfig(backend="FA4_PREFIXLM", backend_per_kind={"full_attention": "FLASH_ATTN"})
+    config.backend_per_kind["sliding_window"] = AttentionBackendEnum.CUSTOM
+    code = "import pickle, sys; own = pickle.load(sys.stdin.buffer); print(own.backend.name, own.backend_per_kind)"
+    sent = pickle.dumps(config, protocol)
+    done = subprocess.run([sys.executable, "-c", code], input=sent, capture_output=True, check=True)
+    said = done.stdout.decode()
+    assert "FA4_PREFIXLM {" in said
+    assert "FLASH_ATTN" in said
+    assert "CUSTOM" in said
+    assert pickle.loads(sent).backend is AttentionBackendEnum["FA4_PREFIXLM"]
+
+
+def test_the_flag_of_vllm_serve() -> None:
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    register.register()
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    arguments = parser.parse_args(["--model", "m", "--attention-backend", "FA4_PREFIXLM"])
+    found = arguments.attention_backend
+    assert getattr(found, "name", found) == "FA4_PREFIXLM"
+
+
+def configuration(**changed: Any) -> dict[str, Any]:
+    """What vLLM asks of a backend for a layer of Gemma 3 on a Hopper GPU."""
+    from vllm.platforms.interface import DeviceCapability
+
+    return {
+        "head_size": 256,
+        "dtype": torch.bfloat16,
+        "kv_cache_dtype": "auto",
+        "block_size": 16,
+        "use_mla": False,
+        "has_sink": False,
+        "use_sparse": False,
+        "use_mm_prefix": True,
+        "use_per_head_quant_scales": False,
+        "device_capability": DeviceCapability(9, 0),
+        "attn_type": "decoder",
+        "has_sliding_window": True,
+        **changed,
+    }
+
+
+CHANGES: dict[str, tuple[dict[str, Any], str]] = {
+    "an fp8 cache": ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype not supported"),
+    "a cache of fp8_e5m2": ({"kv_cache_dtype": "fp8_e5m2"}, "kv_cache_dtype not supported"),
+    "float32": ({"dtype": torch.float32}, "dtype not supported"),
+    "blocks of 8": ({"block_size": 8}, "block_size not supported"),
+    "MLA": ({"use_mla": True}, "MLA not supported"),
+    "sparse attention": ({"use_sparse": True}, "sparse not supported"),
+    "scales of heads": ({"use_per_head_quant_scales": True}, "per-head quant scales not supported"),
+    "encoders": ({"attn_type": "encoder_only"}, "attention type encoder_only not supported"),
+    "cross attention": ({"attn_type": "encoder_decoder"}, "attention type encoder_decoder not supported"),
+    "R-SWA": ({"use_rswa": True}, "R-SWA not supported"),
+    "non-causal requests": ({"use_non_causal": True}, "non-causal attention not supported"),
+    "batch invariance": ({"use_batch_invariant": True}, "batch invariance not supported"),
+    "DCP": ({"use_dcp": True}, "DCP not supported"),
+    "PCP": ({"use_pcp": True}, "PCP not supported"),
+    "adaptive verification": ({"use_adaptive_verification": True}, "device-cpu query lens mismatch not supported"),
+    "head dim 512": ({"head_size": 512}, "head dim 512 on an FA4: SM90 takes head dims up to 256"),
+    "head dim 100": ({"head_size": 100}, "head dims must be multiples of 8"),
+}
+
+
+@pytest.fixture
+def an_fa4(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refusals, "fa4", lambda: SimpleNamespace(name="an FA4", head_dims=HeadDims()))
+
+
+@pytest.mark.usefixtures("an_fa4")
+def test_what_it_takes(backend: Any) -> None:
+    for changed in ({}, {"has_sink": True}, {"use_kv_connector": True}, {"kv_cache_dtype": "bfloat16"}):
+        assert backend.PrefixLMBackend.validate_configuration(**configuration(**changed)) == []
+
+
+@pytest.mark.usefixtures("an_fa4")
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_it_declares_not_to_take(backend: Any, name: str) -> None:
+    changed, expected = CHANGES[name]
+    (reason,) = backend.PrefixLMBackend.validate_configuration(**configuration(**changed))
+    assert expected in reason
+
+
+@pytest.mark.usefixtures("an_fa4")
+def test_other_gpus_and_no_fa4(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.platforms.interface import DeviceCapability
+
+    ampere = configuration(device_capability=DeviceCapability(8, 0))
+    (reason,) = backend.PrefixLMBackend.validate_configuration(**ampere)
+    assert "no kernel for sm_80" in reason
+    monkeypatch.setattr(refusals, "fa4", lambda: None)
+    (reason,) = backend.PrefixLMBackend.validate_configuration(**configuration())
+    assert "FlashAttention-4 is not installed" in reason
+
+
+@pytest.mark.usefixtures("an_fa4")
+def test_a_whole_configuration_is_looked_at_when_vllm_chooses(backend: Any) -> None:
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    config = VllmConfig()
+    config.model_config = SimpleNamespace(is_mm_prefix_lm=True)  # type: ignore[assignment]
+    config.scheduler_config.is_multimodal_model = True
+    config.scheduler_config.disable_chunked_mm_input = False
+    with set_current_vllm_config(config):
+        (reason,) = backend.PrefixLMBackend.validate_configuration(**configuration())
+        assert "disable_chunked_mm_input" in reason
+        config.scheduler_config.disable_chunked_mm_input = True
+        assert backend.PrefixLMBackend.validate_configuration(**configuration()) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"alibi_slopes": [0.5]}, "alibi_slopes: expected none"),
+        ({"attn_type": "encoder"}, "attn_type: expected decoder attention"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype: expected one of auto, float16, bfloat16, got fp8"),
+    ],
+)
+def test_layers_that_it_refuses(backend: Any, changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(fp.UnsupportedError, match=message):
+        backend.PrefixLMImpl(4, 64, 0.125, 2, **changed)
+    with pytest.raises(fp.UnsupportedError, match="output_scale"):
+        made(backend).forward(None, None, None, None, None, None, None, torch.ones(1))
+
+
+def made(backend: Any) -> Any:
+    return backend.PrefixLMImpl(4, 16, 0.25, 2)
+
+
+def test_without_metadata_there_are_zeros(backend: Any) -> None:
+    out = torch.ones(3, 4, 16)
+    assert made(backend).forward(None, out, out, out, None, None, out) is out
+    assert not out.any()
+
+
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_the_cache_is_written_where_the_slots_say(backend: Any, heads_first: bool) -> None:
+    """Both of vLLM's layouts; padding has no slot, and rows past the slots are padding too."""
+    cache = torch.zeros(5, 2, 16, 32) if heads_first else torch.zeros(5, 16, 2, 32).transpose(1, 2)
+    key, value = torch.randn(2, 6, 2, 16)
+    slots = torch.tensor([33, 34, 79, -1])
+    made(backend).do_kv_cache_update(None, key, value, cache, slots)
+    for row, slot in enumerate([33, 34, 79]):
+        held = cache[slot // 16, :, slot % 16]
+        assert torch.equal(held, torch.cat([key[row], value[row]], dim=1))
+    assert int(cache.ne(0).any(dim=3).any(dim=1).sum()) == 3
+
+
+def builder(backend: Any) -> Any:
+    return object.__new__(backend.PrefixLMBuilder)
+
+
+@pytest.mark.parametrize("causal", [False, torch.ones(2, dtype=torch.int32)], ids=str)
+def test_a_step_that_is_not_causal_is_refused(backend: Any, causal: object) -> None:
+    with pytest.raises(fp.UnsupportedError, match="causal: expected True for all requests"):
+        builder(backend).build(0, SimpleNamespace(causal=causal))
+
+
+def test_a_step_without_lengths_on_the_host_is_refused(backend: Any) -> None:
+    with pytest.raises(fp.UnsupportedError, match="seq_lens_cpu_upper_bound"):
+        builder(backend).build(0, SimpleNamespace(causal=True, seq_lens_cpu_upper_bound=None))
+
+
+def test_the_builder_refuses_what_the_platform_did_not_ask_about(backend: Any) -> None:
+    config = SimpleNamespace(
+        speculative_config=object(),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_size=1),
+        model_config=SimpleNamespace(is_mm_prefix_lm=False),
+    )
+    with pytest.raises(fp.UnsupportedError, match=r"attention_backend: .* speculative decoding"):
+        backend.PrefixLMBuilder(SimpleNamespace(head_size=64), ["layer"], config, torch.device("cpu"))
+
+
+def test_no_graphs_where_a_plan_is_made_anew(backend: Any) -> None:
+    """Here, on the reference."""
+    from vllm.v1.attention.backend import AttentionCGSupport
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    spec = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
+    layer = SimpleNamespace(
+        head_size=64, num_kv_heads=2, num_heads=4, sliding_window=None, mm_prefix_clamp_sliding_window=False
+    )
+    config = SimpleNamespace(
+        compilation_config=SimpleNamespace(static_forward_context={"a": layer}, max_cudagraph_capture_size=8),
+        device_config=SimpleNamespace(device_type="cpu"),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=64, max_num_seqs=4),
+        model_config=SimpleNamespace(is_mm_prefix_lm=True, max_model_len=128, hf_text_config=SimpleNamespace()),
+    )
+    assert backend.PrefixLMBuilder.get_cudagraph_support(config, spec) == AttentionCGSupport.NEVER
+
+
+def test_the_cache_of_this_vllm_is_one_that_it_takes() -> None:
+    """The names in `refusals.CACHES` are vLLM's."""
+    from vllm.v1 import kv_cache_interface as caches
+
+    common = {"block_size": 16, "num_kv_heads": 2, "head_size": 64, "dtype": torch.bfloat16}
+    assert refusals.of_cache(caches.FullAttentionSpec(**common)) is None
+    assert refusals.of_cache(caches.SlidingWindowSpec(**common, sliding_window=32)) is None
+    assert "chunked" in refusals.of_cache(caches.FullAttentionSpec(**common, attention_chunk_size=64))
+    assert "ChunkedLocalAttentionSpec" in refusals.of_cache(
+        caches.ChunkedLocalAttentionSpec(**common, attention_chunk_size=64)
+    )
+    assert "head dim 32" in refusals.of_cache(caches.FullAttentionSpec(**common, head_size_v=32))
+
+
+class TestComposite:
+    """The form that leaves text to vLLM's FlashAttention. It can't run here: what it routes where."""
+
+    @staticmethod
+    def routing() -> Any:
+        from fa4_prefixlm.integrations.vllm.composite import PrefixLMRouting
+
+        layers = {"local": SimpleNamespace(sliding_window=64, mm_prefix_clamp_sliding_window=False)}
+        config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=layers))
+        return PrefixLMRouting(["local"], config)
+
+    @staticmethod
+    def step(rows: list[int], keys: list[int], ranges: dict[int, list[tuple[int, int]]] | None) -> Any:
+        return SimpleNamespace(
+            mm_req_doc_ranges=ranges,
+            max_query_len=max(rows),
+            seq_lens_cpu_upper_bound=torch.tensor(keys),
+            query_start_loc_cpu=torch.tensor([0, *itertools.accumulate(rows)]),
+        )
+
+    @pytest.mark.parametrize(
+        ("rows", "keys", "ranges", "here"),
+        [
+            ([40, 1], [40, 20], {0: [(10, 30)], 1: []}, True),
+            ([40, 1], [40, 20], {0: [], 1: [(2, 9)]}, False),  # behind the only query
+            ([40], [40], None, False),
+            ([40], [40], {}, False),
+            ([8], [40], {0: [(10, 34)]}, True),  # it began in the prefix cache
+            ([8], [40], {0: [(10, 31)]}, False),
+            ([1], [31], {0: [(10, 30)]}, False),  # the image's last token: a causal row
+            ([1, 1], [31, 90], {0: [(10, 30)], 1: [(4, 60)]}, False),
+        ],
+    )
+    def test_steps_with_images_run_here(
+        self, rows: list[int], keys: list[int], ranges: dict[int, list[tuple[int, int]]] | None, here: bool
+    ) -> None:
+        assert self.routing().select(self.step(rows, keys, ranges)) == (0 if here else 1)
+
+    def test_graphs_of_decoding_are_vllms(self) -> None:
+        from vllm.v1.attention.backend import AttentionCGSupport
+
+        routing = self.routing()
+        assert routing.get_cudagraph_support(None, None) == AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        assert routing.capture_variant == routing.select(self.step([1, 1], [31, 31], {0: [(10, 30)]})) == 1
+
+    def test_it_is_composed_of_both(self) -> None:
+        from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
+
+        from fa4_prefixlm.integrations.vllm.backend import PrefixLMBackend
+        from fa4_prefixlm.integrations.vllm.composite import PrefixLMImagesBackend
+
+        assert PrefixLMImagesBackend.get_name() == "FA4_PREFIXLM_IMAGES"
+        assert PrefixLMImagesBackend.general_backend_cls is PrefixLMBackend
+        assert PrefixLMImagesBackend.causal_backend_cls is FlashAttentionBackend
+        for refused in ("supports_dcp", "supports_pcp", "supports_non_causal", "supports_batch_invariance"):
+            assert not getattr(PrefixLMImagesBackend, refused)()
+        assert not PrefixLMImagesBackend.supports_kv_cache_dtype("fp8")
