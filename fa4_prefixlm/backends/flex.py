@@ -6,12 +6,14 @@ mask costs O(tokens) and the pairs of blocks, and nothing is compiled anew for n
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
 from dataclasses import dataclass
 
 import torch
+import torch._functorch.config as functorch_config
 
 from fa4_prefixlm.backends.base import Backend, MaskedBatch, Prepared
 from fa4_prefixlm.backends.flex_attend import BLOCK, Form, Tables, compiled, free
@@ -76,7 +78,9 @@ class FlexCall(Prepared):
         form = self._form(options, with_grad)
         q_blocks = _in_blocks(q, self.whole.total_q)
         k_blocks, v_blocks = (_in_blocks(own, self.whole.total_k) for own in (k, v))
-        with torch.autocast(q.device.type, enabled=False):
+        # Compiled autograd would reuse what it keeps for the backward, which so could run once (no retain_graph).
+        kept = functorch_config.patch(donated_buffer=False) if with_grad else contextlib.nullcontext()
+        with torch.autocast(q.device.type, enabled=False), kept:
             padded, lse = compiled(form)(form, q_blocks, k_blocks, v_blocks, options.learnable_sink, tables)
         result, rows = padded[: q.shape[0]], q.shape[0]
         lse = lse[:, :rows].to(torch.float32).contiguous()

@@ -169,11 +169,10 @@ def with_sink(out: torch.Tensor, lse: torch.Tensor, sink: torch.Tensor) -> Pair:
         sink: `(heads,)`.
     """
     blind = lse == float("-inf")
-    # Of such a row neither the value nor the gradient may be NaN, whatever the sink is.
-    lse = lse.masked_fill(blind, 0.0)
+    lse = lse.masked_fill(blind, 0.0)  # neither the value of such a row nor its gradient may be NaN, whatever the sink
     sink = sink.to(lse.dtype).unsqueeze(1)
     total = torch.logaddexp(lse, sink)
-    share = torch.exp(lse - total).masked_fill(blind, 0.0)
+    share = torch.exp(lse - total)
     return (out * share.T.unsqueeze(2)).to(out.dtype), torch.where(blind, sink.expand_as(total), total)
 
 

@@ -14,7 +14,7 @@ from fa4_prefixlm.masks.base import Mask
 from fa4_prefixlm.masks.closed_form import ClosedForm, closed_form
 from fa4_prefixlm.masks.protocols import Reach
 
-# Intervals per row that the mask_mods are made for. A mask that may need more runs on the reference.
+# Intervals per row that the mask_mods are made for. A mask that may need more runs on other backends.
 MOST_INTERVALS = 4
 
 

@@ -178,7 +178,7 @@ def plan(
     backward: str = "auto",
     build: str | None = None,
 ) -> Plan:
-    """Prepare one batch under one mask. Builds on the device of `like`, without synchronising it.
+    """Prepare one batch under one mask. Builds on the device of `like`, without synchronising it (but on `cudnn`).
 
     Args:
         ranges: bidirectional spans, half-open `[start, end)` in absolute key positions. One list of pairs per sequence,

@@ -168,6 +168,14 @@ def test_in_a_compiled_model_with_gradients() -> None:
         torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
 
 
+def test_a_graph_that_is_kept_runs_again() -> None:
+    batch = Batch(((300, 300),), (((20, 120),),))
+    leaves = [own.requires_grad_() for own in tensors_of(Kind((64, 64)), batch, 4)[:3]]
+    out = plan_of(*leaves, fp.PrefixLM(), batch.spans, batch, "flex")(*leaves)
+    first, again = (torch.autograd.grad(out.float().sum(), leaves, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+
 def test_blind_rows_have_no_gradient_and_no_nan() -> None:
     batch = Batch(((500, 500), (90, 90)), (((210, 300),), ()))
     q, k, v, _ = tensors_of(Kind((64, 64)), batch, 6)

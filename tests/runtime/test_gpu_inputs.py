@@ -21,7 +21,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("rows", [1, 70])
-@pytest.mark.parametrize("backend", ["auto", "native", "varlen", "two_pass", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "native", "varlen", "two_pass", "flex", "reference"])
 @pytest.mark.parametrize("on_device", [False, True], ids=["host", "device"])
 def test_static_cache(rows: int, backend: str, on_device: bool) -> None:
     mask, used = fp.PrefixLM(100), [300, 512, 70]
@@ -42,7 +42,7 @@ def test_static_cache(rows: int, backend: str, on_device: bool) -> None:
     assert (lse.transpose(0, 1).flatten(1).double() - exact_lse).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("backend", ["auto", "varlen", "packed", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "varlen", "packed", "flex", "reference"])
 @pytest.mark.parametrize("spans", [1, 3])
 def test_more_queries_than_keys(backend: str, spans: int) -> None:
     ranges = [[(3, 40), (50, 51), (60, 130)][:spans], [(0, 70)]]
@@ -58,7 +58,7 @@ def test_more_queries_than_keys(backend: str, spans: int) -> None:
     assert (lse.double() - exact_lse).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("backend", ["auto", "native", "varlen", "packed", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "native", "varlen", "packed", "flex", "reference"])
 @pytest.mark.parametrize(
     "mask",
     [same_span("image"), causal & key_in("image"), from_flex(lambda b, h, q, kv: kv < 0)],
