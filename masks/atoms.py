@@ -238,7 +238,10 @@ class KeyIn(_Named):
         return max(1, _require(self.name, spans))
 
     def intervals(self, rows: Rows) -> Intervals:
-        return normalised(*rows.spans_of(self.name))
+        start, end = rows.spans_of(self.name)
+        if start.shape[1] == 0:  # no spans are one empty interval
+            start, end = (torch.nn.functional.pad(edge, (0, 1)) for edge in (start, end))
+        return normalised(start, end)
 
     def ahead(self) -> Ahead:
         return Ahead(everywhere=self.names)
