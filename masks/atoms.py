@@ -75,7 +75,7 @@ class Causal(Atom):
         return _column(torch.zeros_like(rows.position)), _column(rows.position + 1)
 
     def edges(self) -> RowEdges:
-        return RowEdges(Edges("keys", "row"), Edges("keys", "row"))
+        return RowEdges(Edges("keys", "row"))
 
     def ahead(self) -> Ahead:
         return Ahead()
@@ -120,10 +120,8 @@ class Window(Atom):
 
     def edges(self) -> RowEdges:
         end: End = "keys" if self.right is None else "window" if self.right else "row"
-        edges = Edges("keys" if self.left is None else "window", end)
         return RowEdges(
-            edges,
-            edges,
+            Edges("keys" if self.left is None else "window", end),
             windows=frozenset() if self.left is None else frozenset({self.left}),
             rights=frozenset({self.right}) if self.right else frozenset(),
         )
@@ -170,8 +168,9 @@ class SameSpan(_Named):
             start = torch.where(end > 0, (start - min(self.before, INT32_MAX)).clamp(min=0), start)
         return _column(start), _column(end)
 
-    def edges(self) -> RowEdges | None:
-        return None if self.before else RowEdges(None, Edges("window or span", "span"), spans=self.names)
+    def edges(self) -> RowEdges:
+        edges = Edges("window or span", "span")
+        return RowEdges(None, {self.name: edges}, befores=frozenset({(self.name, self.before)}))
 
     def ahead(self) -> Ahead:
         return Ahead(spans=self.names)
@@ -219,7 +218,7 @@ class QueryIn(_Named):
         return _column(lo.to(torch.int32)), _column(hi.to(torch.int32))
 
     def edges(self) -> RowEdges:
-        return RowEdges(None, Edges("keys", "keys"), spans=self.names)
+        return RowEdges(None, {self.name: Edges("keys", "keys")})
 
     def ahead(self) -> Ahead:
         return Ahead(keys=True)
@@ -239,7 +238,10 @@ class KeyIn(_Named):
         return max(1, _require(self.name, spans))
 
     def intervals(self, rows: Rows) -> Intervals:
-        return normalised(*rows.spans_of(self.name))
+        start, end = rows.spans_of(self.name)
+        if start.shape[1] == 0:  # no spans are one empty interval
+            start, end = (torch.nn.functional.pad(edge, (0, 1)) for edge in (start, end))
+        return normalised(start, end)
 
     def ahead(self) -> Ahead:
         return Ahead(everywhere=self.names)

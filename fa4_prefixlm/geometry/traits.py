@@ -94,7 +94,7 @@ def _by_counts(mask: Mask, most: tuple[tuple[str, int], ...]) -> tuple[Mask, Tra
         custom=mask.custom_kernel is not None,
         closed_form=form,
         causal_part=causal,
-        causal_only=causal if form is not None and form.inside == form.outside else None,
+        causal_only=causal if form is not None and not form.telling else None,
     )
 
 
@@ -145,9 +145,11 @@ def _causal_only(found: Traits, spans: SpanSets, lengths: Lengths) -> CausalWind
     form = found.closed_form
     if form is None or found.causal_part is None:
         return None
-    own = spans[form.span] if form.span is not None and form.inside != form.outside else None
-    if own is None or own.values.shape[1] == 0:
-        return found.causal_part
-    if own.host is None or lengths.seqlens_q is None or lengths.seqlens_k is None:
-        return None
-    return found.causal_part if text_only(own.host, lengths.seqlens_q, lengths.seqlens_k) else None
+    for own in (spans[inside.span] for inside in form.telling):
+        if own.values.shape[1] == 0:
+            continue
+        if own.host is None or lengths.seqlens_q is None or lengths.seqlens_k is None:
+            return None
+        if not text_only(own.host, lengths.seqlens_q, lengths.seqlens_k):
+            return None
+    return found.causal_part

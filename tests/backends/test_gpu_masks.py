@@ -12,12 +12,13 @@ from fa4_prefixlm.geometry.intervals import measured as measured_traits
 from fa4_prefixlm.geometry.traits import MOST_INTERVALS
 from fa4_prefixlm.masks import causal, everything, from_cute, from_flex, key_in, one_block, prefix, same_span, window
 from fa4_prefixlm.masks.models.catalogue import CATALOGUE
-from fa4_prefixlm.testing.accuracy import exact_attention
+from fa4_prefixlm.testing.accuracy import exact_attention, exact_gradients, relative_error
 from fa4_prefixlm.testing.batches import EDGES, Batch, random_spans
 from fa4_prefixlm.testing.poison import nan_output, poison_free_memory
 from fa4_prefixlm.testing.stages import prepare
 from tests.backends.gpu_calls import Kind, causal_band, limit, measured, tensors_of
 from tests.exactness import assert_within, errors
+from tests.masks.layouts import layouts
 
 pytestmark = pytest.mark.gpu
 
@@ -118,6 +119,52 @@ def test_catalogue(name: str, gpu_report) -> None:
             counted = prepare(batch, entry.mask, spans)
             seen = measured_traits(entry.mask, counted.spans, counted.sizes, counted.traits)
             assert ("varlen" in ran) == (seen.tagged or seen.intervals <= MOST_INTERVALS)
+
+
+@pytest.mark.parametrize("kind", KINDS[1:3], ids=str)
+@pytest.mark.parametrize("name", layouts())
+def test_layouts(name: str, kind: Kind, gpu_report) -> None:
+    for seed, scale in enumerate((1, 4)):
+        mask, batch, spans = layouts(scale)[name]
+        assert "varlen" in check(mask, batch, spans, kind, seed, gpu_report, name)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dim", [128, 256])
+@pytest.mark.parametrize("name", layouts())
+def test_gradients_of_layouts(name: str, dim: int, deterministic: bool) -> None:
+    """On FA4's backward, whichever the plan chooses: the masks whose sets of spans belong together."""
+    mask, batch, spans = layouts(3)[name]
+    q, k, v = (own.requires_grad_() for own in batch.tensors((4, 2), (dim, dim), torch.bfloat16, "cuda"))
+    plan = fp.plan(spans, like=(q, k, v), cu_seqlens_q=batch.cu_q, cu_seqlens_k=batch.cu_k, mask=mask)
+    out = fp.attention(q, k, v, plan, deterministic=deterministic)
+    dout = torch.randn_like(out)
+    poison_free_memory()
+    grads = torch.autograd.grad(out, (q, k, v), dout)
+    named = {own: tuple(map(tuple, sequences)) for own, sequences in spans.items()}
+    exact = exact_gradients(q, k, v, dout, mask=mask, spans=named, seqlens=batch.as_seqlens)
+    for letter, got, right in zip("qkv", grads, (exact.q, exact.k, exact.v), strict=True):
+        assert relative_error(got.double(), right) < 5e-3, f"d{letter}, {plan}"
+
+
+@pytest.mark.filterwarnings("ignore")  # some masks of many intervals go to the reference, and say so
+@pytest.mark.parametrize("on_device", [False, True], ids=["host", "device"])
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_a_plan_does_not_synchronise(name: str, on_device: bool) -> None:
+    mask, rng = CATALOGUE[name].mask, random.Random(name)
+    batch = Batch(((700, 700), (100, 300), (1, 90)), ((), (), ()))
+    cu_q, cu_k = batch.cu_q, batch.cu_k
+    q, k, v = batch.tensors((4, 2), (128, 128), torch.bfloat16, "cuda")
+    spans = {own: [random_spans(rng, keys)[:3] for _, keys in batch.seqlens] for own in sorted(mask.names)}
+    if on_device:
+        cu_q, cu_k = (torch.tensor(own, dtype=torch.int32, device="cuda") for own in (cu_q, cu_k))
+        spans = {own: Batch(batch.seqlens, tuple(given)).ranges_tensor().cuda() for own, given in spans.items()}
+    for mode in ("default", "error"):  # the first compiles
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            fp.plan(spans, like=(q, k, v), cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, mask=mask)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_mask_with_its_own_kernel(gpu_report) -> None:

@@ -180,10 +180,7 @@ def test_two_passes_are_for_masks_that_are_a_causal_pass_and_a_rest() -> None:
         assert two_pass.refusal(GPU_CALL, traits, GOOD) is None
     for change in ({"causal_part": None}, {"intervals": 2}):
         several = dataclasses.replace(DEMAND, **change)
-        assert (
-            two_pass.refusal(GPU_CALL, several, GOOD)
-            == "the mask is not a causal pass plus the rest of one set of spans"
-        )
+        assert two_pass.refusal(GPU_CALL, several, GOOD) == "the mask is not a causal pass plus the rest of spans"
 
 
 def backends_demand(mask):

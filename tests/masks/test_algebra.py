@@ -331,6 +331,13 @@ def test_lengths_of_empty_sequences() -> None:
     )
 
 
+def test_without_spans_all_keys_are_outside() -> None:
+    for mask in (key_outside("image"), causal & key_outside("image"), same_span("image") | key_outside("image")):
+        check_expression(mask, Batch(((5, 5), (3, 9)), ((), ())), {"image": [[], []]})
+    traits = prepare(Batch(((5, 5),), ((),)), causal & key_outside("image"), {"image": [[]]}).traits
+    assert traits.intervals == 1
+
+
 def test_rows_with_gaps_between_what_they_see_make_no_chain() -> None:
     batch = Batch(((64, 64),), ((),))
     for mask in (same_span("image") | same_span("prompt"), same_span("image"), query_in("image") & same_span("image")):

@@ -74,7 +74,7 @@ def test_frame_causal(tokens: int, frame: int) -> None:
 def test_any_spans() -> None:
     """Copies of any length, anywhere, with padding between; more than one of each; tokens in both."""
     rng = random.Random(0)
-    for _ in range(60):
+    for case in range(60):
         keys, block = rng.randint(1, 40), rng.randint(1, 9)
         spans = {name: random_spans(rng, keys) for name in ("noised", "clean")}
         rows = rng.randint(1, keys)
@@ -99,6 +99,8 @@ def test_any_spans() -> None:
                     wanted[query, key] = clean[0] == key_clean[0] and key_clean[1] <= clean[1]
         assert torch.equal(mask.dense(seqlen=keys, seqlen_q=rows, ranges=spans), wanted[-rows:])
         assert torch.equal(visible_by_bounds(mask, spans, keys, rows), wanted[-rows:])
+        if case % 10:
+            continue
         flex = mask.flex(seqlen=keys, ranges={name: [own] for name, own in spans.items()})
         built = create_mask(flex, 1, 1, keys, keys, device="cpu")
         assert torch.equal(built[0, 0], wanted)

@@ -21,7 +21,7 @@ from fa4_prefixlm.masks import (
     same_span,
     window,
 )
-from fa4_prefixlm.masks.closed_form import ClosedForm, Edges, closed_form
+from fa4_prefixlm.masks.closed_form import ClosedForm, Edges, Inside, closed_form
 from fa4_prefixlm.masks.protocols import Pairs
 from fa4_prefixlm.testing.batches import random_spans
 from fa4_prefixlm.testing.empty_rows import Blind
@@ -29,6 +29,7 @@ from fa4_prefixlm.testing.empty_rows import Blind
 ATOMS = (causal, window(4), same_span("image"), query_in("image"))
 BOTH_SIDES = (causal, window(4, 3), window(None, 3), everything, same_span("image"), query_in("image"))
 KEYS = 14
+TO_ROW, NEAR = Edges("keys", "row"), Edges("window", "row")
 # One token, the whole sequence, borders, adjacent spans, spans longer and shorter than the window.
 SPANS = (
     (),
@@ -48,37 +49,56 @@ def expressions(depth: int, atoms: tuple[Mask, ...] = ATOMS) -> list[Mask]:
     return parts + [a & b for a, b in pairs] + [a | b for a, b in pairs]
 
 
-def dense_of(form: ClosedForm, seqlen_q: int, seqlen: int, spans: tuple[tuple[int, int], ...]) -> torch.Tensor:
+Spans = tuple[tuple[int, int], ...]
+
+
+def dense_of(form: ClosedForm, seqlen_q: int, seqlen: int, spans: dict[str, Spans]) -> torch.Tensor:
     result = torch.zeros(seqlen_q, seqlen, dtype=torch.bool)
     for row in range(seqlen_q):
         position = row + seqlen - seqlen_q
-        span = next(((start, end) for start, end in spans if start <= position < end), None)
-        lo, hi = form.interval(position, seqlen, span)
+        holding = {name: (start, end) for name, own in spans.items() for start, end in own if start <= position < end}
+        lo, hi = form.interval(position, seqlen, holding)
         result[row, lo:hi] = True
     return result
 
 
-def check(mask: Mask, seqlen_q: int, seqlen: int, spans: tuple[tuple[int, int], ...]) -> None:
+def check(mask: Mask, seqlen_q: int, seqlen: int, *spans: Spans) -> None:
+    """spans: of the sets that the mask reads, by name; more are left alone."""
     form = closed_form(mask)
     assert form is not None
-    wanted = mask.dense(seqlen=seqlen, ranges=spans if mask.names else None, seqlen_q=seqlen_q)
-    assert torch.equal(dense_of(form, seqlen_q, seqlen, spans if form.span else ()), wanted), (mask, spans)
+    named = dict(zip(sorted(mask.names), spans, strict=False))
+    assert [own.span for own in form.inside] == list(named)
+    wanted = mask.dense(seqlen=seqlen, ranges=named, seqlen_q=seqlen_q)
+    assert torch.equal(dense_of(form, seqlen_q, seqlen, named), wanted), (mask, spans)
     if form.is_causal_outside:
-        assert not mask.dense(seqlen=seqlen, seqlen_q=seqlen).triu(1).any()
+        assert not mask.dense(seqlen=seqlen, seqlen_q=seqlen, ranges=dict.fromkeys(named, ())).triu(1).any()
 
 
 def test_every_expression_has_a_form_that_says_the_same_or_blind_rows() -> None:
     forms = check_all(expressions(3))
-    assert {form.inside.begin for form in forms} == {"keys", "window", "window or span"}
-    assert {form.inside.end for form in forms} == {"row", "span", "keys"}
+    assert {edges.begin for edges in seen_in(forms)} == {"keys", "window", "window or span"}
+    assert {edges.end for edges in seen_in(forms)} == {"row", "span", "keys"}
 
 
 @pytest.mark.slow
 def test_every_expression_of_windows_that_look_right() -> None:
     forms = check_all(expressions(3, BOTH_SIDES))
-    assert {form.inside.begin for form in forms} == {"keys", "window", "window or span"}
+    assert {edges.begin for edges in seen_in(forms)} == {"keys", "window", "window or span"}
     ends = {"row", "window and span", "window", "span", "window or span", "keys"}
-    assert {form.inside.end for form in forms} == ends
+    assert {edges.end for edges in seen_in(forms)} == ends
+
+
+@pytest.mark.slow
+def test_every_expression_of_two_sets() -> None:
+    """The sets joined by `|`, one of them moved to the left; rows in spans of both."""
+    masks = expressions(3, (causal, window(4, 3), same_span("image"), same_span("canvas", before=3)))
+    forms = check_all([mask for mask in masks if closed_form(mask) is not None])
+    assert sum(len(form.inside) == 2 for form in forms) > 10
+    assert {own.before for form in forms for own in form.inside} == {0, 3}
+
+
+def seen_in(forms: set[ClosedForm]) -> list[Edges]:
+    return [own.edges for form in forms for own in form.inside]
 
 
 def check_all(masks: list[Mask]) -> set[ClosedForm]:
@@ -90,9 +110,9 @@ def check_all(masks: list[Mask]) -> set[ClosedForm]:
             continue
         forms.add(form)
         seqlen_q = rng.choice([KEYS, 1, 9])
-        check(mask, KEYS, KEYS, SPANS[index % len(SPANS)])
-        check(mask, seqlen_q, KEYS, random_spans(rng, KEYS))
-    assert len(masks) > 600
+        check(mask, KEYS, KEYS, SPANS[index % len(SPANS)], random_spans(rng, KEYS))
+        check(mask, seqlen_q, KEYS, random_spans(rng, KEYS), random_spans(rng, KEYS))
+    assert len(masks) > 200
     return forms
 
 
@@ -106,23 +126,31 @@ def test_prefix_lm(tokens: int | None, spans: tuple[tuple[int, int], ...]) -> No
 @pytest.mark.parametrize(
     ("mask", "form"),
     [
-        (PrefixLM(), ClosedForm("image", None, Edges("keys", "row"), Edges("keys", "span"))),
-        (PrefixLM(4), ClosedForm("image", 4, Edges("window", "row"), Edges("window", "span"))),
-        (PrefixLM(4, clamp=False), ClosedForm("image", 4, Edges("window", "row"), Edges("window or span", "span"))),
-        (causal, ClosedForm(None, None, Edges("keys", "row"), Edges("keys", "row"))),
-        (window(3), ClosedForm(None, 3, Edges("window", "keys"), Edges("window", "keys"))),
-        (window(3) & causal | query_in("a"), ClosedForm("a", 3, Edges("window", "row"), Edges("keys", "keys"))),
-        (window(3, 0), ClosedForm(None, 3, Edges("window", "row"), Edges("window", "row"))),
-        (window(3, 2), ClosedForm(None, 3, Edges("window", "window"), Edges("window", "window"), 2)),
-        (window(None, 2), ClosedForm(None, None, Edges("keys", "window"), Edges("keys", "window"), 2)),
-        (everything, ClosedForm(None, None, Edges("keys", "keys"), Edges("keys", "keys"))),
+        (PrefixLM(), ClosedForm(TO_ROW, (Inside("image", Edges("keys", "span")),))),
+        (PrefixLM(4), ClosedForm(NEAR, (Inside("image", Edges("window", "span")),), 4)),
+        (PrefixLM(4, clamp=False), ClosedForm(NEAR, (Inside("image", Edges("window or span", "span")),), 4)),
+        (causal, ClosedForm(TO_ROW)),
+        (window(3), ClosedForm(Edges("window", "keys"), (), 3)),
+        (window(3) & causal | query_in("a"), ClosedForm(NEAR, (Inside("a", Edges("keys", "keys")),), 3)),
+        (window(3, 0), ClosedForm(NEAR, (), 3)),
+        (window(3, 2), ClosedForm(Edges("window", "window"), (), 3, 2)),
+        (window(None, 2), ClosedForm(Edges("keys", "window"), (), None, 2)),
+        (everything, ClosedForm(Edges("keys", "keys"))),
         (
             window(3) & window(None, 2) | same_span("a"),
-            ClosedForm("a", 3, Edges("window", "window"), Edges("window or span", "window or span"), 2),
+            ClosedForm(Edges("window", "window"), (Inside("a", Edges("window or span", "window or span")),), 3, 2),
         ),
         (
             causal | same_span("a") & window(3, 2),
-            ClosedForm("a", 3, Edges("keys", "row"), Edges("keys", "window and span"), 2),
+            ClosedForm(TO_ROW, (Inside("a", Edges("keys", "window and span")),), 3, 2),
+        ),
+        (
+            causal & window(3) | same_span("b") | same_span("a", before=2),
+            ClosedForm(
+                NEAR,
+                (Inside("a", Edges("window or span", "span"), 2), Inside("b", Edges("window or span", "span"))),
+                3,
+            ),
         ),
     ],
     ids=str,
@@ -153,8 +181,12 @@ class Mine(PrefixLM):
         causal | one_block("image"),
         causal & window(4) | same_span("image") & window(5),
         window(4, 3) | same_span("image") & window(4, 5),
-        causal | same_span("image") | same_span("video"),
+        causal | same_span("image") | same_span("image", before=2),
+        causal | same_span("image") & same_span("video"),
+        (causal | same_span("image")) & (causal | same_span("video")),
+        causal | same_span("image") | same_span("video") | same_span("audio"),
         same_span("image"),
+        same_span("image", before=2),
         query_in("image") & causal,
         Blind(4),
         Mine(4),

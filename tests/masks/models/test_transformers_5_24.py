@@ -17,6 +17,8 @@ from fa4_prefixlm.masks.spans import runs_of
 from tests.masks.models.token_types import random_types
 from tests.masks.planned import visible_by_bounds
 
+pytestmark = pytest.mark.slow
+
 CASES = 12
 LAYERS = ("global", "local")
 WINDOWS = (1, 2, 3, 4, 5, 8, 9, 64)
