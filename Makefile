@@ -1,4 +1,4 @@
-# make demo, test-fast, test, test-gpu, check, docs, bench, pictures. Each sets up what it needs, in .venv.
+# make demo, test-fast, test, test-vllm, test-gpu, check, docs, bench, pictures. Each sets up what it needs, in .venv.
 # PYTHON=python3 uses an environment that is there already (a GPU host without a network).
 VENV := .venv
 PYTHON ?= $(VENV)/bin/python

@@ -287,6 +287,7 @@ class Worker:
         if not job.cpu:
             settings = {
                 "max_model_len": 34816,
+                "max_num_seqs": 256,  # as it is served; buffers and grids are sized by it
                 "max_num_batched_tokens": 34816,
                 "kv_cache_memory_bytes": 3 << 30,
                 "gpu_memory_utilization": 0.16,

@@ -1,6 +1,7 @@
 """Make the pictures in docs/pictures again: `python docs/pictures.py`. Each is drawn from the library's own masks.
 
-Those in docs/pictures/catalogue are one for each entry of `fa4_prefixlm.masks.models.catalogue`.
+Those in docs/pictures/catalogue are one for each entry of `fa4_prefixlm.masks.models.catalogue`. Plots are of kept
+results.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import argparse
 import pathlib
 import textwrap
 from typing import TYPE_CHECKING
+
+from plots import plots
 
 from fa4_prefixlm import PrefixLM
 from fa4_prefixlm.geometry.drawn_tiles import drawn_tiles
@@ -28,17 +31,23 @@ def pictures() -> dict[str, Image]:
     windowed, spans = PrefixLM(window=256), [(40, 296), (400, 656)]
     cut = drawn_tiles(windowed, seqlen_k=768, ranges=spans, tile=(128, 64))
     tiles = mask_image(windowed, seqlen_k=768, ranges=spans, tiles=cut)
-    return {
-        "causal.png": titled("No spans: causal", mask_image(PrefixLM(), seqlen_k=54)),
-        "prefix_lm.png": titled("PrefixLM()", mask_image(PrefixLM(), seqlen_k=54, ranges=SPANS)),
-        "window_clamp.png": titled("PrefixLM(window=10)", mask_image(clamped, seqlen_k=54, ranges=SPANS)),
-        "window_joined.png": titled("PrefixLM(window=10, clamp=False)", mask_image(joined, seqlen_k=54, ranges=SPANS)),
-        "chunked.png": titled(
-            "PrefixLM(), the last 18 of 54 tokens are queries",
-            mask_image(PrefixLM(), seqlen_k=54, seqlen_q=18, ranges=SPANS),
-        ),
-        "tiles.png": titled("PrefixLM(window=256), tiles of 128 queries and 64 keys", tiles),
-    } | catalogue()
+    return (
+        {
+            "causal.png": titled("No spans: causal", mask_image(PrefixLM(), seqlen_k=54)),
+            "prefix_lm.png": titled("PrefixLM()", mask_image(PrefixLM(), seqlen_k=54, ranges=SPANS)),
+            "window_clamp.png": titled("PrefixLM(window=10)", mask_image(clamped, seqlen_k=54, ranges=SPANS)),
+            "window_joined.png": titled(
+                "PrefixLM(window=10, clamp=False)", mask_image(joined, seqlen_k=54, ranges=SPANS)
+            ),
+            "chunked.png": titled(
+                "PrefixLM(), the last 18 of 54 tokens are queries",
+                mask_image(PrefixLM(), seqlen_k=54, seqlen_q=18, ranges=SPANS),
+            ),
+            "tiles.png": titled("PrefixLM(window=256), tiles of 128 queries and 64 keys", tiles),
+        }
+        | catalogue()
+        | plots()
+    )
 
 
 def catalogue() -> dict[str, Image]:

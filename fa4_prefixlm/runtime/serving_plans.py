@@ -232,17 +232,24 @@ class _State(abc.ABC):
 
 def _state(mask: Mask, spec: CallSpec, limits: Limits, build: Build | None) -> _State:
     found = traits_of_any(mask, dict.fromkeys(mask.names, limits.keys), dict.fromkeys(mask.names, 2))
-    passed_over: dict[str, str] = {}
     largest = limits.largest_batch()
-    if found.closed_form is not None and build is not None:
-        for name in ("causal", "native", "two_pass"):
-            refusal = BACKENDS[name].refusal(spec, found, build)
-            if refusal is None:
-                choice = Choice.serving(passed_over, name)
-                warn_of_fallback(choice, spec, found, largest, build)
-                return _InPlace(choice, mask, spec, found, limits, build)
-            passed_over[name] = refusal
+    choice = choose_in_place(spec, found, build)
+    if choice is not None and build is not None:
+        warn_of_fallback(choice, spec, found, largest, build)
+        return _InPlace(choice, mask, spec, found, limits, build)
     return _Rebuilt(mask, spec, choose("auto", spec, found, largest, build), build)
+
+
+def choose_in_place(spec: CallSpec, traits: Traits, build: Build | None) -> Choice | None:
+    """The backend that reads buffers which an update writes in place; None if none of them runs the mask."""
+    passed_over: dict[str, str] = {}
+    if traits.closed_form is not None and build is not None:
+        for name in ("causal", "native", "two_pass"):
+            refusal = BACKENDS[name].refusal(spec, traits, build)
+            if refusal is None:
+                return Choice.serving(passed_over, name)
+            passed_over[name] = refusal
+    return None
 
 
 class _InPlace(_State):

@@ -32,6 +32,7 @@ from fa4_prefixlm.masks import PrefixLM, causal, one_block, prefix, window
 from fa4_prefixlm.masks.base import Mask
 from fa4_prefixlm.testing.machine import describe_machine
 from fa4_prefixlm.testing.tables import columns, titled
+from fa4_prefixlm.tools import doctor_vllm
 from fa4_prefixlm.tools.crosscompile import TARGETS, Variant, compile_in_subprocess
 from fa4_prefixlm.tools.output import add_json_argument, check_file, print_report
 
@@ -95,6 +96,7 @@ class Diagnosis:
     builds: the FA4s found, the default first.
     takes: by architecture and kind of call, the choice on each build, in the order of `builds`.
     traces: by build, what compiled ("backend: kernel or error"), empty unless it was asked for.
+    vllm: whether vLLM will find the backends, and what they will take.
     """
 
     machine: Mapping[str, str]
@@ -102,6 +104,7 @@ class Diagnosis:
     builds: Sequence[Build]
     takes: Mapping[str, Mapping[str, Sequence[Choice]]]
     traces: Mapping[str, Sequence[str]]
+    vllm: doctor_vllm.VLLM
 
     def verdict(self) -> list[str]:
         """What a normal call takes on this machine, or on the GPU that was named, and why."""
@@ -139,12 +142,13 @@ class Diagnosis:
                 for arch, kinds in self.takes.items()
             },
             "traces": {name: list(lines) for name, lines in self.traces.items()},
+            "vllm": self.vllm.as_json(),
         }
 
     def __str__(self) -> str:
         parts = ["\n".join(self.verdict()), titled("machine", columns(list(self.machine.items())))]
         if not self.builds:
-            return "\n\n".join(parts)
+            return "\n\n".join([*parts, str(self.vllm)])
         names = [build.name for build in self.builds]
         facts = [[label, *(fact(build) for build in self.builds)] for label, fact in FACTS.items()]
         parts.append(titled("builds", columns([["", *names], *facts])))
@@ -161,6 +165,7 @@ class Diagnosis:
             parts.append(titled(f"backend of a call on {arch}", columns([["", *names], *rows])))
         for name, lines in self.traces.items():
             parts.append(titled(f"compiled, not run: {name}", lines))
+        parts.append(str(self.vllm))
         return "\n\n".join(parts)
 
 
@@ -225,7 +230,8 @@ def examine(given_builds: Sequence[GivenBuild] = (), archs: Sequence[str] = (), 
     if trace:
         for build, own in zip(found, sources, strict=True):
             traces[build.name] = [line for arch in numbers for line in _traced(build, own, arch)]
-    return Diagnosis(describe_machine().facts(), f"sm_{here}" if here else None, found, takes, traces)
+    vllm = doctor_vllm.examine(numbers)
+    return Diagnosis(describe_machine().facts(), f"sm_{here}" if here else None, found, takes, traces, vllm)
 
 
 def _traced(build: Build, source: GivenBuild, arch: str) -> Iterator[str]:

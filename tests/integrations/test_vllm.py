@@ -169,6 +169,16 @@ def test_warm_up_needs_no_batch() -> None:
     torch.testing.assert_close(run_layer(plans, "local", step), step.exact(model), rtol=1e-12, atol=1e-12)
 
 
+def test_warm_up_needs_no_cache_and_says_what_it_made() -> None:
+    shape, said = Shape(), []
+    plans = shape.plans({"local": MODELS["gemma3 local"].mask(), "global": causal, "again": causal})
+    plans.warm_up(progress=lambda what, seconds: said.append((what, seconds >= 0)))
+    local, everywhere = "PrefixLM(window=24, clamp=False)", "causal"
+    kinds = ("with spans", "without spans")
+    assert said == [(f"{mask}, {kind}", True) for kind in kinds for mask in (local, everywhere)]
+    assert plans.text_only
+
+
 def test_an_empty_batch() -> None:
     shape, model = Shape(), MODELS["gemma3 local"]
     plans = shape.plans({"local": model.mask()})

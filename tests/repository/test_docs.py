@@ -8,15 +8,8 @@ import linecache
 import pathlib
 import re
 import sys
-import types
 
 import pytest
-import torch
-
-from fa4_prefixlm.integrations.vllm import layer_mask
-from fa4_prefixlm.masks import causal
-from fa4_prefixlm.testing.accuracy import exact_attention
-from tests.repository import stand_ins
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -44,50 +37,20 @@ def blocks(page: pathlib.Path) -> list[Block]:
     ]
 
 
-def run_page(page: pathlib.Path) -> dict[str, object]:
-    """The names that its blocks define. A page is left, as skipped, at the first block that lacks a module."""
-    names: dict[str, object] = {"__name__": page.stem, **(stand_ins.names() if page.name == "vllm.md" else {})}
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
+def test_code_blocks_run(page: pathlib.Path) -> None:
+    """A page is left, as skipped, at the first block that lacks a module."""
+    names: dict[str, object] = {"__name__": page.stem}
     for block in blocks(page):
         for module in block.needs:
             pytest.importorskip(module, reason=f"{block.file} needs {module}")
         block.run(names)
-    return names
-
-
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
-def test_code_blocks_run(page: pathlib.Path) -> None:
-    run_page(page)
 
 
 def test_code_that_does_not_run_is_not_called_python() -> None:
     """A fence of another name would be left out by this file without a word."""
     fences = {fence for page in PAGES for fence in re.findall(r"^```(\w+)$", page.read_text(), flags=re.MULTILINE)}
     assert fences <= {"python", "text", "console", "bash"}
-
-
-def test_the_backend_of_the_vllm_page() -> None:
-    """One step on stand-ins: a builder with the masks of two layers, its metadata, and what a layer then computes."""
-    names = run_page(ROOT / "docs" / "vllm.md")
-    builder = names["Builder"](None, ["local", "global"], stand_ins.config("gemma3"), "cpu")
-    assert set(builder.plans.plans) == {layer_mask(32, clamp=False), layer_mask(None, clamp=False)}
-    only_causal = names["Builder"](None, ["global"], stand_ins.config("gemma4_text"), "cpu")
-    assert set(only_causal.plans.plans) == {causal}
-    assert names["Builder"](None, ["local"], stand_ins.config("llama", is_mm_prefix_lm=False), "cpu").plans is None
-    step = stand_ins.step({0: [(10, 25)]})
-    metadata = builder.build(0, step.common)
-    q, out = torch.randn(40, 4, 16), torch.zeros(40, 4, 16)
-    impl = names["Impl"]()
-    impl.forward(types.SimpleNamespace(layer_name="local"), q, None, None, step.cache, metadata, out)
-    exact, _ = exact_attention(
-        q, *step.contiguous, mask=layer_mask(32, clamp=False), spans=(((10, 26),),), seqlens=((40,), (40,))
-    )
-    torch.testing.assert_close(out.double(), exact, rtol=1e-4, atol=1e-5)
-    text = builder.build(0, stand_ins.step({}).common)
-    given = (types.SimpleNamespace(layer_name="local"), q, None, None, step.cache, text, out)
-    assert impl.forward(*given) == "vLLM's own"
-    assert builder.build(0, stand_ins.step(None).common).prefix_lm is None
-    assert names["Backend"].get_impl_cls() is names["Impl"]
-    names["register"]()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -22,6 +22,7 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     MultipleOf,
 )
+from vllm.v1.attention.backends import fa_utils
 
 from fa4_prefixlm.errors import UnsupportedError
 from fa4_prefixlm.fa4.kernels import disk_cache
@@ -199,11 +200,6 @@ class PrefixLMImpl(AttentionImpl[PrefixLMMetadata]):
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.softcap, self.sinks = logits_soft_cap or 0.0, sinks
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """Of `GroupPlans.attention`, but for the scale."""
-        return {"softcap": self.softcap, "sinks": self.sinks}
-
     def do_kv_cache_update(
         self,
         layer: Any,
@@ -221,11 +217,9 @@ class PrefixLMImpl(AttentionImpl[PrefixLMMetadata]):
             slot_mapping: `(tokens,)` int64, block and row of each token as one number, -1 for none.
         """
         if kv_cache.is_cuda:
-            from vllm.v1.attention.backends.fa_utils import reshape_and_cache_flash
-
             keys, values = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
             scales = (layer._k_scale, layer._v_scale)
-            reshape_and_cache_flash(key, value, keys, values, slot_mapping, self.kv_cache_dtype, *scales)
+            fa_utils.reshape_and_cache_flash(key, value, keys, values, slot_mapping, self.kv_cache_dtype, *scales)
             return
         held = slot_mapping >= 0
         rows, tokens = slot_mapping[held], len(slot_mapping)
@@ -252,7 +246,13 @@ class PrefixLMImpl(AttentionImpl[PrefixLMMetadata]):
             return output.fill_(0)
         counts["calls"] += 1
         return attn_metadata.plans.attention(
-            layer.layer_name, query, kv_cache, output, softmax_scale=self.scale, **self.options
+            layer.layer_name,
+            query,
+            kv_cache,
+            output,
+            softmax_scale=self.scale,
+            softcap=self.softcap,
+            sinks=self.sinks,
         )
 
 
@@ -330,10 +330,12 @@ def _say_what_runs(plans: GroupPlans, layers: dict[str, Any], kv_cache_spec: Any
 def _warm_up(plans: GroupPlans, layers: dict[str, Any]) -> None:
     """Compile all that the group can run, or find it on disk, with lines in vLLM's log."""
     before = Counter(disk_cache.counts)
-    impl = next(iter(layers.values())).impl
-    options = next(own for own in impl.get_impl_variants() if isinstance(own, PrefixLMImpl)).options
-    plans.warm_up(
-        progress=lambda what, seconds: logger.info("FA4_PREFIXLM: ready: %s (%.1f s)", what, seconds), **options
-    )
+    variants = next(iter(layers.values())).impl.get_impl_variants()
+    impl = next(own for own in variants if isinstance(own, PrefixLMImpl))
+
+    def progress(what: str, seconds: float) -> None:
+        logger.info("FA4_PREFIXLM: ready: %s (%.1f s)", what, seconds)
+
+    plans.warm_up(progress=progress, softcap=impl.softcap, sinks=impl.sinks)
     new = Counter(disk_cache.counts) - before
     logger.info("FA4_PREFIXLM: %d kernels compiled, %d found on disk", new["compiled"], new["loaded"])

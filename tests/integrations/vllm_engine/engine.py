@@ -188,6 +188,7 @@ def make_engine(job: Job, **settings: Any) -> Any:
         "disable_log_stats": True,
         "seed": 0,
         "tensor_parallel_size": job.tensor_parallel,
+        "disable_custom_all_reduce": True,  # NCCL's, which needs no extension
         **device,
         **settings,
     }

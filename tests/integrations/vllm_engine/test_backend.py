@@ -77,9 +77,10 @@ def test_the_flag_of_vllm_serve() -> None:
 
     register.register()
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
-    arguments = parser.parse_args(["--model", "m", "--attention-backend", "FA4_PREFIXLM"])
-    found = arguments.attention_backend
-    assert getattr(found, "name", found) == "FA4_PREFIXLM"
+    flags = ["--attention-backend", "FA4_PREFIXLM"], ["--attention-config", '{"backend": "FA4_PREFIXLM"}']
+    short, whole = (parser.parse_args(["--model", "m", *own]) for own in flags)
+    assert getattr(short.attention_backend, "name", short.attention_backend) == "FA4_PREFIXLM"
+    assert whole.attention_config.backend.name == "FA4_PREFIXLM"
 
 
 def configuration(**changed: Any) -> dict[str, Any]:
