@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fa4_prefixlm as fp
-from fa4_prefixlm.masks import causal, from_flex, gemma3, in_documents, key_in, rswa, same_span
+from fa4_prefixlm.masks import causal, everything, from_flex, gemma3, in_documents, key_in, rswa, same_span
 from fa4_prefixlm.testing.accuracy import exact_attention, relative_error
 from fa4_prefixlm.testing.bands import row_errors
 
@@ -56,6 +56,23 @@ def test_more_queries_than_keys(backend: str, spans: int) -> None:
     assert relative_error(out, exact) < BAND
     assert row_errors(out, exact).max() < 2e-2
     assert (lse.double() - exact_lse).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("backend", ["auto", "native", "varlen", "packed"])
+def test_cross_attention_to_everything(backend: str) -> None:
+    """More queries than keys, fewer, and no keys at all."""
+    q, k, v = normal(900, 4, 128), normal(790, 2, 128, seed=1), normal(790, 2, 128, seed=2)
+    cu_q, cu_k = [0, 500, 800, 900], [0, 140, 790, 790]
+    out, lse = fp.attention(
+        q, k, v, mask=everything, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, backend=backend, return_lse=True
+    )
+    seqlens = ((500, 300, 100), (140, 650, 0))
+    exact, exact_lse = exact_attention(q, k, v, mask=everything, spans={}, seqlens=seqlens)
+    assert relative_error(out, exact) < BAND
+    assert row_errors(out[:800], exact[:800]).max() < 2e-2
+    assert (lse[:, :800].double() - exact_lse[:, :800]).abs().max() < 1e-3
+    assert not out[800:].any()
+    assert (lse[:, 800:] == -torch.inf).all()
 
 
 @pytest.mark.parametrize("backend", ["auto", "native", "varlen", "packed", "flex", "reference"])
