@@ -29,7 +29,7 @@ from fa4_prefixlm.masks.interval_lists import EMPTY_HI, EMPTY_LO, END_OF_KEYS
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Up to this many intervals of a row a kernel compares a key with each; beyond, it searches for it.
-MOST_COMPARED = 8
+MOST_COMPARED = 16
 OLDEST_ARCH = 80
 LEAST_HEAD_DIM = 16
 # torch takes a size of 1 for a constant.

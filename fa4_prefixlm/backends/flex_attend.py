@@ -80,6 +80,16 @@ class Form:
     sink: bool
     with_grad: bool
 
+    def kernel_options(self) -> dict[str, int]:
+        """Smaller blocks where those that torch takes need more shared memory than a GPU has."""
+        if self.device == "cpu":
+            return {}
+        if max(self.dims) > 256:
+            return {"fwd_BLOCK_M": 32, "fwd_BLOCK_N": 16, "fwd_num_stages": 2}
+        if self.searched and max(self.dims) <= 128:  # a search goes through shared memory too
+            return {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 32}
+        return {}
+
 
 _numbers = itertools.count()
 
@@ -153,6 +163,7 @@ def attend(
         ),
         scale=form.softmax_scale,
         enable_gqa=True,
+        kernel_options=form.kernel_options(),
         return_aux=AuxRequest(lse=True),
     )
     assert aux.lse is not None
