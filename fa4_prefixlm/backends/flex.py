@@ -16,7 +16,7 @@ import torch
 import torch._functorch.config as functorch_config
 
 from fa4_prefixlm.backends.base import Backend, MaskedBatch, Prepared
-from fa4_prefixlm.backends.flex_attend import BLOCK, Form, Tables, compiled, free
+from fa4_prefixlm.backends.flex_attend import BLOCK, Form, Tables, compiled, free, power_of_two
 from fa4_prefixlm.batch.lengths import Lengths, as_one_sequence
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.batch.tensors import CallSpec
@@ -29,7 +29,7 @@ from fa4_prefixlm.masks.interval_lists import EMPTY_HI, EMPTY_LO, END_OF_KEYS
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Up to this many intervals of a row a kernel compares a key with each; beyond, it searches for it.
-MOST_COMPARED = 8
+MOST_COMPARED = 16
 OLDEST_ARCH = 80
 LEAST_HEAD_DIM = 16
 # torch takes a size of 1 for a constant.
@@ -81,7 +81,7 @@ class FlexCall(Prepared):
         # Compiled autograd would reuse what it keeps for the backward, which so could run once (no retain_graph).
         kept = functorch_config.patch(donated_buffer=False) if with_grad else contextlib.nullcontext()
         with torch.autocast(q.device.type, enabled=False), kept:
-            padded, lse = compiled(form)(form, q_blocks, k_blocks, v_blocks, options.learnable_sink, tables)
+            padded, lse = compiled(form)(q_blocks, k_blocks, v_blocks, options.learnable_sink, tables)
         result, rows = padded[: q.shape[0]], q.shape[0]
         lse = lse[:, :rows].to(torch.float32).contiguous()
         return (result, lse) if out is None else (out.copy_(result), lse)
@@ -103,6 +103,7 @@ class FlexCall(Prepared):
         spec, ends, searched = self.spec, self.tables.ends, is_searched(self.intervals)
         return Form(
             device=spec.device.type,
+            arch=spec.arch,
             dtype=spec.dtype,
             heads=(spec.heads_q, spec.heads_kv),
             dims=(spec.head_dim, spec.head_dim_v),
@@ -196,20 +197,16 @@ def _ends(bounds: Bounds) -> torch.Tensor:
     """`Tables.ends`, for a number of intervals that is rounded up to a power of two: few forms are compiled."""
     ends = torch.stack([bounds.lo, bounds.hi], dim=2).flatten(1)
     if not is_searched(bounds.count):
-        missing = _power_of_two(bounds.count) - bounds.count
+        missing = power_of_two(bounds.count) - bounds.count
         empty = ends.new_tensor([EMPTY_LO, EMPTY_HI]).repeat(missing) if missing else None
         if empty is not None:
             ends = torch.cat([ends, empty.expand(len(ends), -1)], dim=1)
         return free(ends.T.contiguous().unflatten(1, (-1, BLOCK)), 1)
     empty = (bounds.lo >= bounds.hi).repeat_interleave(2, dim=1)
     ends = ends.masked_fill(empty, END_OF_KEYS).sort(dim=1).values
-    missing = _power_of_two(ends.shape[1] + 1) - ends.shape[1]
+    missing = power_of_two(ends.shape[1] + 1) - ends.shape[1]
     ends = torch.nn.functional.pad(ends, (0, missing), value=END_OF_KEYS)
     return free(ends.unflatten(0, (-1, BLOCK)), 0)
-
-
-def _power_of_two(least: int) -> int:
-    return 1 << (least - 1).bit_length()
 
 
 def _counts(per_block: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ import itertools
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
@@ -59,6 +59,7 @@ class Form:
 
     Attributes:
         device: "cuda" or "cpu".
+        arch: compute capability, 90; 0 on the CPU.
         dtype, heads, dims: of the tensors, `(query, key)` heads and `(query, value)` head dims.
         ends: of a row, in `Tables.ends`.
         searched: the ends are searched, not compared one by one.
@@ -69,6 +70,7 @@ class Form:
     """
 
     device: str
+    arch: int
     dtype: torch.dtype
     heads: tuple[int, int]
     dims: tuple[int, int]
@@ -81,12 +83,46 @@ class Form:
     with_grad: bool
 
 
+# KiB a block of threads, of the architectures that have much of it.
+SHARED_MEMORY = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}
+LEAST_SHARED_MEMORY = 99
+# (BLOCK_M, BLOCK_N, stages), the fastest first.
+FORWARD_BLOCKS = ((64, 32, 3), (64, 32, 2), (64, 32, 1), (32, 16, 2), (32, 16, 1), (16, 16, 1))
+
+
+def blocks_that_fit(form: Form) -> dict[str, int]:
+    """Options of torch's kernel: smaller blocks where those that it takes need more shared memory than the GPU has.
+
+    Its choices fit head dims up to 256 on GPUs with much of it, and a mask that searches goes through it too.
+    """
+    if form.device == "cpu":
+        return {}
+    room, widest = 1024 * SHARED_MEMORY.get(form.arch, LEAST_SHARED_MEMORY), power_of_two(max(form.dims))
+    row, little = widest * form.dtype.itemsize, form.arch not in SHARED_MEMORY
+    options = {}
+    if form.searched or widest > 256 or (little and row > 256):
+        for block_m, block_n, stages in FORWARD_BLOCKS:
+            # Queries, keys and values in flight, and what is searched.
+            if row * (block_m + 2 * stages * block_n) + 8 * block_m * block_n * form.searched < 0.95 * room:
+                options = {"fwd_BLOCK_M": block_m, "fwd_BLOCK_N": block_n, "fwd_num_stages": stages}
+                break
+    if little and widest > 128:
+        options |= dict.fromkeys(("bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2"), 32)
+        options["bwd_num_stages"] = 1
+    return options
+
+
+def power_of_two(least: int) -> int:
+    """The smallest one that is at least this."""
+    return 1 << (least - 1).bit_length()
+
+
 _numbers = itertools.count()
 
 
 @functools.lru_cache(maxsize=256)
 def compiled(form: Form) -> Callable[..., Pair]:
-    """`attend` for one form: `(form, q, k, v, sink, tables) -> (out, lse)`, compiled when it is first called.
+    """`attend` for one form: `(q, k, v, sink, tables) -> (out, lse)`, compiled when it is first called.
 
     torch keeps a few compiled forms of one function and refuses more, and takes a number that differs from that of an
     earlier form for a variable; so each form gets a function with a name of its own. On the CPU it runs as torch's own
@@ -94,7 +130,8 @@ def compiled(form: Form) -> Callable[..., Pair]:
     """
     name = f"attend_{next(_numbers)}"
     own = types.FunctionType(attend.__code__.replace(co_name=name), attend.__globals__, name)
-    return torch.compile(own, backend="eager" if form.device == "cpu" else "inductor", fullgraph=True)
+    run = torch.compile(own, backend="eager" if form.device == "cpu" else "inductor", fullgraph=True)
+    return functools.partial(run, form, options=blocks_that_fit(form))
 
 
 def free(tensor: torch.Tensor, *dims: int) -> torch.Tensor:
@@ -105,7 +142,13 @@ def free(tensor: torch.Tensor, *dims: int) -> torch.Tensor:
 
 
 def attend(
-    form: Form, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None, tables: Tables
+    form: Form,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sink: torch.Tensor | None,
+    tables: Tables,
+    options: Any,
 ) -> Pair:
     """Attention of one padded sequence.
 
@@ -115,6 +158,7 @@ def attend(
         k, v: `(keys, BLOCK, kv_heads, head_dim)` and `(keys, BLOCK, kv_heads, head_dim_v)`.
         sink: `(heads,)` or None.
         tables: the mask.
+        options: `blocks_that_fit(form)`.
 
     Returns:
         `(out, lse)`: `(rows * BLOCK, heads, head_dim_v)`, and `(heads, rows * BLOCK)` in natural units.
@@ -153,6 +197,7 @@ def attend(
         ),
         scale=form.softmax_scale,
         enable_gqa=True,
+        kernel_options=options,
         return_aux=AuxRequest(lse=True),
     )
     assert aux.lse is not None

@@ -5,6 +5,7 @@ Here it runs as torch's dense form: the tables that its mask reads are judged by
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 
@@ -14,7 +15,7 @@ from torch._dynamo.utils import counters
 
 import fa4_prefixlm as fp
 from fa4_prefixlm.backends.flex import is_searched
-from fa4_prefixlm.backends.flex_attend import BLOCK, with_sink
+from fa4_prefixlm.backends.flex_attend import BLOCK, Form, blocks_that_fit, with_sink
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.masks import causal, key_in, one_block, prefix, same_span, window
 from fa4_prefixlm.testing.accuracy import exact_attention
@@ -29,7 +30,7 @@ SINKS = torch.tensor([0.5, -1.0, 2.0, -math.inf])
 
 def images(count: int) -> dict[str, list]:
     """`count` small ones in the first sequence of `TWO`, one in the second."""
-    return {"image": [[(at, at + 7) for at in range(0, 30 * count, 30)], [(0, 9)]]}
+    return {"image": [[(at, at + 7) for at in range(0, 18 * count, 18)], [(0, 9)]]}
 
 
 def plan_of(batch: Batch, mask: fp.Mask, spans=None, heads=(4, 2), dims=(16, 24)) -> tuple[fp.Plan, tuple]:
@@ -73,12 +74,12 @@ def test_ugly_batches(name: str) -> None:
         check(UGLY[name], mask)
 
 
-@pytest.mark.parametrize("count", [1, 2, 4, 5, 7, 8, 9, 15])
+@pytest.mark.parametrize("count", [1, 2, 4, 5, 7, 8, 15, 16, 31])
 def test_any_number_of_intervals(count: int) -> None:
-    """Compared one by one, then searched; a full list of ends has none that is past every key."""
+    """Compared one by one, then searched; 32 intervals have as many ends as a power of two."""
     plan = check(TWO, MANY, images(count))
     assert plan.bounds.count == count + 1
-    assert is_searched(plan.bounds.count) == (count >= 8)
+    assert is_searched(plan.bounds.count) == (count >= 16)
     check(TWO, causal | one_block("image"), images(count))
 
 
@@ -209,6 +210,28 @@ def test_new_ranges_and_lengths_compile_nothing() -> None:
     assert counters["stats"]["unique_graphs"] == before
     check(TWO, MANY, images(12), dims=dims)  # the count of intervals is rounded up to a power of two
     assert counters["stats"]["unique_graphs"] == before + 1
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "dims", "searched", "wanted"),
+    [
+        (90, torch.bfloat16, (256, 256), False, {}),
+        (80, torch.float32, (128, 128), False, {}),
+        (89, torch.bfloat16, (128, 128), False, {}),
+        (90, torch.bfloat16, (512, 512), False, {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 32, "fwd_num_stages": 2}),
+        (80, torch.bfloat16, (512, 512), False, {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 32, "fwd_num_stages": 1}),
+        (90, torch.bfloat16, (64, 64), True, {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 32, "fwd_num_stages": 3}),
+        (89, torch.float32, (72, 40), False, {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 32, "fwd_num_stages": 1}),
+        (89, torch.float32, (128, 64), False, {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 32, "fwd_num_stages": 1}),
+    ],
+)
+def test_blocks_fit_the_shared_memory_of_the_gpu(arch: int, dtype, dims, searched: bool, wanted: dict) -> None:
+    """As kernels compiled for these architectures said that they need."""
+    form = Form("cuda", arch, dtype, (16, 8), dims, 2, searched, False, 1.0, 0.0, False, False)
+    assert blocks_that_fit(form) == wanted
+    assert blocks_that_fit(dataclasses.replace(form, device="cpu")) == {}
+    gemma = blocks_that_fit(dataclasses.replace(form, arch=89, dtype=torch.bfloat16, dims=(256, 256)))
+    assert (gemma["fwd_num_stages"], gemma["bwd_BLOCK_M1"], gemma["bwd_num_stages"]) == (1, 32, 1)
 
 
 def test_autocast_does_not_reach_it() -> None:
