@@ -81,7 +81,7 @@ def judge(job: Job, device: str) -> dict[str, Any]:
     saved = torch.load(job.result, weights_only=False)
     low = torch.float32 if job.cpu else torch.bfloat16
     row: dict[str, Any] = {"model": job.kind, "backend": job.backend, "mode": job.mode}
-    row |= {name: saved[name] for name in ("graphs", "runner", "backends", "counts", "seconds")}
+    row |= {name: saved[name] for name in ("graphs", "runner", "backends", "counts", "kernels", "seconds")}
     row |= {"transformers": 0.0, "causal": 0.0, "rounds": {}}
     asked = prompts(job)
     for name, answers in saved["rounds"].items():

@@ -190,7 +190,8 @@ def interval_ends(bounds: Bounds) -> torch.Tensor:
     end = bounds.hi.masked_fill(empty, 0).cummax(1).values
     begin = torch.where(empty, end, bounds.lo)
     ends = torch.stack([begin, end], dim=2).flatten(1)
-    return torch.nn.functional.pad(ends, (1, 0)).T.contiguous().unsqueeze(0)
+    # A copy, also of a single row: `contiguous` would keep its strides, of which cuDNN takes one for the wrong one.
+    return torch.nn.functional.pad(ends, (1, 0)).T.clone(memory_format=torch.contiguous_format).unsqueeze(0)
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:

@@ -195,12 +195,13 @@ def is_searched(intervals: int) -> bool:
 
 def _ends(bounds: Bounds) -> torch.Tensor:
     """`Tables.ends`, for a number of intervals that is rounded up to a power of two: few forms are compiled."""
-    ends = torch.stack([bounds.lo, bounds.hi], dim=2).flatten(1)
+    missing = 0 if is_searched(bounds.count) else power_of_two(bounds.count) - bounds.count
+    lo, hi = (
+        torch.nn.functional.pad(own, (0, missing), value=empty)
+        for own, empty in ((bounds.lo, EMPTY_LO), (bounds.hi, EMPTY_HI))
+    )
+    ends = torch.stack([lo, hi], dim=2).flatten(1)
     if not is_searched(bounds.count):
-        missing = power_of_two(bounds.count) - bounds.count
-        empty = ends.new_tensor([EMPTY_LO, EMPTY_HI]).repeat(missing) if missing else None
-        if empty is not None:
-            ends = torch.cat([ends, empty.expand(len(ends), -1)], dim=1)
         return free(ends.T.contiguous().unflatten(1, (-1, BLOCK)), 1)
     empty = (bounds.lo >= bounds.hi).repeat_interleave(2, dim=1)
     ends = ends.masked_fill(empty, END_OF_KEYS).sort(dim=1).values

@@ -113,9 +113,11 @@ class ServingPlan(CallablePlan):
             new plan, and running it in a capture raises.
     """
 
-    def __init__(self, mask: Mask, spec: CallSpec, limits: Limits, build: Build | None) -> None:
+    def __init__(
+        self, mask: Mask, spec: CallSpec, limits: Limits, build: Build | None, graphs_take_any_batch: bool
+    ) -> None:
         self.mask, self._spec, self.limits = mask, spec, limits
-        self._state = _state(mask, spec, limits, build)
+        self._state = _state(mask, spec, limits, build, graphs_take_any_batch)
         self.in_place = isinstance(self._state, _InPlace)
         self._rows = self._pages = 0
         self._updated = False
@@ -196,6 +198,7 @@ def serving_plan(
     max_pages: int,
     mask: Mask = PrefixLM(),  # noqa: B008 (an immutable value)
     build: str | None = None,
+    graphs_take_any_batch: bool = True,
 ) -> ServingPlan:
     """Allocate a plan for an engine.
 
@@ -208,13 +211,17 @@ def serving_plan(
         max_tokens, max_sequences: the largest batch.
         max_pages: width of the page table, pages of one sequence at most.
         mask, build: as for `plan`.
+        graphs_take_any_batch: False: a graph runs batches of at most as many sequences as the last update before its
+            capture had, which is quicker by the sequences that `max_sequences` has beyond them. For engines that pad
+            their batches to the sizes that they capture.
     """
     spec = describe(*three(like), cache="pages")
     for name, value in (("max_tokens", max_tokens), ("max_sequences", max_sequences), ("max_pages", max_pages)):
         whole_number(name, value, "a positive integer", least=1)
     check_mask(mask)
     assert spec.page_size is not None
-    return ServingPlan(mask, spec, Limits(max_tokens, max_sequences, max_pages, spec.page_size), find_build(build))
+    limits = Limits(max_tokens, max_sequences, max_pages, spec.page_size)
+    return ServingPlan(mask, spec, limits, find_build(build), graphs_take_any_batch)
 
 
 class _State(abc.ABC):
@@ -230,13 +237,13 @@ class _State(abc.ABC):
     def describe(self) -> list[tuple[str, str]]: ...
 
 
-def _state(mask: Mask, spec: CallSpec, limits: Limits, build: Build | None) -> _State:
+def _state(mask: Mask, spec: CallSpec, limits: Limits, build: Build | None, graphs_take_any_batch: bool) -> _State:
     found = traits_of_any(mask, dict.fromkeys(mask.names, limits.keys), dict.fromkeys(mask.names, 2))
     largest = limits.largest_batch()
     choice = choose_in_place(spec, found, build)
     if choice is not None and build is not None:
         warn_of_fallback(choice, spec, found, largest, build)
-        return _InPlace(choice, mask, spec, found, limits, build)
+        return _InPlace(choice, mask, spec, found, limits, build, graphs_take_any_batch)
     return _Rebuilt(mask, spec, choose("auto", spec, found, largest, build), build)
 
 
@@ -252,11 +259,27 @@ def choose_in_place(spec: CallSpec, traits: Traits, build: Build | None) -> Choi
     return None
 
 
+@dataclasses.dataclass(frozen=True)
+class _Calls:
+    """The calls of batches without and with spans, for so many sequences."""
+
+    sequences: int
+    causal: CausalCall
+    with_spans: Prepared
+
+
 class _InPlace(_State):
     """Kernels over buffers that stay where they are: native, two-pass, or FA4's causal one for an always plain mask."""
 
     def __init__(
-        self, choice: Choice, mask: Mask, spec: CallSpec, traits: Traits, limits: Limits, build: Build
+        self,
+        choice: Choice,
+        mask: Mask,
+        spec: CallSpec,
+        traits: Traits,
+        limits: Limits,
+        build: Build,
+        graphs_take_any_batch: bool,
     ) -> None:
         from fa4_prefixlm.kernels.row_update import RowBuffers
 
@@ -268,21 +291,31 @@ class _InPlace(_State):
         self._rows = RowBuffers.allocate(
             limits.tokens, limits.sequences, *tile, limits.pages, device=spec.device, padding=PADDING
         )
-        cu_seqlens_q = self._rows.cu_seqlens_q
-        keys = Keys(limits.keys, seqused_k=self._rows.seqused_k, page_table=self._rows.page_table)
-        window = None if traits.causal_part is None else traits.causal_part.window
-        self._causal = CausalCall(build, cu_seqlens_q, limits.tokens, keys, window)
-        self._for_any_batch: Prepared = self._causal
-        if kernel is not None:
-            self._for_any_batch = NativeCall(build, kernel, self._rows.bounds, self._rows.tiles, cu_seqlens_q, keys)
-        elif name == "two_pass":
-            self._for_any_batch = TwoPasses(self._causal, self._rows.bounds)
+        self._build, self._kernel, self._two_passes = build, kernel, name == "two_pass"
+        self._window = None if traits.causal_part is None else traits.causal_part.window
+        self._graphs_take_any_batch = graphs_take_any_batch
+        self._of_any_size = self._of_this_size = self._calls(limits.sequences)
         self._text_only = False
+
+    def _calls(self, sequences: int) -> _Calls:
+        """Calls over the first sequences of the buffers: a kernel has work to skip for each that it is launched for."""
+        rows = self._rows
+        cu_seqlens_q = rows.cu_seqlens_q.narrow(0, 0, sequences + 1)
+        used, table = (own.narrow(0, 0, sequences) for own in (rows.seqused_k, rows.page_table))
+        keys = Keys(self._limits.keys, seqused_k=used, page_table=table)
+        causal = CausalCall(self._build, cu_seqlens_q, self._limits.tokens, keys, self._window)
+        if self._kernel is not None:
+            call = NativeCall(self._build, self._kernel, rows.bounds, rows.tiles, cu_seqlens_q, keys)
+            return _Calls(sequences, causal, call)
+        return _Calls(sequences, causal, TwoPasses(causal, rows.bounds) if self._two_passes else causal)
 
     def take(self, batch: Update) -> None:
         from fa4_prefixlm.kernels.row_update import update_rows
 
         spans, self._text_only = self._read(batch)
+        sequences = max(1, batch.size)
+        if sequences != self._of_this_size.sequences:
+            self._of_this_size = self._calls(sequences)
         update_rows(
             self._form,
             self._rows,
@@ -313,12 +346,13 @@ class _InPlace(_State):
         return [spans[name] for name in names], causal_outside and all(own is None for own in spans.values())
 
     def describe(self) -> list[tuple[str, str]]:
-        return self._for_any_batch.describe()
+        return self._of_any_size.with_spans.describe()
 
     def prepared(self) -> Prepared:
-        # A graph outlives this batch: it has to capture the kernel that is right for every batch.
-        alone = self._text_only and not is_capturing()
-        return self._causal if alone else self._for_any_batch
+        if is_capturing():
+            # A graph outlives this batch: it has to capture the kernel that is right for every batch.
+            return (self._of_any_size if self._graphs_take_any_batch else self._of_this_size).with_spans
+        return self._of_this_size.causal if self._text_only else self._of_this_size.with_spans
 
 
 class _BeforeTheFirst(Prepared):

@@ -9,6 +9,7 @@ import torch
 from torch._dynamo.utils import counters
 
 import fa4_prefixlm as fp
+from fa4_prefixlm.backends.flex_attend import compiled
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.masks import causal, key_in, one_block, prefix, window
 from fa4_prefixlm.masks.models.catalogue import CATALOGUE
@@ -69,7 +70,7 @@ def test_a_mask_of_more_intervals_than_fa4_takes_is_not_dense(recwarn: pytest.Wa
     spans = {"image": [[(at, at + 9) for at in range(0, 300, 30)], [(0, 9)]], "prompt": [[(0, 40)], [(0, 5)]]}
     plan = plan_of(q, k, v, MANY, spans, batch)
     assert plan.choice.name in ("cudnn", "flex")
-    assert plan.choice.backward.name in ("cudnn", "flex")
+    assert plan.choice.backward.name in ("native", "cudnn", "flex")
     assert not [own for own in recwarn if "reference" in str(own.message)]
 
 
@@ -125,12 +126,14 @@ def test_new_ranges_and_lengths_compile_nothing() -> None:
     first = random_batch(rng, empty=False)
     step(first, fp.PrefixLM(30), first.spans)
     step(first, MANY, many_spans(rng, first, 3))
-    before = counters["stats"]["unique_graphs"]
+    before, forms = counters["stats"]["unique_graphs"], compiled.cache_info().misses
     for _ in range(5):
         batch = random_batch(rng, longest=1500, empty=False)
         step(batch, fp.PrefixLM(rng.randint(1, 300)), batch.spans)
         step(batch, MANY, many_spans(rng, batch, rng.randint(3, 6)))
-    assert counters["stats"]["unique_graphs"] == before
+    # In short sequences spans touch, so a batch may have the number of intervals of another form.
+    assert counters["stats"]["unique_graphs"] - before == compiled.cache_info().misses - forms
+    assert compiled.cache_info().misses <= 6
 
 
 def test_a_serving_plan_that_no_kernel_updates_gathers_for_flex() -> None:

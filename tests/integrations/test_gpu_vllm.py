@@ -198,6 +198,17 @@ def test_on_a_gpu_nothing_synchronises(build: str) -> None:
         assert_exact(out[: step.total], step.exact(GEMMA3["local"]), error=3e-3)
 
 
+def padded(step: Step, requests: int) -> dict[str, torch.Tensor]:
+    """The metadata with as many requests, as vLLM pads a step for a graph that it replays."""
+    more = requests - len(step.metadata["seq_lens"])
+    own = {name: torch.nn.functional.pad(step.metadata[name], (0, more)) for name in ("seq_lens", "seq_lens_cpu")}
+    own["block_table"] = torch.nn.functional.pad(step.metadata["block_table"], (0, 0, 0, more))
+    for name in ("query_start_loc", "query_start_loc_cpu"):
+        starts = step.metadata[name]
+        own[name] = torch.cat([starts, starts[-1:].expand(more)])
+    return own
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("build", locate.MODULES)
 def test_on_a_gpu_a_captured_step_runs_the_last_update(build: str) -> None:
@@ -210,13 +221,14 @@ def test_on_a_gpu_a_captured_step_runs_the_last_update(build: str) -> None:
     q, out = (torch.zeros(rows, 8, 256, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     cache = torch.zeros(blocks, 16, 4, 512, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
     plans.warm_up(cache)
-    plans.update(**steps[0].metadata)
+    requests = max(len(step.metadata["seq_lens"]) for step in steps)
+    plans.update(**padded(steps[0], requests))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         plans.attention("local", q, cache, out)
     for index, step in enumerate(steps):
         ranges = {} if index == 0 else step.mm_ranges(model)
-        plans.update(**step.metadata, mm_ranges=ranges)
+        plans.update(**padded(step, requests), mm_ranges=ranges)
         q[: len(step.q)] = step.q
         cache[: len(step.cache)] = step.cache
         graph.replay()

@@ -18,6 +18,7 @@ from fa4_prefixlm.integrations.vllm import (
     VENDORED,
     find_build,
     layer_mask,
+    place,
     spans_from_mm_ranges,
     split_cache,
 )
@@ -136,6 +137,23 @@ def test_one_group_may_hold_layers_of_several_masks() -> None:
         out = run_layer(plans, name, step, softmax_scale=0.3, softcap=20.0, sinks=sinks)
         torch.testing.assert_close(out, step.exact(model, options), rtol=1e-12, atol=1e-12)
     assert not torch.equal(run_layer(plans, "local", step), run_layer(plans, "plain", step))
+
+
+def test_a_step_that_is_placed_once_for_several_groups() -> None:
+    rng, shape, model = random.Random(4), Shape(), MODELS["gemma3 local"]
+    step = Step.of([Request(3, 60, ((4, 20), (30, 49))), Request(70, 1, ((0, 23),))], shape, None, rng)
+    host = {"query_start_loc": step.metadata["query_start_loc_cpu"], "seq_lens": step.metadata["seq_lens_cpu"]}
+    placed = place(**host, mm_ranges=step.mm_ranges(model))
+    assert placed.spans is not None
+    copied = placed.spans_on(torch.device("cpu"))
+    assert copied is placed.spans_on(torch.device("cpu"))
+    assert [[tuple(span) for span in own if span[1]] for own in copied.tolist()] == placed.spans
+    assert place(**host, mm_ranges={1: [(0, 23)]}).spans_on(torch.device("cpu")) is None
+    on_device = {name: step.metadata[name] for name in ("query_start_loc", "seq_lens", "block_table")}
+    for _ in range(2):
+        plans = shape.plans({"layer": model.mask()})
+        plans.take(placed, **on_device)
+        torch.testing.assert_close(run_layer(plans, "layer", step), step.exact(model), rtol=1e-12, atol=1e-12)
 
 
 def test_a_cache_that_is_split_once() -> None:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
+import dataclasses
 import random
+from collections.abc import Iterator
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fa4_prefixlm as fp
 from fa4_prefixlm.batch import ranges as ranges_module
+from fa4_prefixlm.fa4.builds import locate
 from fa4_prefixlm.masks import diffusion_gemma
 from fa4_prefixlm.masks.closed_form import closed_form
+from fa4_prefixlm.runtime import serving_plans
 from fa4_prefixlm.testing.accuracy import exact_attention
 from fa4_prefixlm.testing.batches import Batch, random_batch
 from fa4_prefixlm.testing.pages import ShuffledPages
-
-serving_plans = importlib.import_module("fa4_prefixlm.runtime.serving_plans")  # `fp.serving_plan` is the function
 
 
 def paged(batch: Batch, page_size: int = 16, seed: int = 0, dtype: torch.dtype = torch.float64):
@@ -114,3 +116,72 @@ def test_the_spans_of_two_sets_are_read_in_the_order_of_the_form(on_host: bool, 
         found = [None if own is None else ranges_module.Spans(own, None, 0).on_host() for own in tensors]
         assert found == [None if own is None else tuple(map(tuple, own)) for own in wanted]
         assert text_only == plain
+
+
+@pytest.mark.filterwarnings("ignore:.*takes two_pass")
+class TestWhatIsLaunched:
+    """On Hopper, without one: over how many sequences a call is launched, alone and in a graph."""
+
+    LARGEST = 64
+
+    @pytest.fixture(params=["native", "two_pass"])
+    def hopper(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+        from fa4_prefixlm.kernels import row_update
+
+        found = locate.installed("flash_attn.cute")
+        if found is None:
+            pytest.skip("flash-attn-4 is not installed")
+        refusal = None if request.param == "native" else "not for this test"
+        monkeypatch.setenv("FLASH_ATTENTION_ARCH", "sm_90")
+        monkeypatch.setattr(
+            serving_plans, "find_build", lambda module: dataclasses.replace(found, native_refusal=refusal)
+        )
+        monkeypatch.setattr(row_update, "update_rows", lambda *arguments, **named: None)
+        with FakeTensorMode():
+            yield request.param
+
+    def plan(self, **how: bool) -> fp.ServingPlan:
+        q, cache = (torch.empty(*shape, device="cuda", dtype=torch.bfloat16) for shape in ((9, 4, 64), (99, 16, 2, 64)))
+        limits = {"max_tokens": 512, "max_sequences": self.LARGEST, "max_pages": 8}
+        return fp.serving_plan(like=(q, cache, cache), mask=fp.PrefixLM(30), **limits, **how)
+
+    def launched(self, plan: fp.ServingPlan) -> int:
+        """Sequences of the next call."""
+        call = plan.prepared
+        if isinstance(call, serving_plans._BeforeTheFirst):
+            call = call._inner
+        call = getattr(call, "causal", call)
+        sizes = {
+            len(call.cu_seqlens_q) - 1,
+            len(call.keys.seqused_k),
+            len(call.keys.page_table),
+        }
+        return sizes.pop() if len(sizes) == 1 else -1
+
+    def update(self, plan: fp.ServingPlan, sequences: int, *, spans: bool) -> None:
+        starts, keys, table, ranges = (
+            torch.empty(*shape, dtype=torch.int32, device="cuda")
+            for shape in ((sequences + 1,), (sequences,), (sequences, 3), (sequences, 1, 2))
+        )
+        where = {"cu_seqlens_q": starts, "seqused_k": keys, "page_table": table, "total_q": 40}
+        plan.update(ranges if spans else None, **where)
+
+    @pytest.mark.parametrize("spans", [False, True])
+    def test_a_call_is_as_large_as_its_batch(self, hopper: str, spans: bool) -> None:
+        plan = self.plan()
+        assert plan.choice.name == hopper
+        assert self.launched(plan) == self.LARGEST
+        for sequences in (3, 1, 3, self.LARGEST):
+            self.update(plan, sequences, spans=spans)
+            assert self.launched(plan) == sequences
+
+    @pytest.mark.parametrize("any_batch", [True, False])
+    def test_a_graph_is_as_large_as_what_it_replays(
+        self, hopper: str, any_batch: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        plan = self.plan(graphs_take_any_batch=any_batch)
+        self.update(plan, 3, spans=False)
+        alone = plan.prepared
+        monkeypatch.setattr(serving_plans, "is_capturing", lambda: True)
+        assert self.launched(plan) == (self.LARGEST if any_batch else 3)
+        assert type(plan.prepared) is not type(alone), "a graph has the kernel of batches with spans"

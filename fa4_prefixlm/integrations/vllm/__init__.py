@@ -10,8 +10,9 @@ from fa4_prefixlm.integrations.vllm.plans import (
     GroupPlans,
     find_build,
     layer_mask,
+    place,
     spans_from_mm_ranges,
     split_cache,
 )
 
-__all__ = ["VENDORED", "GroupPlans", "find_build", "layer_mask", "spans_from_mm_ranges", "split_cache"]
+__all__ = ["VENDORED", "GroupPlans", "find_build", "layer_mask", "place", "spans_from_mm_ranges", "split_cache"]

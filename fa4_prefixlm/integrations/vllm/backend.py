@@ -27,7 +27,7 @@ from vllm.v1.attention.backends import fa_utils
 from fa4_prefixlm.errors import UnsupportedError
 from fa4_prefixlm.fa4.kernels import disk_cache
 from fa4_prefixlm.integrations.vllm import refusals
-from fa4_prefixlm.integrations.vllm.plans import GroupPlans, find_build, layer_mask
+from fa4_prefixlm.integrations.vllm.plans import GroupPlans, MMRanges, Placed, find_build, layer_mask, place
 from fa4_prefixlm.masks.base import Mask
 
 logger = init_logger("vllm.fa4_prefixlm")
@@ -154,18 +154,33 @@ class PrefixLMBuilder(AttentionMetadataBuilder[PrefixLMMetadata]):
         seq_lens_cpu = cm.seq_lens_cpu_upper_bound
         if seq_lens_cpu is None:
             raise UnsupportedError("seq_lens_cpu_upper_bound", "the lengths that vLLM's runners know on the host", None)
-        self.plans.update(
+        self.plans.take(
+            _placed(cm.query_start_loc_cpu, seq_lens_cpu, cm.mm_req_doc_ranges, cm.num_reqs),
             query_start_loc=cm.query_start_loc,
             seq_lens=cm.seq_lens,
             block_table=cm.block_table_tensor,
-            query_start_loc_cpu=cm.query_start_loc_cpu[: cm.num_reqs + 1],
-            seq_lens_cpu=seq_lens_cpu[: cm.num_reqs],
-            mm_ranges=cm.mm_req_doc_ranges,
             exact_on_host=self._exact_on_host,
         )
         counts["steps"] += 1
         counts["steps with images"] += not self.plans.text_only
         return PrefixLMMetadata(self.plans, cm.num_actual_tokens, cm.slot_mapping)
+
+
+def _placed(query_start_loc: torch.Tensor, seq_lens: torch.Tensor, mm_ranges: MMRanges | None, requests: int) -> Placed:
+    """The step placed on the host: once, for vLLM hands the same objects to the builders of all groups.
+
+    A step's dictionary of ranges is made for it alone. Without one there is nothing to place.
+    """
+    given = (mm_ranges, query_start_loc, seq_lens)
+    last, placed = _last_step
+    if mm_ranges is None or placed is None or any(own is not kept for own, kept in zip(given, last, strict=True)):
+        lengths = {"query_start_loc": query_start_loc[: requests + 1], "seq_lens": seq_lens[:requests]}
+        placed = place(**lengths, mm_ranges=mm_ranges)
+        _last_step[:] = given, placed
+    return placed
+
+
+_last_step: list[Any] = [(None, None, None), None]
 
 
 class PrefixLMImpl(AttentionImpl[PrefixLMMetadata]):

@@ -10,6 +10,8 @@ ends in `mm_ranges` and nowhere else. A *block* is vLLM's word for a page of the
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 import operator
 import time
@@ -20,6 +22,7 @@ import torch
 
 from fa4_prefixlm.backends.flex import Flex
 from fa4_prefixlm.backends.reference import Reference
+from fa4_prefixlm.device_checks import to_device
 from fa4_prefixlm.errors import InputError, UnsupportedError
 from fa4_prefixlm.fa4.builds import locate
 from fa4_prefixlm.masks import PrefixLM, causal
@@ -86,6 +89,55 @@ def spans_from_mm_ranges(
     return _spans(mm_ranges or {}, rows, keys, None if clamp else window)
 
 
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """What the host knows of a step, the same for all groups of layers.
+
+    rows, keys: query tokens and keys of each request. spans: see `spans_from_mm_ranges`.
+    """
+
+    rows: list[int]
+    keys: list[int]
+    spans: BatchSpans | None
+
+    @functools.cached_property
+    def tokens(self) -> int:
+        """Query tokens of the step."""
+        return sum(self.rows)
+
+    @functools.cached_property
+    def longest(self) -> int:
+        """Keys of the longest request."""
+        return max(self.keys, default=0)
+
+    def spans_on(self, device: torch.device) -> torch.Tensor | None:
+        """The spans on a device, `(requests, max_ranges, 2)` int32, copied once and without waiting for it."""
+        if self.spans is None:
+            return None
+        if device not in self._copies:
+            width = max(map(len, self.spans))
+            padded = [own + [(0, 0)] * (width - len(own)) for own in self.spans]
+            self._copies[device] = to_device(padded, device)
+        return self._copies[device]
+
+    @functools.cached_property
+    def _copies(self) -> dict[torch.device, torch.Tensor]:
+        return {}
+
+
+def place(*, query_start_loc: HostIntegers, seq_lens: HostIntegers, mm_ranges: MMRanges | None) -> Placed:
+    """A step's spans, to be given to the plans of all groups.
+
+    Args:
+        query_start_loc, seq_lens, mm_ranges: as for `spans_from_mm_ranges`.
+
+    Raises:
+        InputError: as there.
+    """
+    rows, keys = _lengths(query_start_loc, seq_lens)
+    return Placed(rows, keys, _spans(mm_ranges or {}, rows, keys, None))
+
+
 def split_cache(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of a layer's cache, as views.
 
@@ -118,7 +170,8 @@ class GroupPlans:
         plans: one `ServingPlan` for each distinct mask.
         text_only: no query token of the last update is in a span, so every layer is causal, with its window if it has
             one.
-        in_place: a captured CUDA graph runs the batch of the last update.
+        in_place: a captured CUDA graph runs the batch of the last update, padded to as many requests as the update
+            before the capture had.
     """
 
     def __init__(
@@ -164,7 +217,10 @@ class GroupPlans:
         self.plans: dict[Mask, ServingPlan] = {}
         for name, mask in layers.items():
             if mask not in self.plans:
-                self.plans[mask] = serving_plan(like=like, mask=mask, build=build, **limits)
+                # vLLM pads requests to those of the graph that it replays.
+                self.plans[mask] = serving_plan(
+                    like=like, mask=mask, build=build, graphs_take_any_batch=False, **limits
+                )
                 _refuse_without_fa4(name, mask, self.plans[mask])
         self._plan_of = {name: self.plans[mask] for name, mask in layers.items()}
         self._max_blocks, self._block_size, self._tokens = max_blocks, block_size, 0
@@ -206,22 +262,39 @@ class GroupPlans:
         Raises:
             InputError: as `spans_from_mm_ranges`.
         """
-        rows, keys = _lengths(query_start_loc_cpu, seq_lens_cpu)
-        spans = _spans(mm_ranges or {}, rows, keys, None)
-        held = max(1, -(-max(keys, default=0) // self._block_size))
+        placed = place(query_start_loc=query_start_loc_cpu, seq_lens=seq_lens_cpu, mm_ranges=mm_ranges)
+        on_device = {"query_start_loc": query_start_loc, "seq_lens": seq_lens, "block_table": block_table}
+        self.take(placed, **on_device, exact_on_host=exact_on_host)
+
+    def take(
+        self,
+        placed: Placed,
+        *,
+        query_start_loc: torch.Tensor,
+        seq_lens: torch.Tensor,
+        block_table: torch.Tensor,
+        exact_on_host: bool = False,
+    ) -> None:
+        """`update` with what is on the host placed already, once for the plans of all groups.
+
+        Args:
+            placed: the step.
+            query_start_loc, seq_lens, block_table, exact_on_host: as for `update`.
+        """
+        held = max(1, -(-placed.longest // self._block_size))
         # vLLM's table is as wide as its longest request could be.
         table = block_table.narrow(1, 0, min(held, self._max_blocks, block_table.shape[1]))
-        total = sum(rows)
         for mask, plan in self.plans.items():
             from_host = exact_on_host and not plan.in_place
+            spans = placed.spans_on(plan.spec.device) if plan.in_place else placed.spans
             plan.update(
                 spans if mask.names else None,
-                cu_seqlens_q=[0, *itertools.accumulate(rows)] if from_host else query_start_loc,
-                seqused_k=keys if from_host else seq_lens,
+                cu_seqlens_q=[0, *itertools.accumulate(placed.rows)] if from_host else query_start_loc,
+                seqused_k=placed.keys if from_host else seq_lens,
                 page_table=table,
-                total_q=total,
+                total_q=placed.tokens,
             )
-        self._tokens, self.text_only = total, spans is None
+        self._tokens, self.text_only = placed.tokens, placed.spans is None
 
     def attention(
         self,
@@ -308,19 +381,20 @@ def _spans(mm_ranges: MMRanges, rows: list[int], keys: list[int], longest: int |
     for request, own in mm_ranges.items():
         if not 0 <= request < len(rows):
             raise InputError("mm_ranges", f"requests of 0 to {len(rows) - 1}", request)
-        spans[request] = [(start, end + 1) for start, end in own if start < end]
+        end, begin = keys[request], keys[request] - rows[request]
+        # First of all, since most requests decode: those that hold a query token, the last `rows` of `keys` positions.
+        touched = [(start, last + 1) for start, last in own if begin <= last and start < end and start < last]
+        if touched and begin < end:
+            spans[request] = touched
     if longest is not None:
         spans = drop_longer(spans, longest)
-    spans = [_touched(*request) for request in zip(range(len(rows)), spans, rows, keys, strict=True)]
+    spans = [_checked(request, own, keys[request]) if own else own for request, own in enumerate(spans)]
     return spans if any(spans) else None
 
 
-def _touched(request: int, spans: list[tuple[int, int]], rows: int, keys: int) -> list[tuple[int, int]]:
-    """The request's spans that hold one of its query tokens, which are the last `rows` of `keys` positions."""
-    if rows == 0:
-        return []
-    touched = sorted(span for span in spans if span[0] < keys and span[1] > keys - rows)
-    before = 0
+def _checked(request: int, touched: list[tuple[int, int]], keys: int) -> list[tuple[int, int]]:
+    """The spans in order: none overlaps another, and the chunk cuts none."""
+    before, touched = 0, sorted(touched)
     for start, end in touched:
         argument = f"mm_ranges[{request}]"
         if start < before:

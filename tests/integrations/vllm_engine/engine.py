@@ -265,6 +265,7 @@ def run(job: Job) -> dict[str, Any]:
     return {
         "rounds": rounds,
         "counts": _counts(),
+        "kernels": _kernels(),
         "graphs": str(config.compilation_config.cudagraph_mode),
         "runner": "V2" if config.use_v2_model_runner else "V1",
         "backends": sorted({layer.attn_backend.__name__ for layer in layers if hasattr(layer, "attn_backend")}),
@@ -274,6 +275,13 @@ def run(job: Job) -> dict[str, Any]:
 
 def _counts() -> dict[str, int]:
     from fa4_prefixlm.integrations.vllm.backend import counts
+
+    return dict(counts)
+
+
+def _kernels() -> dict[str, int]:
+    """Kernels of the process by how it got them: "compiled", or "loaded" from the cache on disk."""
+    from fa4_prefixlm.fa4.kernels.disk_cache import counts
 
     return dict(counts)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pathlib
 import pickle
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 import fa4_prefixlm as fp
 from fa4_prefixlm.fa4.builds.head_dims import HeadDims
 from fa4_prefixlm.integrations.vllm import refusals, register
+from tests.integrations.vllm_engine import engine, models
 
 pytestmark = pytest.mark.slow  # importing vLLM takes seconds
 
@@ -196,6 +198,36 @@ def test_without_metadata_there_are_zeros(backend: Any) -> None:
     assert not out.any()
 
 
+def test_a_layer_hands_on_what_it_was_made_with(backend: Any) -> None:
+    given: dict[str, Any] = {}
+
+    class Plans:
+        @staticmethod
+        def attention(layer: str, *tensors: torch.Tensor, **options: Any) -> torch.Tensor:
+            given.update(options, layer=layer, tensors=tensors)
+            return tensors[2]
+
+    q, cache, out, sinks = torch.ones(3, 4, 16), torch.ones(1), torch.zeros(3, 4, 16), torch.ones(4)
+    layer = backend.PrefixLMImpl(4, 16, 0.25, 2, logits_soft_cap=30.0, sinks=sinks)
+    metadata = backend.PrefixLMMetadata(Plans(), 3, torch.arange(3))
+    assert layer.forward(SimpleNamespace(layer_name="a"), q, None, None, cache, metadata, out) is out
+    options = {"softmax_scale": 0.25, "softcap": 30.0, "sinks": sinks}
+    assert given == {**options, "layer": "a", "tensors": (q, cache, out)}
+
+
+def test_the_engine_does_not_start_with_what_is_refused(tmp_path: pathlib.Path) -> None:
+    models.make("gemma3", tmp_path / "gemma3")
+    job = engine.Job(str(tmp_path / "gemma3"), str(tmp_path / "out.pt"), cpu="V1")
+    program = """
+import pathlib, sys
+from tests.integrations.vllm_engine import engine
+engine.make_engine(engine.read_job(pathlib.Path(sys.argv[1])), disable_chunked_mm_input=False)
+"""
+    assert job.start(job.log, ["-c", program]).wait() != 0
+    log = job.log.read_text()
+    assert "attention_backend: expected a configuration that FA4_PREFIXLM runs, got disable_chunked_mm_input" in log
+
+
 @pytest.mark.parametrize("heads_first", [False, True])
 def test_the_cache_is_written_where_the_slots_say(backend: Any, heads_first: bool) -> None:
     """Both of vLLM's layouts; padding has no slot, and rows past the slots are padding too."""
@@ -211,6 +243,19 @@ def test_the_cache_is_written_where_the_slots_say(backend: Any, heads_first: boo
 
 def builder(backend: Any) -> Any:
     return object.__new__(backend.PrefixLMBuilder)
+
+
+def test_a_step_is_placed_once_for_all_groups(backend: Any) -> None:
+    starts, keys, ranges = torch.tensor([0, 40, 41, 41]), torch.tensor([40, 70, 0]), {0: [(3, 20)]}
+    placed = backend._placed(starts, keys, ranges, 3)
+    assert (placed.rows, placed.keys, placed.spans) == ([40, 1, 0], [40, 70, 0], [[(3, 21)], [], []])
+    assert (placed.tokens, placed.longest) == (41, 70)
+    assert backend._placed(starts, keys, ranges, 3) is placed
+    for other in ((starts.clone(), keys, ranges), (starts, keys.clone(), ranges), (starts, keys, dict(ranges))):
+        assert backend._placed(*other, 3) is not placed
+    assert backend._placed(starts, keys, None, 2).rows == [40, 1]
+    keys += 1  # without ranges there is no object that tells one step from the next
+    assert backend._placed(starts, keys, None, 2).keys == [41, 71]
 
 
 @pytest.mark.parametrize("causal", [False, torch.ones(2, dtype=torch.int32)], ids=str)

@@ -85,7 +85,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Ran]:
             small_size=96 if name == "gemma4" else 112,
             budget=160,
         )
-    done = engine.run_all(list(jobs.values()), at_once=2, timeout=400, total=800)
+    done = engine.run_all(list(jobs.values()), at_once=2, timeout=900, total=1500)
 
     def of(name: str, runner: str) -> Ran:
         job = jobs[name, runner]
