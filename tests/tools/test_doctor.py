@@ -130,7 +130,8 @@ def test_without_any_fa4_the_verdict_comes_first(
     assert cli.main(["doctor"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("Here every call runs `reference`, because no FlashAttention-4 was found.\nTo install it, ")
-    assert doctor.Diagnosis({}, "sm_90", [], {}, {}).verdict()[0].startswith("Here every call runs `flex`, because no ")
+    on_hopper = doctor.Diagnosis({}, "sm_90", [], {}, {}, doctor.doctor_vllm.examine([]))
+    assert on_hopper.verdict()[0].startswith("Here every call runs `flex`, because no ")
     assert install_hint("fa4") in text
     sections = [line for line in text.splitlines() if line and not line.startswith(" ")][2:]
     assert sections == ["machine", "vLLM"], "no table is empty"
