@@ -183,7 +183,7 @@ def _every_tile(case: Case) -> Callable[[], Grads]:
 
 def _cudnn_flex(case: Case) -> Callable[[], Grads] | None:
     try:
-        from cudnn import create_mask_plan, flex_attn_func  # type: ignore[import-not-found]
+        from cudnn import create_mask_plan, flex_attn_func
     except ImportError:
         return None
     plan = case.plan(case.work.spans())

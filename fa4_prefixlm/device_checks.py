@@ -93,15 +93,14 @@ def integers_to_device(lists: Sequence[Sequence[int]], device: torch.device) -> 
     They share memory of their own, and each begins at a multiple of 16 bytes there.
     """
     flat: list[int] = []
-    sizes: list[int] = []
+    begins: list[int] = []
     for values in lists:
+        begins.append(len(flat))
         flat += values
-        padding = -len(values) % 4
-        flat += (0,) * padding
-        sizes += (len(values), padding)
+        flat += (0,) * (-len(values) % 4)
     pinned = device.type == "cuda" and _has_cuda()
     there = torch.tensor(flat, dtype=torch.int32, device="cpu", pin_memory=pinned).to(device, non_blocking=True)
-    return list(there.split(sizes)[::2])
+    return [there.narrow(0, begin, len(values)) for begin, values in zip(begins, lists, strict=True)]
 
 
 @functools.cache

@@ -1,14 +1,18 @@
 """The atoms that masks are written with.
 
-For the row at position `p`, window `w`, and the span `[s, e)` that holds `p`:
+For the row at position `p`, windows of `w` and `r` tokens, and the span `[s, e)` that holds `p`:
 
 | atom | keys it sees |
 | --- | --- |
 | `causal` | `[0, p + 1)` |
-| `window(w)` | `[p - w + 1, ...)`: it looks left only, and counts the row's own key |
+| `window(w)` | `[p - w + 1, ...)`: it limits the left side only, and counts the row's own key |
+| `window(w, r)` | `[p - w + 1, p + 1 + r)` |
+| `everything` | all keys |
 | `same_span(name)` | `[s, e)`; nothing outside of spans |
+| `same_span(name, before=t)` | `[s - t, e)`; nothing outside of spans |
 | `prefix(name)` | `[0, e')`, `e'` the end of the last span that starts at or before `p` |
 | `key_in(name)` | all spans of the sequence |
+| `key_outside(name)` | all keys but those |
 | `query_in(name)` | everything if `p` is in a span, else nothing |
 | `one_block(name)` | `query_in(name) & key_in(name)`: all spans of the sequence are one block |
 """
@@ -24,7 +28,7 @@ import torch
 
 from fa4_prefixlm.errors import InputError
 from fa4_prefixlm.masks.base import Mask
-from fa4_prefixlm.masks.closed_form import Edges, RowEdges
+from fa4_prefixlm.masks.closed_form import Edges, End, RowEdges
 from fa4_prefixlm.masks.interval_lists import EMPTY_HI, EMPTY_LO, END_OF_KEYS, Intervals, normalised
 from fa4_prefixlm.masks.protocols import Ahead, Pairs, Reach, Rows
 
@@ -71,7 +75,7 @@ class Causal(Atom):
         return _column(torch.zeros_like(rows.position)), _column(rows.position + 1)
 
     def edges(self) -> RowEdges:
-        return RowEdges(Edges("keys", "row"), Edges("keys", "row"))
+        return RowEdges(Edges("keys", "row"))
 
     def ahead(self) -> Ahead:
         return Ahead()
@@ -88,54 +92,102 @@ class Causal(Atom):
 
 @dataclass(frozen=True, repr=False)
 class Window(Atom):
-    tokens: int
+    """Keys `[p - left + 1, p + 1 + right)`; None is no limit on that side."""
+
+    left: int | None
+    right: int | None = None
     around_position = no_empty_rows = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.tokens, int) or isinstance(self.tokens, bool) or self.tokens < 1:
-            raise InputError("window", "a positive number of tokens, a Python int", repr(self.tokens))
+        if self.left is not None and not _is_count(self.left, least=1):
+            raise InputError("window", "a positive number of tokens, a Python int", repr(self.left))
+        if self.right is not None and not _is_count(self.right, least=0):
+            raise InputError("right", "a number of tokens, at least 0, a Python int", repr(self.right))
+
+    @property
+    def uses_position(self) -> bool:  # type: ignore[override]
+        return self.left is not None or self.right is not None
 
     def intervals(self, rows: Rows) -> Intervals:
-        lo = rows.position - min(self.tokens - 1, INT32_MAX)  # no wider than any sequence, and no overflow
-        return _column(lo.clamp(min=0)), _column(torch.full_like(lo, END_OF_KEYS))
+        # No limit is wider than any sequence, and none overflows.
+        lo, hi = torch.zeros_like(rows.position), torch.full_like(rows.position, END_OF_KEYS)
+        if self.left is not None:
+            lo = (rows.position - min(self.left - 1, INT32_MAX)).clamp(min=0)
+        if self.right is not None:
+            right = min(self.right, INT32_MAX)
+            hi = torch.minimum(rows.position + 1, rows.seqlen_k - right) + right
+        return _column(lo), _column(hi)
 
     def edges(self) -> RowEdges:
-        return RowEdges(Edges("window", "keys"), Edges("window", "keys"), windows=frozenset({self.tokens}))
+        end: End = "keys" if self.right is None else "window" if self.right else "row"
+        return RowEdges(
+            Edges("keys" if self.left is None else "window", end),
+            windows=frozenset() if self.left is None else frozenset({self.left}),
+            rights=frozenset({self.right}) if self.right else frozenset(),
+        )
 
     def ahead(self) -> Ahead:
-        return Ahead(keys=True)
+        return Ahead(keys=self.right != 0)
 
     def visible(self, pairs: Pairs) -> torch.Tensor:
-        return pairs.query - pairs.key < self.tokens
+        ahead = pairs.key - pairs.query
+        near = pairs.key >= 0 if self.left is None else ahead > -self.left
+        return near if self.right is None else near & (ahead <= self.right)
 
     def reach(self, longest: Mapping[str, int]) -> Reach:
-        return Reach(self.tokens - 1, None)
+        return Reach(
+            None if self.left is None else self.left - 1,
+            None if self.right is None else self.right + 1,
+        )
 
     def __repr__(self) -> str:
-        return f"window({self.tokens})"
+        if self.right is None:
+            return "everything" if self.left is None else f"window({self.left})"
+        return f"window({self.left}, {self.right})"
+
+
+def _is_count(value: object, *, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 @dataclass(frozen=True, repr=False)
 class SameSpan(_Named):
     name: str
+    before: int = 0
     around_position = True
     _call = "same_span"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not _is_count(self.before, least=0):
+            raise InputError("before", "a number of tokens, at least 0, a Python int", repr(self.before))
+
     def intervals(self, rows: Rows) -> Intervals:
         start, end = rows.span_of(self.name)
+        if self.before:
+            start = torch.where(end > 0, (start - min(self.before, INT32_MAX)).clamp(min=0), start)
         return _column(start), _column(end)
 
     def edges(self) -> RowEdges:
-        return RowEdges(None, Edges("window or span", "span"), spans=self.names)
+        edges = Edges("window or span", "span")
+        return RowEdges(None, {self.name: edges}, befores=frozenset({(self.name, self.before)}))
 
     def ahead(self) -> Ahead:
         return Ahead(spans=self.names)
 
     def visible(self, pairs: Pairs) -> torch.Tensor:
-        return pairs.same_span(self.name)
+        same = pairs.same_span(self.name)
+        if not self.before:
+            return same
+        start = pairs.query - pairs.query_offset(self.name)
+        near = (pairs.key < start) & (pairs.key >= start - self.before)
+        return same | (near & pairs.query_in(self.name))
 
     def reach(self, longest: Mapping[str, int]) -> Reach:
-        return Reach(longest[self.name], longest[self.name])
+        return Reach(longest[self.name] + self.before, longest[self.name])
+
+    def __repr__(self) -> str:
+        return f"same_span({self.name!r}, before={self.before})" if self.before else super().__repr__()
 
 
 @dataclass(frozen=True, repr=False)
@@ -166,7 +218,7 @@ class QueryIn(_Named):
         return _column(lo.to(torch.int32)), _column(hi.to(torch.int32))
 
     def edges(self) -> RowEdges:
-        return RowEdges(None, Edges("keys", "keys"), spans=self.names)
+        return RowEdges(None, {self.name: Edges("keys", "keys")})
 
     def ahead(self) -> Ahead:
         return Ahead(keys=True)
@@ -186,13 +238,40 @@ class KeyIn(_Named):
         return max(1, _require(self.name, spans))
 
     def intervals(self, rows: Rows) -> Intervals:
-        return normalised(*rows.spans_of(self.name))
+        start, end = rows.spans_of(self.name)
+        if start.shape[1] == 0:  # no spans are one empty interval
+            start, end = (torch.nn.functional.pad(edge, (0, 1)) for edge in (start, end))
+        return normalised(start, end)
 
     def ahead(self) -> Ahead:
         return Ahead(everywhere=self.names)
 
     def visible(self, pairs: Pairs) -> torch.Tensor:
         return pairs.key_in(self.name)
+
+
+@dataclass(frozen=True, repr=False)
+class KeyOutside(_Named):
+    name: str
+    _call = "key_outside"
+
+    uses_position = False
+
+    def count(self, spans: Mapping[str, int]) -> int:
+        return 1 + _require(self.name, spans)
+
+    def intervals(self, rows: Rows) -> Intervals:
+        # From the end of each span to the start of the next; unused spans stand past all keys.
+        start, end = rows.spans_of(self.name)
+        lo = torch.nn.functional.pad(torch.where(end > 0, end, EMPTY_LO), (1, 0), value=0)
+        hi = torch.nn.functional.pad(start, (0, 1), value=END_OF_KEYS)
+        return normalised(lo, hi)
+
+    def ahead(self) -> Ahead:
+        return Ahead(keys=True)
+
+    def visible(self, pairs: Pairs) -> torch.Tensor:
+        return ~pairs.key_in(self.name)
 
 
 @dataclass(frozen=True, repr=False)
@@ -224,17 +303,42 @@ def _column(values: torch.Tensor) -> torch.Tensor:
 causal = Causal()
 
 
-def window(tokens: int) -> Mask:
-    """Keys less than `tokens` before the query: `query - key < tokens`. It looks left only, so combine it."""
+def window(left: int | None, right: int | None = None) -> Mask:
+    """Keys near the query: `query - key < left` and `key - query <= right`.
+
+    The two sides count differently, as models do: `left` counts the query's own key, `right` only those after it.
+    `window(w)` limits the left side alone, and is combined with `causal`; `causal & window(w)` is `window(w, 0)`. Both
+    ways, `abs(query - key) <= r` is `window(r + 1, r)`.
+
+    Args:
+        left: tokens, at least 1; None: no limit on the left.
+        right: tokens, at least 0; None: no limit on the right.
+
+    Raises:
+        InputError: a side is no such number.
+    """
+    return Window(_as_int(left), _as_int(right))
+
+
+def _as_int(tokens: int | None) -> int | None:
     if not isinstance(tokens, bool):
         with contextlib.suppress(TypeError):
-            tokens = operator.index(tokens)  # NumPy's integers are integers
-    return Window(tokens)
+            return operator.index(tokens)  # type: ignore[arg-type]  # NumPy's integers are integers
+    return tokens
 
 
-def same_span(name: str = "image") -> Mask:
-    """Tokens of one span of `name` see each other, in both directions."""
-    return SameSpan(name)
+everything = Window(None, None)
+
+
+def same_span(name: str = "image", *, before: int = 0) -> Mask:
+    """Tokens of one span of `name` see each other, in both directions.
+
+    Args:
+        name: of the span set.
+        before: tokens before the span that all of its tokens see as well.
+    """
+    before_as_int = _as_int(before)
+    return SameSpan(name, before if before_as_int is None else before_as_int)
 
 
 def prefix(name: str = "prompt") -> Mask:
@@ -247,6 +351,11 @@ def prefix(name: str = "prompt") -> Mask:
 def key_in(name: str) -> Mask:
     """Keys in any span of `name`. A row sees as many intervals as the sequence has spans."""
     return KeyIn(name)
+
+
+def key_outside(name: str) -> Mask:
+    """Keys in no span of `name`. A row sees as many intervals as the sequence has spans, and one more."""
+    return KeyOutside(name)
 
 
 def query_in(name: str) -> Mask:

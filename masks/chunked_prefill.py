@@ -37,8 +37,8 @@ def safe_chunk_end(position: int, ranges: SequenceRanges, mask: Mask = PrefixLM(
 
     Raises:
         InputError: the position is no position, the ranges are not pairs of one sequence, or some row of the mask sees
-            to the end of the keys, so that no chunk but the last is safe (`from_flex`, and masks of your own that do
-            not say how far they see ahead, `Mask.ahead`, are taken to).
+            to the end of the keys, so that no chunk but the last is safe (`from_flex`, windows that look right, and
+            masks of your own that do not say how far they see ahead, `Mask.ahead`, are taken to).
     """
     position = whole_number("position", position, "a number of tokens, at least 0")
     if not isinstance(mask, Mask):

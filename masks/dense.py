@@ -39,11 +39,23 @@ class DensePairs:
     def key_in(self, name: str) -> torch.Tensor:
         return self._in_any(self.key, name)
 
+    def query_offset(self, name: str) -> torch.Tensor:
+        return self._offset(self.query, name)
+
+    def key_offset(self, name: str) -> torch.Tensor:
+        return self._offset(self.key, name)
+
     def before_end_of_latest(self, name: str) -> torch.Tensor:
         end = torch.zeros_like(self.query)
         for start, own_end in sorted(self.spans[name]):
             end = torch.where(self.query >= start, own_end, end)
         return self.key < end
+
+    def _offset(self, position: torch.Tensor, name: str) -> torch.Tensor:
+        result = torch.full_like(position, -1)
+        for start, end in self.spans[name]:
+            result = torch.where(_inside(position, start, end), position - start, result)
+        return result
 
     def _in_any(self, position: torch.Tensor, name: str) -> torch.Tensor:
         result = torch.zeros_like(position, dtype=torch.bool)

@@ -35,22 +35,26 @@ class _Table(NamedTuple):
 
     Attributes:
         owner: index of the span that holds the position; -1: none.
+        offset: tokens before the position in that span; -1: none holds it.
         latest_end: end of the last span that starts at or before the position; 0: none.
     """
 
     owner: torch.Tensor
+    offset: torch.Tensor
     latest_end: torch.Tensor
 
 
 def _table(sets: SpanSets, name: str, seqlen: int, device: torch.device) -> _Table:
     host = sets[name].on_host()
     owner = torch.full((len(host), seqlen), -1)
+    offset = torch.full((len(host), seqlen), -1)
     latest_end = torch.zeros(len(host), seqlen, dtype=torch.int64)
     for sequence, spans in enumerate(host):
         for index, (start, end) in enumerate(spans):
             owner[sequence, start:end] = index
+            offset[sequence, start:end] = torch.arange(len(offset[sequence, start:end]))
             latest_end[sequence, start:] = end
-    return _Table(owner.to(device), latest_end.to(device))
+    return _Table(owner.to(device), offset.to(device), latest_end.to(device))
 
 
 class _IndexPairs:
@@ -73,6 +77,12 @@ class _IndexPairs:
 
     def key_in(self, name: str) -> torch.Tensor:
         return self._owner(name, self.key) >= 0
+
+    def query_offset(self, name: str) -> torch.Tensor:
+        return self.tables[name].offset[self.sequence, self.query]
+
+    def key_offset(self, name: str) -> torch.Tensor:
+        return self.tables[name].offset[self.sequence, self.key]
 
     def before_end_of_latest(self, name: str) -> torch.Tensor:
         return self.key < self.tables[name].latest_end[self.sequence, self.query]

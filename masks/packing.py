@@ -6,7 +6,7 @@ documents packed into each row: there all spans are positions of the row.
 
 Two things follow from the rule. Tokens outside of all documents (padding, on either side) see nothing and no token sees
 them. And `mask | one_block(name)` is one block per document, but it no longer runs by tags: a row may see as many
-intervals as the sequence has spans, and above 4 the mask runs on the reference.
+intervals as the sequence has spans, and above 4 the mask runs on slower kernels than FlashAttention-4's.
 
 Source: this library. It is what transformers 5.24.0 builds from `position_ids` that restart, given neither an attention
 mask nor a cache (`find_packed_sequence_indices` in `masking_utils.py`; tests/test_catalogue.py runs its models), except

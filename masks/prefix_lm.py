@@ -38,7 +38,7 @@ class PrefixLM(Mask):
         if self.window is not None:
             checked = window(self.window)
             assert isinstance(checked, Window)
-            object.__setattr__(self, "window", checked.tokens)  # a Python int, whatever integer was given
+            object.__setattr__(self, "window", checked.left)  # a Python int, whatever integer was given
         if not isinstance(self.clamp, bool):
             raise InputError("clamp", "True or False", repr(self.clamp))
 

@@ -57,6 +57,12 @@ class Pairs(Protocol):
     def key_in(self, name: str) -> torch.Tensor:
         """The key is in some span of `name`."""
 
+    def query_offset(self, name: str) -> torch.Tensor:
+        """Tokens before the query in the span of `name` that holds it; -1 if none does."""
+
+    def key_offset(self, name: str) -> torch.Tensor:
+        """The same of the key."""
+
     def before_end_of_latest(self, name: str) -> torch.Tensor:
         """The key is before the end of the last span of `name` that starts at or before the query."""
 

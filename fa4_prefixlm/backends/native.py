@@ -112,5 +112,7 @@ def native_kernel(spec: CallSpec, traits: Traits, max_seqlen_q: int) -> NativeKe
     tile = choose_tile(spec, traits, max_seqlen_q)
     heads = spec.heads_q // spec.heads_kv
     form = traits.closed_form
-    from_key_0 = traits.from_key_0 or (form is not None and form.outside.begin == form.inside.begin == "keys")
+    from_key_0 = traits.from_key_0
+    if form is not None:
+        from_key_0 |= all(edges.begin == "keys" for edges in (form.outside, *(own.edges for own in form.inside)))
     return NativeKernel(tile=tile, heads_in_tile=heads if tile.m % heads == 0 else 1, lower=not from_key_0)

@@ -48,8 +48,8 @@ def kernel_rows(batch: MaskedBatch, tokens: int, tile_n: int) -> KernelRows:
 
         form = batch.traits.closed_form
         assert form is not None
-        own = None if form.span is None else batch.spans[form.span]
-        return KernelRows(*plan_rows(form, batch.lengths, batch.keys, own, tokens, tile_n, padding=PADDING))
+        spans = [batch.spans[own.span] for own in form.inside]
+        return KernelRows(*plan_rows(form, batch.lengths, batch.keys, spans, tokens, tile_n, padding=PADDING))
     tiles = query_tiles(batch.lengths, tokens)
     runs = tile_runs(batch.bounds, tiles, tokens, tile_n)
     bounds = torch.cat([batch.bounds.lo, batch.bounds.hi], dim=1)

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 from fa4_prefixlm.backends.base import Backend, MaskedBatch, Prepared
 from fa4_prefixlm.backends.causal import Causal
+from fa4_prefixlm.backends.cudnn import Cudnn, CudnnCall, FlexFor
 from fa4_prefixlm.backends.fa4_verdicts import PAGES_NO_GRADIENT, choose_tile
+from fa4_prefixlm.backends.flex import Flex
 from fa4_prefixlm.backends.gathered import Gathered, contiguous
 from fa4_prefixlm.backends.native import Native
 from fa4_prefixlm.backends.packed import Packed
@@ -26,18 +28,23 @@ from fa4_prefixlm.geometry.traits import Traits
 
 # In order of preference.
 BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (Causal(), Native(), Varlen(), Packed(), TwoPass(), Reference())
+    backend.name: backend
+    for backend in (Causal(), Native(), Varlen(), Packed(), TwoPass(), Cudnn(), Flex(), Reference())
 }
 
 # The same for keys in pages: (name, whether the keys are gathered). Gathering was up to 9 % faster than two passes
 # with pages of 16, and up to 14 % slower with larger ones (benchmarks/results/h200-serving.json).
 IN_PAGES = (
     *(("causal", False), ("native", False), ("causal", True), ("native", True), ("varlen", True)),
-    *(("two_pass", False), ("packed", True), ("two_pass", True), ("reference", True)),
+    *(("two_pass", False), ("packed", True), ("two_pass", True), ("flex", True)),
+    ("reference", True),
 )
 
 # Above this, `auto` compares the varlen block lists with the packed ones, and takes packed where it needs less.
 LARGE_LISTS = 64 * 2**20
+
+
+BY_NAME = "asked for by name"
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,11 @@ class Forward:
     reason: str
     passed_over: tuple[tuple[str, str], ...] = ()
     gathered: bool = False
+
+    @property
+    def by_name(self) -> bool:
+        """The caller named it."""
+        return self.reason == BY_NAME
 
     @classmethod
     def after(cls, passed_over: Mapping[str, str], name: str, *, gathered: bool = False) -> Forward:
@@ -102,7 +114,10 @@ class Choice:
     def prepare(self, batch: MaskedBatch) -> Prepared:
         """Build the forward backend's state on the device without synchronising it."""
         if not self.gathered:
-            return self.backend.prepare(batch)
+            state = self.backend.prepare(batch)
+            if isinstance(state, CudnnCall) and not self.forward.by_name:
+                state.or_flex = FlexFor.of(batch)
+            return state
         inner, first_key = contiguous(batch, trim=self.backend is not BACKENDS[Reference.name])
         return Gathered(self.backend.prepare(inner), batch.keys, first_key, inner.lengths)
 
@@ -143,17 +158,24 @@ def _choose_forward(name: str, spec: CallSpec, traits: Traits, lengths: Lengths,
         refusal = BACKENDS[name].refusal(copied if gathered else spec, traits, build)
         if refusal is not None:
             raise UnsupportedError("backend", f"a backend that can run this call ({refusal})", repr(name))
-        return Forward(name, "asked for by name", gathered=gathered)
+        return Forward(name, BY_NAME, gathered=gathered)
     passed_over: dict[str, str] = {}
     for preferred, gathered in IN_PAGES if paged else ((name, False) for name in BACKENDS):
         backend, as_called = BACKENDS[preferred], copied if gathered else spec
         reason = backend.refusal(as_called, traits, build)
-        if reason is None and backend.name == Varlen.name:
-            reason = _too_large(as_called, traits, lengths, build)
+        if reason is None:
+            reason = _unasked(backend, as_called, traits, lengths, build)
         if reason is None:
             return Forward.after(passed_over, backend.name, gathered=gathered)
         passed_over.setdefault(backend.name, reason)
     raise AssertionError("the reference runs every call")
+
+
+def _unasked(backend: Backend, spec: CallSpec, traits: Traits, lengths: Lengths, build: Build | None) -> str | None:
+    """Why a backend that can run the call is taken by name only; None if it is taken without."""
+    if backend.name == Flex.name and spec.device.type == "cpu":
+        return "on the CPU it computes every pair as well, and is there for tests"
+    return _too_large(spec, traits, lengths, build) if backend.name == Varlen.name else None
 
 
 def _too_large(spec: CallSpec, traits: Traits, lengths: Lengths, build: Build | None) -> str | None:

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 from fa4_prefixlm.backends.base import BackwardBackend, Gradients, MaskedBatch, Refusal
 from fa4_prefixlm.backends.causal_backward import CausalBackward
+from fa4_prefixlm.backends.cudnn import FlexFor
+from fa4_prefixlm.backends.cudnn_backward import CudnnBackward, CudnnGradients
 from fa4_prefixlm.backends.fa4_verdicts import PAGES_NO_GRADIENT
+from fa4_prefixlm.backends.flex_backward import FlexBackward
 from fa4_prefixlm.backends.native_backward import NativeBackward
 from fa4_prefixlm.backends.packed_backward import PackedBackward
 from fa4_prefixlm.backends.reference import Reference
@@ -19,7 +22,11 @@ from fa4_prefixlm.geometry.traits import Traits
 
 # In order of preference.
 BACKWARDS: dict[str, BackwardBackend] = {
-    backward.name: backward for backward in (CausalBackward(), NativeBackward(), PackedBackward(), ReferenceBackward())
+    backward.name: backward
+    for backward in (
+        *(CausalBackward(), NativeBackward(), PackedBackward()),
+        *(CudnnBackward(), FlexBackward(), ReferenceBackward()),
+    )
 }
 
 
@@ -107,6 +114,8 @@ def prepare_backward(name: str, batch: MaskedBatch, *, forward: str, determinist
             expected = f"no gradient: {chosen.reason} (torch.no_grad(), or backend='reference')"
             raise UnsupportedError("q, k, v", expected, "requires_grad")
         state = BACKWARDS[chosen.name].prepare(batch, deterministic=deterministic)
+        if isinstance(state, CudnnGradients) and name == "auto":
+            state.or_flex = FlexFor.of(batch)
         if not isinstance(state, Refusal):
             return chosen, state
         refused[chosen.name] = state.reason

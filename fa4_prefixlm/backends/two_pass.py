@@ -76,7 +76,7 @@ class TwoPass(Backend):
 
     def refusal(self, spec: CallSpec, traits: Traits, build: Build | None) -> str | None:
         if traits.causal_part is None or traits.intervals > 1:
-            return "the mask is not a causal pass plus the rest of one set of spans"
+            return "the mask is not a causal pass plus the rest of spans"
         return causal_refusal(spec, build)
 
     def prepare(self, batch: MaskedBatch) -> TwoPasses:

@@ -146,13 +146,14 @@ def packed(
         if not hasattr(values, "__len__"):
             raise InputError(name, "an int32 tensor or a list of batch + 1 integers", values)
     host_q = _host_values("cu_seqlens_q", cu_seqlens_q, total_q, device)
-    host_k = _host_values("cu_seqlens_k", cu_seqlens_k, total_k, device)
+    alike = cu_seqlens_k is cu_seqlens_q and total_k == total_q
+    host_k = host_q if alike else _host_values("cu_seqlens_k", cu_seqlens_k, total_k, device)
     batch_q, batch_k = len(cu_seqlens_q) - 1, len(cu_seqlens_k) - 1
     if batch_q != batch_k:
         raise InputError("cu_seqlens_k", f"{batch_q + 1} entries, as in cu_seqlens_q", f"{batch_k + 1}")
     seqlens_q = _differences(host_q) if host_q is not None else None
-    seqlens_k = _differences(host_k) if host_k is not None else None
-    if seqlens_q is not None and seqlens_k is not None:
+    seqlens_k = seqlens_q if alike else _differences(host_k) if host_k is not None else None
+    if seqlens_q is not None and seqlens_k is not None and not alike:
         for index, (rows, keys) in enumerate(zip(seqlens_q, seqlens_k, strict=True)):
             if rows > keys and not more_queries:
                 raise InputError(
@@ -341,10 +342,10 @@ def _integers(name: str, values: object, least: int) -> list[int]:
 
 def check_upper_bound(name: str, given: int | None, seqlens: tuple[int, ...] | None) -> None:
     """Refuse a given upper bound that is none."""
-    if given is not None:
-        given = whole_number(name, given, "a non-negative integer")
-    longest = max(seqlens or (), default=0)
-    if given is not None and given < longest:
+    if given is None:
+        return
+    given, longest = whole_number(name, given, "a non-negative integer"), max(seqlens or (), default=0)
+    if given < longest:
         raise InputError(name, f"at least the longest sequence, {longest}", given)
 
 

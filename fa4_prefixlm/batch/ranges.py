@@ -113,18 +113,28 @@ def on_device(ranges: NamedRanges) -> bool:
     return not all(map(host_knows, sets))
 
 
-def to_tensor(mask: ReadsSpans, ranges: NamedRanges, batch: int, device: torch.device) -> torch.Tensor | None:
-    """The spans of a mask with a single span set as `(batch, max_ranges, 2)` int32 on the device, values unchecked.
+def to_tensors(
+    mask: ReadsSpans, ranges: NamedRanges, batch: int, device: torch.device
+) -> dict[str, torch.Tensor | None]:
+    """The spans of each set of a mask as `(batch, max_ranges, 2)` int32 on the device, values unchecked.
 
     None: there are none.
     """
-    own = as_int32("ranges", next(iter(by_name(mask, ranges).values()), None))
+    plain = not isinstance(ranges, Mapping)
+    return {
+        name: _to_tensor("ranges" if plain else f"ranges[{name!r}]", own, batch, device)
+        for name, own in by_name(mask, ranges).items()
+    }
+
+
+def _to_tensor(argument: str, ranges: Ranges, batch: int, device: torch.device) -> torch.Tensor | None:
+    own = as_int32(argument, ranges)
     if own is None:
         return None
     if isinstance(own, torch.Tensor):
-        _check_tensor("ranges", own, batch, device)
+        _check_tensor(argument, own, batch, device)
     else:
-        own = _padded(_as_pairs("ranges", own, batch))
+        own = _padded(_as_pairs(argument, own, batch))
     return to_device(own, device) if own.shape[1] else None
 
 

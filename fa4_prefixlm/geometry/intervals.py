@@ -223,8 +223,6 @@ class TokenRows:
         start, end = self.spans[name].values.unbind(2)
         start, order = start.masked_fill(end == 0, EMPTY_LO).sort(dim=1)
         end = end.gather(1, order)
-        if start.shape[1] == 0:
-            start, end = (torch.nn.functional.pad(edge, (0, 1)) for edge in (start, end))
         start, end = start.index_select(0, self.sequence), end.index_select(0, self.sequence)
         return emptied(start, torch.minimum(end, self.seqlen_k.unsqueeze(1)))  # those to come are not here yet
 

@@ -14,7 +14,7 @@ import torch
 from fa4_prefixlm.batch.lengths import Lengths
 from fa4_prefixlm.device_checks import is_fake
 from fa4_prefixlm.geometry.intervals import Bounds
-from fa4_prefixlm.masks.closed_form import ClosedForm
+from fa4_prefixlm.masks.closed_form import ClosedForm, Edges, Inside
 from fa4_prefixlm.masks.interval_lists import END_OF_KEYS
 
 FAR = 32  # bits: sequence b's tokens are counted from b << FAR, so that one sorted list serves the whole batch
@@ -45,13 +45,25 @@ class KeyBounds:
 def rises(form: ClosedForm | None, lengths: Lengths) -> bool:
     """The host knows that the rows of every sequence rise, and that rows without keys stand before all others.
 
-    A row in a span may begin before its window with the span (`min(left, s)`, which never falls) and end with it.
+    A row in a span may begin before its window with the span (`min(left, s)`, which never falls) and end with it. A
+    begin that is moved to the left may be moved as far as the window of the row before the span.
     """
     if form is None or not lengths.is_bottom_right:
         return False
-    outside, inside = form.outside, form.inside
-    begins = outside.begin == inside.begin or (outside.begin, inside.begin) == ("window", "window or span")
-    return begins and (outside.end == inside.end or (outside.end, inside.end) == ("row", "span"))
+    return all(_rises(form.outside, own, form.window) for own in form.inside)
+
+
+def _rises(outside: Edges, inside: Inside, window: int | None) -> bool:
+    begins, ends = (outside.begin, inside.edges.begin), (outside.end, inside.edges.end)
+    if begins == ("window", "window or span"):
+        rises = window is not None and inside.before <= window
+    else:
+        rises = outside.begin == inside.edges.begin
+    return rises and (outside.end == inside.edges.end or ends in _RISING_ENDS)
+
+
+# Where a row after a span ends no earlier than the rows in it.
+_RISING_ENDS = {("row", "span"), ("row", "window and span"), ("window", "window or span")}
 
 
 def rising_key_bounds(bounds: Bounds, sequence: torch.Tensor, lengths: Lengths) -> KeyBounds:

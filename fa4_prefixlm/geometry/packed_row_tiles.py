@@ -17,14 +17,7 @@ def packed_row_lists(bounds: Bounds, lengths: Lengths, tile_m: int, tile_n: int)
 
     bounds: counting the packed keys of the whole batch.
     """
-    whole = as_one_sequence(lengths)
-    untagged = dataclasses.replace(bounds, tags=None)
-    seen = tile_map(untagged, query_tiles(whole, tile_m), whole, tokens(whole), tile_m, tile_n)
-    full, partial = seen.is_full, seen.is_partial
-    if bounds.tags is not None:
-        every, some = _tagged(bounds.tags, lengths, tile_m, tile_n)
-        full, partial = full | every, (partial | some) & (full | every).logical_not()
-    rows = TileMap(_transposed(full), _transposed(partial))
+    rows = transposed(packed_map(bounds, as_one_sequence(lengths), lengths.batch, tile_m, tile_n))
     columns = ceil_div(lengths.total_q, tile_m)
     return BlockLists(
         partial_count=_as_4d(rows.partial),
@@ -37,13 +30,29 @@ def packed_row_lists(bounds: Bounds, lengths: Lengths, tile_m: int, tile_n: int)
     )
 
 
-def _tagged(tags: Tags, lengths: Lengths, tile_m: int, tile_n: int) -> tuple[torch.Tensor, torch.Tensor]:
+def packed_map(bounds: Bounds, whole: Lengths, batch: int, tile_m: int, tile_n: int) -> TileMap:
+    """The key tiles of each query tile of a batch of `batch` sequences that a kernel sees as the single one `whole`."""
+    untagged = dataclasses.replace(bounds, tags=None)
+    seen = tile_map(untagged, query_tiles(whole, tile_m), whole, tokens(whole), tile_m, tile_n)
+    if bounds.tags is None:
+        return seen
+    every, some = _tagged(bounds.tags, batch, whole.total_k, tile_m, tile_n)
+    full = seen.is_full | every
+    return TileMap(full, (seen.is_partial | some) & full.logical_not())
+
+
+def transposed(seen: TileMap) -> TileMap:
+    """The query tiles of each key tile."""
+    return TileMap(*(flags.T.clone(memory_format=torch.contiguous_format) for flags in (seen.is_full, seen.is_partial)))
+
+
+def _tagged(tags: Tags, batch: int, total_k: int, tile_m: int, tile_n: int) -> tuple[torch.Tensor, torch.Tensor]:
     """`(query_tiles, key_tiles)` bool: all pairs share a tag; some may (tags are sequences, and ascend)."""
-    first_row, last_row, rows_whole = _tag_range(tags.row_tag, tile_m, lengths.batch)
-    first_key, last_key, keys_whole = _tag_range(tags.key_tag, tile_n, lengths.batch)
+    first_row, last_row, rows_whole = _tag_range(tags.row_tag, tile_m, batch)
+    first_key, last_key, keys_whole = _tag_range(tags.key_tag, tile_n, batch)
     some = (first_row.unsqueeze(1) <= last_key) & (first_key <= last_row.unsqueeze(1))
     # Keys past the last one are masked in a partial tile only.
-    inside = torch.arange(1, len(first_key) + 1, device=first_key.device) * tile_n <= lengths.total_k
+    inside = torch.arange(1, len(first_key) + 1, device=first_key.device) * tile_n <= total_k
     same = (first_row.unsqueeze(1) == last_key) & (last_row.unsqueeze(1) == first_key)
     return same & rows_whole.unsqueeze(1) & (keys_whole & inside), some
 
@@ -55,10 +64,6 @@ def _tag_range(tag: torch.Tensor, tile: int, batch: int) -> tuple[torch.Tensor, 
     present = tiles >= 0
     first = tiles.masked_fill(present.logical_not(), batch).amin(1)
     return first, tiles.amax(1), (present | (tiles == -3)).all(1)
-
-
-def _transposed(flags: torch.Tensor) -> torch.Tensor:
-    return flags.transpose(0, 1).clone(memory_format=torch.contiguous_format)
 
 
 def _as_4d(per_tile: torch.Tensor) -> torch.Tensor:

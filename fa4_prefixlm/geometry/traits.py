@@ -14,7 +14,7 @@ from fa4_prefixlm.masks.base import Mask
 from fa4_prefixlm.masks.closed_form import ClosedForm, closed_form
 from fa4_prefixlm.masks.protocols import Reach
 
-# Intervals per row that the mask_mods are made for. A mask that may need more runs on the reference.
+# Intervals per row that the mask_mods are made for. A mask that may need more runs on other backends.
 MOST_INTERVALS = 4
 
 
@@ -59,21 +59,24 @@ class Traits:
 
 def traits(mask: Mask, spans: SpanSets, lengths: Lengths) -> Traits:
     """The traits of a mask for one batch."""
-    longest = {name: own.longest for name, own in spans.items()}
-    found = traits_of_any(mask, longest, most_spans(spans))
+    base, found = _of_any(mask, most_spans(spans))
+    reach = base.reach({name: own.longest for name, own in spans.items()}) if found.banded else found.reach
     if not lengths.is_bottom_right:
-        return dataclasses.replace(found, causal_part=None, causal_only=None)
-    return dataclasses.replace(found, causal_only=_causal_only(found, spans, lengths))
+        return dataclasses.replace(found, reach=reach, causal_part=None, causal_only=None)
+    return dataclasses.replace(found, reach=reach, causal_only=_causal_only(found, spans, lengths))
 
 
 def traits_of_any(mask: Mask, longest: Mapping[str, int], most: Mapping[str, int]) -> Traits:
     """The traits for any spans: at most `most[name]` in a sequence, of at most `longest[name]` tokens."""
+    base, found = _of_any(mask, most)
+    return dataclasses.replace(found, reach=base.reach(longest)) if found.banded else found
+
+
+def _of_any(mask: Mask, most: Mapping[str, int]) -> tuple[Mask, Traits]:
     counts = tuple(most.items())
     if mask.evaluated or mask.custom_kernel is not None or not isinstance(mask, Hashable):
-        base, found = _by_counts.__wrapped__(mask, counts)  # the cache would keep its tensors alive
-    else:
-        base, found = _by_counts(mask, counts)
-    return dataclasses.replace(found, reach=base.reach(longest)) if found.banded else found
+        return _by_counts.__wrapped__(mask, counts)  # the cache would keep its tensors alive
+    return _by_counts(mask, counts)
 
 
 @functools.lru_cache(maxsize=64)
@@ -91,7 +94,7 @@ def _by_counts(mask: Mask, most: tuple[tuple[str, int], ...]) -> tuple[Mask, Tra
         custom=mask.custom_kernel is not None,
         closed_form=form,
         causal_part=causal,
-        causal_only=causal if form is not None and form.inside == form.outside else None,
+        causal_only=causal if form is not None and not form.telling else None,
     )
 
 
@@ -142,9 +145,11 @@ def _causal_only(found: Traits, spans: SpanSets, lengths: Lengths) -> CausalWind
     form = found.closed_form
     if form is None or found.causal_part is None:
         return None
-    own = spans[form.span] if form.span is not None and form.inside != form.outside else None
-    if own is None or own.values.shape[1] == 0:
-        return found.causal_part
-    if own.host is None or lengths.seqlens_q is None or lengths.seqlens_k is None:
-        return None
-    return found.causal_part if text_only(own.host, lengths.seqlens_q, lengths.seqlens_k) else None
+    for own in (spans[inside.span] for inside in form.telling):
+        if own.values.shape[1] == 0:
+            continue
+        if own.host is None or lengths.seqlens_q is None or lengths.seqlens_k is None:
+            return None
+        if not text_only(own.host, lengths.seqlens_q, lengths.seqlens_k):
+            return None
+    return found.causal_part

@@ -17,7 +17,9 @@ has slot `cu_seqlens_q[b] // tile_tokens + b + m`. One program works on one slot
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import triton
@@ -30,6 +32,7 @@ from fa4_prefixlm.errors import InputError
 from fa4_prefixlm.masks.closed_form import ClosedForm
 from fa4_prefixlm.masks.interval_lists import END_OF_KEYS
 
+T = TypeVar("T")
 SPANS_AT_ONCE = 32
 PAGES_AT_ONCE = 256
 FINE = (
@@ -46,7 +49,7 @@ def plan_rows(
     form: ClosedForm,
     lengths: Lengths,
     keys: Keys,
-    spans: Spans | None,
+    spans: Sequence[Spans],
     tile_tokens: int,
     tile_n: int,
     *,
@@ -61,7 +64,7 @@ def plan_rows(
         form: the mask.
         lengths: with bottom-right alignment, and keys from position 0.
         keys: where the keys are; in pages, their number is in `seqused_k`.
-        spans: those that the mask reads; None if it reads none.
+        spans: those of each set that the mask reads, in the order of the form.
         tile_tokens, tile_n: query tokens and keys of a tile.
         padding: rows of bounds after the last one, `(0, 0)`.
 
@@ -71,9 +74,10 @@ def plan_rows(
     """
     cu_seqlens_q, device = lengths.cu_seqlens_q, lengths.device
     counts = lengths.cu_seqlens_k if keys.seqused_k is None else keys.seqused_k
-    ranges = cu_seqlens_q if spans is None else spans.values
+    ranges, first_other = _together([own.values for own in spans])
     slots = lengths.total_q // tile_tokens + lengths.batch + 1
-    checked = not lengths.known or (spans is not None and spans.host is None)
+    checked = not lengths.known or any(own.host is None for own in spans)
+    longest = [END_OF_KEYS if own.host is not None else own.longest for own in spans]
     bounds = torch.zeros(lengths.total_q + padding, 2, dtype=torch.int32, device=device)
     tiles = torch.empty(slots, 4, dtype=torch.int32, device=device)
     fine = torch.ones(1, dtype=torch.bool, device=device) if checked else bounds
@@ -84,17 +88,18 @@ def plan_rows(
             fine,
             cu_seqlens_q,
             counts,
-            ranges,
-            *((0, 0, 0) if spans is None else ranges.stride()),
-            0 if spans is None else ranges.shape[1],
+            cu_seqlens_q if ranges is None else ranges,
+            *((0, 0, 0) if ranges is None else ranges.stride()),
+            0 if ranges is None else ranges.shape[1],
+            first_other,
             lengths.batch,
             lengths.batch.bit_length(),
             lengths.total_q,
             lengths.total_k,
             lengths.max_seqlen_q,
             min(lengths.max_seqlen_k, END_OF_KEYS),
-            END_OF_KEYS if spans is None or spans.host is not None else spans.longest,
-            min(form.window or 1, END_OF_KEYS),
+            *_both(longest, END_OF_KEYS),
+            *_windows(form),
             CHECKED=checked,
             CUMULATIVE=keys.seqused_k is None,
             **constants(form, tile_tokens, tile_n),
@@ -171,7 +176,7 @@ def update_rows(
     buffers: RowBuffers,
     cu_seqlens_q: torch.Tensor,
     seqused_k: torch.Tensor,
-    ranges: torch.Tensor | None = None,
+    ranges: Sequence[torch.Tensor | None] = (),
     *,
     page_table: torch.Tensor | None = None,
     max_rows: int | None = None,
@@ -186,7 +191,8 @@ def update_rows(
         buffers: written in place.
         cu_seqlens_q: `(batch + 1,)` int32 on the device.
         seqused_k: `(batch,)` int32 on the device, keys of each sequence.
-        ranges: `(batch, max_ranges, 2)` int32 on the device with any strides, half-open `[start, end)` in absolute key
+        ranges: for each set that the mask reads, in the order of the form, None if there are no spans, or
+            `(batch, max_ranges, 2)` int32 on the device with any strides, half-open `[start, end)` in absolute key
             positions, in any order, unused rows `(0, 0)`. A span that starts at or after `seqlen_k` belongs to a later
             chunk and is ignored; any other ends at or before it, if rows see ahead in a span.
         page_table: `(batch, pages)` int32 on the device, at most as wide as the buffer; copied to it.
@@ -201,13 +207,12 @@ def update_rows(
         raise InputError("cu_seqlens_q", f"at most the plan's {buffers.max_sequences} sequences", batch)
     _check("cu_seqlens_q", cu_seqlens_q, (batch + 1,), buffers)
     _check("seqused_k", seqused_k, (batch,), buffers)
-    spans, strides = 0, cu_seqlens_q.stride() * 3
-    if ranges is not None:
-        if form.span is None:
-            raise InputError("ranges", "None: the mask reads no spans", tuple(ranges.shape))
-        spans = ranges.shape[1] if ranges.ndim == 3 else 0
-        _check("ranges", ranges, (batch, spans, 2), buffers)
-        strides = ranges.stride()
+    if len(ranges) > len(form.inside):
+        raise InputError("ranges", f"those of {len(form.inside)} sets, which the mask reads", len(ranges))
+    for own in ranges:
+        if own is not None:
+            _check("ranges", own, (batch, own.shape[1] if own.ndim == 3 else 0, 2), buffers)
+    together, first_other = _together(ranges)
     table = cu_seqlens_q if page_table is None else page_table.contiguous()
     width = 0 if page_table is None else page_table.shape[1]
     if page_table is not None:
@@ -223,9 +228,10 @@ def update_rows(
             cu_seqlens_q.contiguous(),
             seqused_k.contiguous(),
             table,
-            cu_seqlens_q if ranges is None else ranges,
-            *strides,
-            spans,
+            cu_seqlens_q if together is None else together,
+            *((0, 0, 0) if together is None else together.stride()),
+            0 if together is None else together.shape[1],
+            first_other,
             batch,
             buffers.max_sequences.bit_length(),
             width,
@@ -233,7 +239,7 @@ def update_rows(
             buffers.max_tokens if max_rows is None else min(max_rows, buffers.max_tokens),
             buffers.max_sequences,
             END_OF_KEYS if max_keys is None else min(max_keys, END_OF_KEYS),
-            min(form.window or 1, END_OF_KEYS),
+            *_windows(form),
             PAGES_AT_ONCE=PAGES_AT_ONCE,
             **constants(form, buffers.tile_tokens, buffers.tile_n),
         )
@@ -243,17 +249,44 @@ def update_rows(
 @functools.cache
 def constants(form: ClosedForm, tile_tokens: int, tile_n: int) -> dict[str, object]:
     """What both kernels are compiled for."""
+    inside, other = _both([own.edges for own in form.inside], form.outside)
     return {
         "OUTSIDE_BEGIN": form.outside.begin,
         "OUTSIDE_END": form.outside.end,
-        "INSIDE_BEGIN": form.inside.begin,
-        "INSIDE_END": form.inside.end,
-        "WHOLE_SPANS": form.inside.end != "row",
+        "INSIDE_BEGIN": inside.begin,
+        "INSIDE_END": inside.end,
+        "WHOLE_SPANS": inside.end != "row",
+        "TWO_SETS": len(form.inside) > 1,
+        "OTHER_BEGIN": other.begin,
+        "OTHER_END": other.end,
+        "WHOLE_OTHERS": other.end != "row",
         "TILE_TOKENS": tile_tokens,
         "TILE_N": tile_n,
         "ROWS": triton.next_power_of_2(tile_tokens),
         "SPANS_AT_ONCE": SPANS_AT_ONCE,
     }
+
+
+def _windows(form: ClosedForm) -> tuple[int, int, int, int]:
+    """The windows on the left and on the right, and what the spans of each set are moved by.
+
+    A form that has no such window does not read it.
+    """
+    befores = [min(own.before, END_OF_KEYS) for own in form.inside]
+    return min(form.window or 1, END_OF_KEYS), min(form.right or 0, END_OF_KEYS), *_both(befores, 0)
+
+
+def _both(values: Sequence[T], missing: T) -> tuple[T, T]:
+    """The values of the two sets."""
+    first, other, *_ = [*values, missing, missing]
+    return first, other
+
+
+def _together(ranges: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor | None, int]:
+    """(the spans of both sets side by side; where those of the other begin)."""
+    first_other = 0 if not ranges or ranges[0] is None else ranges[0].shape[1]
+    given = [own for own in ranges if own is not None]
+    return (torch.cat(given, dim=1) if len(given) > 1 else given[0] if given else None), first_other
 
 
 def _require(fine: torch.Tensor, expected: str) -> None:
@@ -274,8 +307,10 @@ def _check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], buffers: Row
 
 
 BATCH_VALUES = (
-    *("stride_sequence", "stride_span", "stride_edge", "spans", "batch", "levels", "pages", "max_pages", "max_rows"),
-    *("max_sequences", "max_keys", "window", "total_q", "total_k", "max_seqlen_q", "max_seqlen_k", "longest_span"),
+    *("stride_sequence", "stride_span", "stride_edge", "spans", "first_other", "batch", "levels", "pages", "max_pages"),
+    "max_rows",
+    *("max_sequences", "max_keys", "window", "right", "total_q", "total_k", "max_seqlen_q", "max_seqlen_k"),
+    *("longest_span", "longest_other", "before", "before_other"),
 )
 
 
@@ -291,6 +326,7 @@ def plan_rows_kernel(
     stride_span,
     stride_edge,
     spans,
+    first_other,
     batch,
     levels,
     total_q,
@@ -298,7 +334,11 @@ def plan_rows_kernel(
     max_seqlen_q,
     max_seqlen_k,
     longest_span,
+    longest_other,
     window,
+    right,
+    before,
+    before_other,
     CHECKED: tl.constexpr,
     CUMULATIVE: tl.constexpr,
     OUTSIDE_BEGIN: tl.constexpr,
@@ -306,6 +346,10 @@ def plan_rows_kernel(
     INSIDE_BEGIN: tl.constexpr,
     INSIDE_END: tl.constexpr,
     WHOLE_SPANS: tl.constexpr,
+    TWO_SETS: tl.constexpr,
+    OTHER_BEGIN: tl.constexpr,
+    OTHER_END: tl.constexpr,
+    WHOLE_OTHERS: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
     TILE_N: tl.constexpr,
     ROWS: tl.constexpr,
@@ -327,18 +371,27 @@ def plan_rows_kernel(
         stride_span,
         stride_edge,
         spans,
+        first_other,
         batch,
         levels,
         total_q,
         max_seqlen_k,
         longest_span,
+        longest_other,
         window,
+        right,
+        before,
+        before_other,
         CUMULATIVE,
         OUTSIDE_BEGIN,
         OUTSIDE_END,
         INSIDE_BEGIN,
         INSIDE_END,
         WHOLE_SPANS,
+        TWO_SETS,
+        OTHER_BEGIN,
+        OTHER_END,
+        WHOLE_OTHERS,
         TILE_TOKENS,
         TILE_N,
         ROWS,
@@ -370,6 +423,7 @@ def update_rows_kernel(
     stride_span,
     stride_edge,
     spans,
+    first_other,
     batch,
     levels,
     pages,
@@ -378,11 +432,18 @@ def update_rows_kernel(
     max_sequences,
     max_keys,
     window,
+    right,
+    before,
+    before_other,
     OUTSIDE_BEGIN: tl.constexpr,
     OUTSIDE_END: tl.constexpr,
     INSIDE_BEGIN: tl.constexpr,
     INSIDE_END: tl.constexpr,
     WHOLE_SPANS: tl.constexpr,
+    TWO_SETS: tl.constexpr,
+    OTHER_BEGIN: tl.constexpr,
+    OTHER_END: tl.constexpr,
+    WHOLE_OTHERS: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
     TILE_N: tl.constexpr,
     ROWS: tl.constexpr,
@@ -415,18 +476,27 @@ def update_rows_kernel(
         stride_span,
         stride_edge,
         spans,
+        first_other,
         batch,
         levels,
         max_rows,
         max_keys,
         max_keys,  # no span is too long
+        max_keys,
         window,
+        right,
+        before,
+        before_other,
         False,
         OUTSIDE_BEGIN,
         OUTSIDE_END,
         INSIDE_BEGIN,
         INSIDE_END,
         WHOLE_SPANS,
+        TWO_SETS,
+        OTHER_BEGIN,
+        OTHER_END,
+        WHOLE_OTHERS,
         TILE_TOKENS,
         TILE_N,
         ROWS,
@@ -447,18 +517,27 @@ def _fill_slot(
     stride_span,
     stride_edge,
     spans,
+    first_other,
     batch,
     levels,
     max_rows,
     max_keys,
     longest_span,
+    longest_other,
     window,
+    right,
+    before,
+    before_other,
     CUMULATIVE: tl.constexpr,
     OUTSIDE_BEGIN: tl.constexpr,
     OUTSIDE_END: tl.constexpr,
     INSIDE_BEGIN: tl.constexpr,
     INSIDE_END: tl.constexpr,
     WHOLE_SPANS: tl.constexpr,
+    TWO_SETS: tl.constexpr,
+    OTHER_BEGIN: tl.constexpr,
+    OTHER_END: tl.constexpr,
+    WHOLE_OTHERS: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
     TILE_N: tl.constexpr,
     ROWS: tl.constexpr,
@@ -489,6 +568,9 @@ def _fill_slot(
     start = tl.zeros([ROWS], tl.int32)
     stop = tl.zeros([ROWS], tl.int32)
     holding = tl.zeros([ROWS], tl.int32)
+    other_start = tl.zeros([ROWS], tl.int32)
+    other_stop = tl.zeros([ROWS], tl.int32)
+    other_holding = tl.zeros([ROWS], tl.int32)
     wrong = tl.zeros([SPANS_AT_ONCE], tl.int1)
     ranges += tl.cast(sequence, tl.int64) * stride_sequence
     for first in range(0, tl.where(is_tile, spans, 0), SPANS_AT_ONCE):
@@ -497,21 +579,35 @@ def _fill_slot(
         s = tl.load(at, mask=index < spans, other=0)
         e = tl.load(at + stride_edge, mask=index < spans, other=0)
         used = (s != 0) | (e != 0)
-        wrong |= used & ((s < 0) | (s >= e) | ((s < seqlen_k) & (tl.minimum(e, seqlen_k) - s > longest_span)))
-        if WHOLE_SPANS:
-            wrong |= used & (s < seqlen_k) & (e > seqlen_k)
+        longest = longest_span
+        whole = tl.zeros_like(used) | WHOLE_SPANS
         holds = (s[:, None] <= position[None, :]) & (position[None, :] < e[:, None])
-        start = tl.maximum(start, tl.max(tl.where(holds, s[:, None], 0), axis=0))
-        stop = tl.maximum(stop, tl.max(tl.where(holds, e[:, None], 0), axis=0))
-        holding += tl.sum(holds.to(tl.int32), axis=0)
+        if TWO_SETS:
+            is_other = index >= first_other
+            longest = tl.where(is_other, longest_other, longest_span)
+            whole = tl.where(is_other, WHOLE_OTHERS, WHOLE_SPANS)
+            others = holds & is_other[:, None]
+            holds &= is_other[:, None] == 0
+            other_start, other_stop, other_holding = _take(others, s, e, other_start, other_stop, other_holding)
+        start, stop, holding = _take(holds, s, e, start, stop, holding)
+        wrong |= used & ((s < 0) | (s >= e) | ((s < seqlen_k) & (tl.minimum(e, seqlen_k) - s > longest)))
+        wrong |= used & whole & (s < seqlen_k) & (e > seqlen_k)
     good = tl.max(wrong.to(tl.int32), axis=0) == 0
-    good &= tl.max(tl.where(inside, holding, 0), axis=0) <= 1
+    good &= tl.max(tl.where(inside, tl.maximum(holding, other_holding), 0), axis=0) <= 1
 
     left = tl.maximum(position - (window - 1), 0)
-    lo, hi = _edges(OUTSIDE_BEGIN, OUTSIDE_END, position, left, start, stop, seqlen_k)
-    lo_inside, hi_inside = _edges(INSIDE_BEGIN, INSIDE_END, position, left, start, stop, seqlen_k)
-    lo = tl.minimum(tl.where(holding > 0, lo_inside, lo), seqlen_k)
-    hi = tl.maximum(tl.minimum(tl.where(holding > 0, hi_inside, hi), seqlen_k), 0)
+    ahead = tl.minimum(position + 1, seqlen_k - right) + right  # no wider than the keys, and no overflow
+    lo, hi = _edges(OUTSIDE_BEGIN, OUTSIDE_END, position, left, ahead, start, stop, seqlen_k)
+    start = tl.maximum(start - before, 0)
+    lo_inside, hi_inside = _edges(INSIDE_BEGIN, INSIDE_END, position, left, ahead, start, stop, seqlen_k)
+    lo, hi = tl.where(holding > 0, lo_inside, lo), tl.where(holding > 0, hi_inside, hi)
+    if TWO_SETS:  # a row in spans of both sees the union
+        start = tl.maximum(other_start - before_other, 0)
+        lo_other, hi_other = _edges(OTHER_BEGIN, OTHER_END, position, left, ahead, start, other_stop, seqlen_k)
+        lo = tl.where(other_holding > 0, tl.minimum(lo, lo_other), lo)
+        hi = tl.where(other_holding > 0, tl.maximum(hi, hi_other), hi)
+    lo = tl.minimum(lo, seqlen_k)
+    hi = tl.maximum(tl.minimum(hi, seqlen_k), 0)
     tl.store(bounds + row * 2, lo, mask=inside)
     tl.store(bounds + row * 2 + 1, hi, mask=inside)
 
@@ -527,6 +623,14 @@ def _fill_slot(
     tl.store(tiles + slot * 4 + 2, tl.where(any_full, full_end, first))
     tl.store(tiles + slot * 4 + 3, last)
     return good
+
+
+@triton.jit
+def _take(holds, s, e, start, stop, holding):
+    """The spans `[s, e)` beside those of before: which holds each row, and how many do."""
+    start = tl.maximum(start, tl.max(tl.where(holds, s[:, None], 0), axis=0))
+    stop = tl.maximum(stop, tl.max(tl.where(holds, e[:, None], 0), axis=0))
+    return start, stop, holding + tl.sum(holds.to(tl.int32), axis=0)
 
 
 @triton.jit
@@ -556,7 +660,7 @@ def _seqlen_k(counts, sequence, batch, max_keys, CUMULATIVE: tl.constexpr):
 
 
 @triton.jit
-def _edges(BEGIN: tl.constexpr, END: tl.constexpr, position, left, start, stop, seqlen_k):
+def _edges(BEGIN: tl.constexpr, END: tl.constexpr, position, left, ahead, start, stop, seqlen_k):
     """`[lo, hi)` of the rows, by the names of `closed_form.Edges`."""
     lo = tl.zeros_like(position)
     if BEGIN == "window":
@@ -564,8 +668,14 @@ def _edges(BEGIN: tl.constexpr, END: tl.constexpr, position, left, start, stop, 
     elif BEGIN == "window or span":
         lo = tl.minimum(left, start)
     hi = position + 1
-    if END == "span":
+    if END == "window":
+        hi = ahead
+    elif END == "span":
         hi = stop
+    elif END == "window and span":
+        hi = tl.minimum(ahead, stop)
+    elif END == "window or span":
+        hi = tl.maximum(ahead, stop)
     elif END == "keys":
         hi = tl.zeros_like(position) + seqlen_k
     return lo, hi

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 
 from fa4_prefixlm.backends.base import Gradients, Prepared
+from fa4_prefixlm.backends.flex import Flex
 from fa4_prefixlm.backends.reference import Reference
 from fa4_prefixlm.backends.select import Choice
 from fa4_prefixlm.batch.forward_pass import ForwardPass
@@ -74,6 +75,8 @@ def run(
     if needs_grad or (wanted and not _through_torch(plan)):
         # Before the forward: what has no backward is refused, and the kernel of the forward waits for no table of it.
         gradients = _gradients(plan, spec, learnable_sink, out, deterministic)
+    elif wanted and plan.choice.name == Flex.name:
+        autograd.refuse_transforms()
     if spec.batched:
         q = q.flatten(0, 1)
         if spec.page_size is None:
@@ -103,7 +106,7 @@ _ARGUMENT = {"shape_k": "k", "heads_kv": "k", "page_size": "k", "head_dim_v": "v
 
 def _through_torch(plan: Runnable) -> bool:
     """Autograd differentiates the forward's own torch operations."""
-    return plan.choice.name == plan.choice.backward.name == Reference.name
+    return plan.choice.name == plan.choice.backward.name and plan.choice.name in (Flex.name, Reference.name)
 
 
 def _gradients(

@@ -7,6 +7,7 @@ import sys
 import warnings
 
 from fa4_prefixlm.backends.causal_backward import CausalBackward
+from fa4_prefixlm.backends.reference import Reference
 from fa4_prefixlm.backends.reference_backward import ReferenceBackward
 from fa4_prefixlm.backends.select import BACKENDS, Choice, choose
 from fa4_prefixlm.backends.select_backward import Backward
@@ -21,8 +22,13 @@ FASTEST = ("causal", "native")
 _warned: set[str] = set()
 
 
-def faster_elsewhere(choice: Choice, spec: CallSpec, traits: Traits, lengths: Lengths, build: Build) -> str | None:
-    """How the newest build that we know would run a call that `build` runs by `choice`; None if not better."""
+def faster_elsewhere(
+    choice: Choice, spec: CallSpec, traits: Traits, lengths: Lengths, build: Build | None
+) -> str | None:
+    """How the newest build that we know would run a call that `build` runs by `choice`; None if not better.
+
+    build: None: there is none.
+    """
     best = choose("auto", spec, traits, lengths, BEST)
     order = list(BACKENDS)
     if order.index(choice.name) <= order.index(best.name):
@@ -30,19 +36,20 @@ def faster_elsewhere(choice: Choice, spec: CallSpec, traits: Traits, lengths: Le
     why = dict(choice.passed_over).get(best.name, "it is not offered")
     # varlen and packed are within a few percent of each other, either way.
     faster = "" if (choice.name, best.name) == ("packed", "varlen") else ", which is faster"
-    return f"{build}: fa4_prefixlm takes {choice.name}, not {best.name}: {why}. {BEST} takes {best.name}{faster}"
+    here = "without FlashAttention-4" if build is None else str(build)
+    return f"{here}: fa4_prefixlm takes {choice.name}, not {best.name}: {why}. {BEST} takes {best.name}{faster}"
 
 
 def warn_of_fallback(choice: Choice, spec: CallSpec, traits: Traits, lengths: Lengths, build: Build | None) -> None:
     """Warn of the dense reference on a GPU, and once per process of what another build would do better."""
     if spec.device.type != "cuda" or not choice.passed_over:
         return
-    if choice.name == "reference":
+    if choice.name == Reference.name:
         why = choice.passed_over[-1][1]
         warnings.warn(
             f"fa4_prefixlm takes the dense reference, slow on long sequences: {why}", stacklevel=_callers_level()
         )
-    if build is None or choice.name in FASTEST:
+    if choice.name in FASTEST or (build is None and choice.name == Reference.name):
         return
     better = faster_elsewhere(choice, spec, traits, lengths, build)
     if better is not None and better not in _warned:

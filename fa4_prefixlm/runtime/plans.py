@@ -178,7 +178,7 @@ def plan(
     backward: str = "auto",
     build: str | None = None,
 ) -> Plan:
-    """Prepare one batch under one mask. Builds on the device of `like`, without synchronising it.
+    """Prepare one batch under one mask. Builds on the device of `like`, without synchronising it (but on `cudnn`).
 
     Args:
         ranges: bidirectional spans, half-open `[start, end)` in absolute key positions. One list of pairs per sequence,
@@ -202,9 +202,9 @@ def plan(
         max_range: upper bound of a span's length in tokens, or one per name; it spares memory when `ranges` is on the
             device.
         mask: what the spans mean: `PrefixLM`, one of `fa4_prefixlm.masks`, or your own.
-        backend: "auto", "causal", "native", "varlen", "packed", "two_pass" or "reference".
-        backward: what computes gradients: "auto", "causal", "native", "packed" or "reference". Its tables are made
-            when a gradient is first needed.
+        backend: "auto", "causal", "native", "varlen", "packed", "two_pass", "cudnn", "flex" or "reference".
+        backward: what computes gradients: "auto", "causal", "native", "packed", "cudnn", "flex" or "reference". Its
+            tables are made when a gradient is first needed.
         build: the FA4 to run on, the package it is imported as. Default: "flash_attn.cute", or vLLM's
             "vllm.vllm_flash_attn.cute" where that is the only one.
 

@@ -100,9 +100,9 @@ def attention(
         out = attention(q, k, v, [[(4, 260)], [(0, 256), (300, 556)]], cu_seqlens_q=cu, cu_seqlens_k=cu)
 
     Args:
-        q: `(total_q, heads, head_dim)`, or `(batch, seqlen_q, heads, head_dim)`. bfloat16 or float16 on FA4; the
-            reference takes any floating point dtype. The last dimension must be contiguous; batched tensors that can't
-            be viewed as packed are copied.
+        q: `(total_q, heads, head_dim)`, or `(batch, seqlen_q, heads, head_dim)`. bfloat16 or float16 on FA4; flex
+            takes float32 too, and the reference any floating point dtype. The last dimension must be contiguous;
+            batched tensors that can't be viewed as packed are copied.
         k, v: `(total_k, kv_heads, head_dim)` and `(total_k, kv_heads, head_dim_v)`, or batched. `heads` is a multiple
             of `kv_heads` (GQA, MQA). With a `page_table`: the cache, `(pages, page_size, kv_heads, head_dim)`.
         ranges: the spans, or a `Plan` or `ServingPlan` made once and reused; with a plan, the arguments that went

@@ -331,20 +331,19 @@ class _InPlace(_State):
         """Keys that this batch's page table has room for; past it there are pages of an earlier batch."""
         return batch.page_table.shape[1] * self._limits.page_size
 
-    def _read(self, batch: Update) -> tuple[torch.Tensor | None, bool]:
-        """(the spans on the device, whether the host knows that no query token is in one)."""
-        causal_outside = self._form.is_causal_outside
+    def _read(self, batch: Update) -> tuple[list[torch.Tensor | None], bool]:
+        """(the spans of each set on the device, whether the host knows that no query token is in one)."""
+        names, causal_outside = [own.span for own in self._form.inside], self._form.is_causal_outside
         if batch.lengths_on_host and not ranges.on_device(batch.ranges):
             sizes = batch.host_lengths(self._room(batch))
-            own = next(iter(ranges.parse(self._mask, batch.ranges, sizes).values()), None)
-            if own is None or own.host is None or own.values.shape[1] == 0:
-                return None, causal_outside
-            known = sizes.on_host()
-            return to_device(own.values, self._device), causal_outside and text_only(own.host, *known)
+            sets = ranges.parse(self._mask, batch.ranges, sizes)
+            used = {name: own for name, own in sets.items() if own.host is not None and own.values.shape[1]}
+            plain = causal_outside and all(text_only(own.on_host(), *sizes.on_host()) for own in used.values())
+            return [to_device(used[name].values, self._device) if name in used else None for name in names], plain
         if batch.lengths_on_host:
             batch.host_lengths(self._room(batch))  # which checks them
-        spans = ranges.to_tensor(self._mask, batch.ranges, batch.size, self._device)
-        return spans, causal_outside and spans is None
+        spans = ranges.to_tensors(self._mask, batch.ranges, batch.size, self._device)
+        return [spans[name] for name in names], causal_outside and all(own is None for own in spans.values())
 
     def describe(self) -> list[tuple[str, str]]:
         return self._of_any_size.with_spans.describe()

@@ -38,6 +38,8 @@ def register(plan: Runnable) -> torch.Tensor:
     """The new handle of `plan`, which the registry does not keep alive."""
     number = next(_numbers)
     _plans[number] = plan
+    if not torch.is_inference_mode_enabled():
+        return torch.tensor(number, dtype=torch.int64, device="cpu")
     with torch.inference_mode(False):  # a tensor made in inference mode fails the guards of one that was not
         return torch.tensor(number, dtype=torch.int64, device="cpu")
 

@@ -18,8 +18,10 @@ from typing import Any
 import torch
 
 from fa4_prefixlm.backends.causal import Causal
+from fa4_prefixlm.backends.flex import Flex
 from fa4_prefixlm.backends.reference import Reference
 from fa4_prefixlm.backends.select import Choice, choose
+from fa4_prefixlm.backends.two_pass import TwoPass
 from fa4_prefixlm.batch import lengths
 from fa4_prefixlm.batch.tensors import CallSpec, device_arch
 from fa4_prefixlm.errors import InputError, UnsupportedError, install_hint
@@ -108,8 +110,9 @@ class Diagnosis:
         """What a normal call takes on this machine, or on the GPU that was named, and why."""
         if not self.builds:
             hint = install_hint("fa4")
+            name = Kind("spans").choose(None, _number(self.here)).name if self.here else Reference.name
             return [
-                f"Here every call runs `{Reference.name}`, because no FlashAttention-4 was found.",
+                f"Here every call runs `{name}`, because no FlashAttention-4 was found.",
                 f"To install it, {hint}",
             ]
         lines = []
@@ -171,8 +174,8 @@ def _normal(kinds: Mapping[str, Sequence[Choice]]) -> str:
     choices = {kind: own[0] for kind, own in kinds.items()}
     normal = choices["spans"]
     reasons = {name: reason for name, reason in normal.passed_over if name != Causal.name}  # it is for text only
-    if {own.name for own in choices.values()} == {Reference.name}:
-        return f"every call runs `{Reference.name}` ({list(reasons.values())[-1]})"
+    if {own.name for own in choices.values()} in ({Flex.name}, {Reference.name}):
+        return f"every call runs `{normal.name}` ({reasons[TwoPass.name]})"
     said = f"a call with spans takes `{normal.name}` ({normal.backend.summary})"
     if not reasons:
         return f"{said}, the first choice"

@@ -27,11 +27,12 @@ from typing import Literal
 
 import torch
 
+from fa4_prefixlm.batch.lengths import CuSeqlens
 from fa4_prefixlm.masks.atoms import causal, same_span
-from fa4_prefixlm.masks.atoms import window as sliding_window
 from fa4_prefixlm.masks.base import Mask
 from fa4_prefixlm.masks.models._like import variant
-from fa4_prefixlm.masks.spans import BatchSpans, drop_longer, runs_of
+from fa4_prefixlm.masks.models._window import sliding_window
+from fa4_prefixlm.masks.spans import BatchSpans, drop_longer, read_spans
 
 __all__ = ["drop_longer", "global_layers", "local_layers", "spans_from_token_types"]
 
@@ -58,6 +59,15 @@ def local_layers(window: int, *, like: Literal["transformers", "vllm"]) -> Mask:
     )
 
 
-def spans_from_token_types(token_types: torch.Tensor) -> BatchSpans:
-    """The images in `token_type_ids` `(batch, seqlen)`. Reads the tensor on the host, see `spans.runs_of`."""
-    return runs_of(token_types, {1})
+def spans_from_token_types(
+    token_types: torch.Tensor, *, cu_seqlens: CuSeqlens | None = None, max_spans: int | None = None
+) -> BatchSpans | torch.Tensor:
+    """The images in `token_type_ids`.
+
+    Args:
+        token_types: `(batch, seqlen)`, or packed `(total,)` with `cu_seqlens`; any integer dtype, on any device.
+        cu_seqlens: `(batch + 1,)` int32, where packed sequences begin and end.
+        max_spans: None: the tensor is read on the host, see `spans.runs_of`. A number: nothing waits for the device,
+            and the spans are an int32 tensor there, `(batch, max_spans, 2)`, see `spans.runs_on_device`.
+    """
+    return read_spans(token_types, {1}, cu_seqlens=cu_seqlens, max_spans=max_spans)

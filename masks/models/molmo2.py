@@ -20,10 +20,11 @@ from typing import Literal
 
 import torch
 
+from fa4_prefixlm.batch.lengths import CuSeqlens
 from fa4_prefixlm.masks.atoms import causal, one_block, same_span
 from fa4_prefixlm.masks.base import Mask
 from fa4_prefixlm.masks.models._like import variant
-from fa4_prefixlm.masks.spans import BatchSpans, runs_of
+from fa4_prefixlm.masks.spans import BatchSpans, read_spans
 
 
 def all_layers(*, like: Literal["transformers", "vllm"]) -> Mask:
@@ -35,6 +36,15 @@ def all_layers(*, like: Literal["transformers", "vllm"]) -> Mask:
     return variant(like, {"transformers": causal | one_block("image"), "vllm": causal | same_span("image")})
 
 
-def spans_from_token_types(token_types: torch.Tensor) -> BatchSpans:
-    """Image runs in `mm_token_type_ids` `(batch, seqlen)`. Reads the tensor on the host, see `spans.runs_of`."""
-    return runs_of(token_types, {1})
+def spans_from_token_types(
+    token_types: torch.Tensor, *, cu_seqlens: CuSeqlens | None = None, max_spans: int | None = None
+) -> BatchSpans | torch.Tensor:
+    """Image runs in `mm_token_type_ids`.
+
+    Args:
+        token_types: `(batch, seqlen)`, or packed `(total,)` with `cu_seqlens`; any integer dtype, on any device.
+        cu_seqlens: `(batch + 1,)` int32, where packed sequences begin and end.
+        max_spans: None: the tensor is read on the host, see `spans.runs_of`. A number: nothing waits for the device,
+            and the spans are an int32 tensor there, `(batch, max_spans, 2)`, see `spans.runs_on_device`.
+    """
+    return read_spans(token_types, {1}, cu_seqlens=cu_seqlens, max_spans=max_spans)

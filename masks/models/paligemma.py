@@ -27,11 +27,12 @@ from typing import Literal
 
 import torch
 
+from fa4_prefixlm.batch.lengths import CuSeqlens
 from fa4_prefixlm.masks.atoms import causal, one_block, same_span
-from fa4_prefixlm.masks.atoms import window as sliding_window
 from fa4_prefixlm.masks.base import Mask
 from fa4_prefixlm.masks.models._like import variant
-from fa4_prefixlm.masks.spans import BatchSpans, runs_of
+from fa4_prefixlm.masks.models._window import sliding_window
+from fa4_prefixlm.masks.spans import BatchSpans, read_spans
 
 
 def global_layers(*, like: Literal["transformers", "vllm"], gaps: bool = False) -> Mask:
@@ -57,21 +58,31 @@ def local_layers(window: int, *, like: Literal["transformers", "vllm"], gaps: bo
 
 
 def spans_from_token_types(
-    token_types: torch.Tensor, *, attention_mask: torch.Tensor | None = None, gaps: bool = False
-) -> BatchSpans:
-    """The prefix of each row of `token_type_ids` `(batch, seqlen)`. Reads it on the host, see `spans.runs_of`.
+    token_types: torch.Tensor,
+    *,
+    attention_mask: torch.Tensor | None = None,
+    gaps: bool = False,
+    cu_seqlens: CuSeqlens | None = None,
+    max_spans: int | None = None,
+) -> BatchSpans | torch.Tensor:
+    """The prefix of each row of `token_type_ids`.
 
     Args:
-        token_types: `(batch, seqlen)`, any integer dtype, on any device; 0 is the prefix.
-        attention_mask: `(batch, seqlen)`; 0 is padding, which is then in no span.
+        token_types: `(batch, seqlen)`, or packed `(total,)` with `cu_seqlens`; any integer dtype, on any device; 0 is
+            the prefix.
+        attention_mask: of the same shape; 0 is padding, which is then in no span.
         gaps: take a row with several runs, for masks made with `gaps=True`.
+        cu_seqlens: `(batch + 1,)` int32, where packed sequences begin and end.
+        max_spans: None: the tensor is read on the host, see `spans.runs_of`. A number: nothing waits for the device,
+            and the spans are an int32 tensor there, `(batch, max_spans, 2)`, see `spans.runs_on_device`; without
+            `gaps` its width is 1.
 
     Raises:
-        InputError: a row has several runs, and `gaps` is False.
+        InputError: a row has several runs, and `gaps` is False (on a device, an assertion there).
     """
     if attention_mask is not None:
         token_types = token_types.masked_fill(attention_mask == 0, -1)
-    return runs_of(token_types, {0}, joined=not gaps)
+    return read_spans(token_types, {0}, cu_seqlens=cu_seqlens, max_spans=max_spans, joined=not gaps)
 
 
 def _prefix(gaps: bool) -> Mask:

@@ -18,8 +18,8 @@ read: `_make_rswa_mask_mod` in `v1/attention/backends/flash_attn.py`.
 from __future__ import annotations
 
 from fa4_prefixlm.masks.atoms import causal, prefix
-from fa4_prefixlm.masks.atoms import window as sliding_window
 from fa4_prefixlm.masks.base import Mask
+from fa4_prefixlm.masks.models._window import sliding_window
 
 
 def all_layers(window: int) -> Mask:

@@ -84,7 +84,7 @@ def test_ugly_batches(name: str, dims: tuple[int, int], gpu_report) -> None:
             assert_within(found, limit(backend, kind, band, at_least=2.5e-3), f"{backend}, {mask}")
 
 
-@pytest.mark.parametrize("backend", ONE_CALL)
+@pytest.mark.parametrize("backend", [*ONE_CALL, "flex"])
 @pytest.mark.parametrize("dims", [(64, 64), (128, 128), (256, 256)], ids=str)
 def test_rows_that_see_nothing_are_zero_with_lse_minus_infinity(backend: str, dims: tuple[int, int]) -> None:
     batch = Batch(((900, 900), (150, 150), (300, 300)), (((100, 500),), (), ((200, 300),)))
@@ -134,7 +134,7 @@ def test_memory_around_the_native_bounds_does_not_matter(dim: int) -> None:
         assert torch.equal(fp.attention(q, k, v, plan), clean)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "flex"])
 def test_plan_and_attention_do_not_synchronise(backend: str) -> None:
     batch = Batch(((300, 300), (100, 260)), (((4, 260),), ((0, 100), (200, 256))))
     q, k, v = batch.tensors((4, 2), (128, 128), torch.bfloat16, "cuda", 0)

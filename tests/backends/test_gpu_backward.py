@@ -21,7 +21,7 @@ from fa4_prefixlm.backends.causal_backward import CausalGradients
 from fa4_prefixlm.batch.forward_pass import ForwardPass
 from fa4_prefixlm.geometry.key_bounds import rising_key_bounds
 from fa4_prefixlm.geometry.row_tiles import key_tile_ends, row_tiles
-from fa4_prefixlm.masks import causal, key_in, one_block, prefix, window
+from fa4_prefixlm.masks import causal, everything, key_in, one_block, prefix, same_span, window
 from fa4_prefixlm.testing.accuracy import Gradients
 from fa4_prefixlm.testing.batches import UGLY, Batch, masks_for, random_batch, random_mask
 from fa4_prefixlm.testing.empty_rows import Blind
@@ -46,6 +46,8 @@ KINDS = [
     Kind((64, 64), (5, 5), softcap=20.0),
     Kind((256, 256), (4, 4), sink=True),
 ]
+# torch compiles for many seconds for each.
+FLEX_KINDS = [Kind((64, 64)), Kind((256, 256)), Kind((128, 128), (6, 2), softcap=30.0, sink=True, with_lse=True)]
 # Those at which FA4's own backward is wrong, and others beside them that are no multiples of 32.
 HEAD_DIMS = (24, 40, 48, 56, 72, 80, 88, 104, 112, 120, 136, 160, 224)
 MANY = Batch(tuple((n % 40, n % 40) for n in range(300)), tuple(((n % 7, n % 40),) * (n % 40 > 8) for n in range(300)))
@@ -67,7 +69,9 @@ def judged(kind: Kind, batch: Batch, mask: fp.Mask, backward: str, seed: int, ke
     errors = errors_of(gradients_of(own, plan, deterministic), exact)
     if keep is not None:
         keep(kind=str(kind), mask=str(mask), backward=backward, errors=dataclasses.asdict(errors), band=_dict(band))
-    assert not errors.within(band, BAND, ROW_BAND), f"{mask}\n  got  {errors}\n  band {band}"
+    # flex applies sinks to the output, which rounds once more: 2.04 times the band was measured for a row.
+    row_band = 2.2 if backward == "flex" and kind.sink else ROW_BAND
+    assert not errors.within(band, BAND, row_band), f"{mask}\n  got  {errors}\n  band {band}"
 
 
 def _dict(band: Errors) -> dict:
@@ -97,8 +101,11 @@ def test_tables_are_those_of_the_torch_path() -> None:
                     assert torch.equal(mine[live].cpu(), right[live])
 
 
-@pytest.mark.parametrize("backward", ["native", "packed"])
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize(
+    ("kind", "backward"),
+    [*itertools.product(KINDS, ("native", "packed")), *((kind, "flex") for kind in FLEX_KINDS)],
+    ids=str,
+)
 def test_random_batches(kind: Kind, backward: str, gpu_report) -> None:
     rng = random.Random(str(kind))
     for seed in range(4):
@@ -127,6 +134,23 @@ def test_all_query_heads_of_a_key_head_in_one_cta(kind: Kind, monkeypatch, gpu_r
         judged(kind, batch, mask, "native", seed, gpu_report)
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("kind", [KINDS[2], KINDS[5]], ids=str)
+def test_windows_that_look_right(kind: Kind, deterministic: bool, gpu_report) -> None:
+    rng = random.Random(str(kind))
+    bare = Batch(((300, 300), (64, 200), (1, 1)), ((), (), ()))
+    for seed, (batch, mask) in enumerate(
+        [
+            (bare, everything | same_span("image")),
+            (bare, window(100, 60) | same_span("image")),
+            (bare, window(None, 30) | same_span("image")),
+            (random_batch(rng), window(70, 40) | same_span("image")),
+            (random_batch(rng), (causal | same_span("image")) & window(100, 30)),
+        ]
+    ):
+        judged(kind, batch, mask, "native", seed, gpu_report, deterministic=deterministic)
+
+
 @pytest.mark.parametrize("dim", HEAD_DIMS)
 def test_head_dims_at_which_fa4_is_wrong(dim: int, gpu_report) -> None:
     """FA4's own backward is wrong just where it is refused; the native one is right."""
@@ -147,8 +171,14 @@ def test_head_dims_at_which_fa4_is_wrong(dim: int, gpu_report) -> None:
     judged(Kind((dim, dim)), batch, fp.PrefixLM(), "native", dim, gpu_report)
 
 
-@pytest.mark.parametrize("backward", ["native", "packed"])
-@pytest.mark.parametrize("kind", [Kind((64, 64)), Kind((128, 128)), Kind((256, 256), (4, 4))], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "backward"),
+    [
+        *itertools.product((Kind((64, 64)), Kind((128, 128)), Kind((256, 256), (4, 4))), ("native", "packed")),
+        (Kind((64, 64)), "flex"),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("name", UGLY)
 def test_ugly_batches(name: str, kind: Kind, backward: str, gpu_report) -> None:
     for mask in masks_for(UGLY[name]):
@@ -173,7 +203,7 @@ def test_masks_beyond_one_rising_interval(dim: int, backward: str) -> None:
         judged(kind, batch, mask, backward, 5)
 
 
-@pytest.mark.parametrize("backward", ["packed", "reference"])
+@pytest.mark.parametrize("backward", ["packed", "flex", "reference"])
 def test_rows_that_see_nothing(backward: str) -> None:
     batch = Batch(((500, 500), (90, 90)), (((210, 300),), ()))
     judged(Kind((128, 128), with_lse=True), batch, Blind(), backward, 6, backend="varlen")
@@ -193,6 +223,29 @@ def test_a_block_of_tags(dim: int) -> None:
     spans = (((5, 80), (100, 180), (300, 301), (400, 470), (500, 530)), ((0, 30), (40, 60)))
     batch = Batch(((600, 600), (70, 70)), spans)
     judged(Kind((dim, dim)), batch, causal | one_block("image"), "packed", 7)
+
+
+def test_flex_after_its_own_forward_and_after_another(gpu_report) -> None:
+    """Through autograd, and computed again: masks of more intervals than FA4's kernels take, and tags."""
+    spans = tuple((at, at + 7) for at in range(0, 280, 40)), ((0, 9),)
+    batch, kind = Batch(((600, 600), (70, 90)), spans), Kind((64, 64), with_lse=True)
+    for mask, forwards in (
+        (causal & (window(40) | key_in("image")), ("flex", "auto")),
+        (causal | one_block("image"), ("flex", "varlen")),
+    ):
+        for forward in forwards:
+            judged(kind, batch, mask, "flex", 8, gpu_report, backend=forward)
+
+
+def test_flex_is_deterministic() -> None:
+    spans = tuple((at, at + 7) for at in range(0, 280, 40)), ((0, 9),)
+    batch, kind = Batch(((900, 900), (70, 90)), spans), Kind((64, 64), with_lse=True)
+    own = inputs_of(kind, batch, 9)
+    for forward in ("flex", "varlen"):
+        plan = plan_of(own, batch, causal | one_block("image"), "flex", forward)
+        runs = [gradients_of(own, plan, deterministic=True) for _ in range(4)]
+        for other in runs[1:]:
+            assert all(torch.equal(getattr(other, name), getattr(runs[0], name)) for name in "qkv")
 
 
 def test_keys_that_nobody_sees_have_no_gradient() -> None:

@@ -8,17 +8,25 @@ import pytest
 import torch
 
 import fa4_prefixlm as fp
-from fa4_prefixlm.masks import causal, from_cute, from_flex, key_in, one_block, prefix, same_span, window
+from fa4_prefixlm.geometry.intervals import measured as measured_traits
+from fa4_prefixlm.geometry.traits import MOST_INTERVALS
+from fa4_prefixlm.masks import causal, everything, from_cute, from_flex, key_in, one_block, prefix, same_span, window
 from fa4_prefixlm.masks.models.catalogue import CATALOGUE
-from fa4_prefixlm.testing.accuracy import exact_attention
+from fa4_prefixlm.testing.accuracy import exact_attention, exact_gradients, relative_error
 from fa4_prefixlm.testing.batches import EDGES, Batch, random_spans
 from fa4_prefixlm.testing.poison import nan_output, poison_free_memory
+from fa4_prefixlm.testing.stages import prepare
 from tests.backends.gpu_calls import Kind, causal_band, limit, measured, tensors_of
 from tests.exactness import assert_within, errors
+from tests.masks.layouts import layouts
 
 pytestmark = pytest.mark.gpu
 
 MASKS = {
+    "everything": everything,
+    "both ways": window(100, 60),
+    "both ways and spans": window(90, 30) | same_span("image"),
+    "spans that look right in a window": (causal | same_span("image")) & window(100, 30),
     "two intervals": causal & (prefix("prompt") | window(100)),
     "two intervals and spans": (causal | same_span("image")) & (prefix("prompt") | window(130)),
     "three intervals": causal & (window(60) | key_in("image")),
@@ -28,6 +36,7 @@ MASKS = {
     "window and block of tags": (causal & window(90)) | one_block("many"),
     "from flex": from_flex(lambda b, h, q, kv: (q >= kv) & ((q - kv < 70) | (kv < 30) | ((kv >= 200) & (kv < 240)))),
 }
+FLEX_KIND = Kind((128, 128))  # the one that flex runs: it compiles for seconds for each kind and count of intervals
 KINDS = [Kind((64, 64)), Kind((128, 128)), Kind((256, 256)), Kind((128, 128), torch.float16, (6, 1), sink=True)]
 
 
@@ -59,7 +68,7 @@ def check(mask: fp.Mask, batch: Batch, spans: dict[str, list], kind: Kind, seed:
     exact, exact_lse = exact_attention(q, k, v, mask=mask, spans=named, seqlens=batch.as_seqlens, options=options)
     band = causal_band(q, k, v, batch, 64, options)
     ran = set()
-    for backend in ("native", "varlen", "packed"):
+    for backend in ("native", "varlen", "packed", *["flex"] * (kind == FLEX_KIND)):
         poison_free_memory()
         try:
             plan = fp.plan(
@@ -92,6 +101,7 @@ def test_masks(name: str, kind: Kind, gpu_report) -> None:
         batch = a_batch(rng)
         ran = check(MASKS[name], batch, spans_for(MASKS[name], batch, rng), kind, seed, gpu_report, name)
         assert "varlen" in ran
+        assert ("flex" in ran) == (kind == FLEX_KIND)
 
 
 @pytest.mark.parametrize("name", CATALOGUE)
@@ -105,7 +115,56 @@ def test_catalogue(name: str, gpu_report) -> None:
                 span_set: [random_spans(rng, keys)[:4] or ((0, keys),) for _, keys in batch.seqlens]
                 for span_set in sorted(entry.mask.names)
             }
-            assert "varlen" in check(entry.mask, batch, spans, kind, case, gpu_report, name)
+            ran = check(entry.mask, batch, spans, kind, case, gpu_report, name)
+            counted = prepare(batch, entry.mask, spans)
+            seen = measured_traits(entry.mask, counted.spans, counted.sizes, counted.traits)
+            assert ("varlen" in ran) == (seen.tagged or seen.intervals <= MOST_INTERVALS)
+
+
+@pytest.mark.parametrize("kind", KINDS[1:3], ids=str)
+@pytest.mark.parametrize("name", layouts())
+def test_layouts(name: str, kind: Kind, gpu_report) -> None:
+    for seed, scale in enumerate((1, 4)):
+        mask, batch, spans = layouts(scale)[name]
+        assert "varlen" in check(mask, batch, spans, kind, seed, gpu_report, name)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dim", [128, 256])
+@pytest.mark.parametrize("name", layouts())
+def test_gradients_of_layouts(name: str, dim: int, deterministic: bool) -> None:
+    """On FA4's backward, whichever the plan chooses: the masks whose sets of spans belong together."""
+    mask, batch, spans = layouts(3)[name]
+    q, k, v = (own.requires_grad_() for own in batch.tensors((4, 2), (dim, dim), torch.bfloat16, "cuda"))
+    plan = fp.plan(spans, like=(q, k, v), cu_seqlens_q=batch.cu_q, cu_seqlens_k=batch.cu_k, mask=mask)
+    out = fp.attention(q, k, v, plan, deterministic=deterministic)
+    dout = torch.randn_like(out)
+    poison_free_memory()
+    grads = torch.autograd.grad(out, (q, k, v), dout)
+    named = {own: tuple(map(tuple, sequences)) for own, sequences in spans.items()}
+    exact = exact_gradients(q, k, v, dout, mask=mask, spans=named, seqlens=batch.as_seqlens)
+    for letter, got, right in zip("qkv", grads, (exact.q, exact.k, exact.v), strict=True):
+        assert relative_error(got.double(), right) < 5e-3, f"d{letter}, {plan}"
+
+
+@pytest.mark.filterwarnings("ignore")  # some masks of many intervals go to the reference, and say so
+@pytest.mark.parametrize("on_device", [False, True], ids=["host", "device"])
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_a_plan_does_not_synchronise(name: str, on_device: bool) -> None:
+    mask, rng = CATALOGUE[name].mask, random.Random(name)
+    batch = Batch(((700, 700), (100, 300), (1, 90)), ((), (), ()))
+    cu_q, cu_k = batch.cu_q, batch.cu_k
+    q, k, v = batch.tensors((4, 2), (128, 128), torch.bfloat16, "cuda")
+    spans = {own: [random_spans(rng, keys)[:3] for _, keys in batch.seqlens] for own in sorted(mask.names)}
+    if on_device:
+        cu_q, cu_k = (torch.tensor(own, dtype=torch.int32, device="cuda") for own in (cu_q, cu_k))
+        spans = {own: Batch(batch.seqlens, tuple(given)).ranges_tensor().cuda() for own, given in spans.items()}
+    for mode in ("default", "error"):  # the first compiles
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            fp.plan(spans, like=(q, k, v), cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, mask=mask)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_mask_with_its_own_kernel(gpu_report) -> None:
@@ -122,4 +181,4 @@ def test_a_mask_with_its_own_kernel(gpu_report) -> None:
 
     mask = from_cute(causal_to_allowed_keys, aux_tensors=[allowed], twin=twin)
     ran = check(mask, batch, {}, Kind((128, 128)), 0, gpu_report, "own kernel")
-    assert ran == {"varlen"}
+    assert ran == {"varlen", "flex"}

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fa4_prefixlm as fp
+from fa4_prefixlm.backends import flex
 from fa4_prefixlm.backends import select as backends
 from fa4_prefixlm.batch import lengths
 from fa4_prefixlm.batch.tensors import CallSpec
@@ -50,7 +51,7 @@ def test_auto_takes_the_first_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"sm90_list_stride": "unknown"}, "packed", "is not clear from its source"),
         ({"sm90_list_stride": "128"}, "varlen", None),
         ({"arguments": builds.CAUSAL_ARGUMENTS}, "two_pass", "has no argument aux_tensors, block_sparse_tensors"),
-        ({"arguments": frozenset({"q"})}, "reference", "has no argument aux_tensors"),
+        ({"arguments": frozenset({"q"})}, "flex", "has no argument aux_tensors"),
     ],
 )
 def test_what_a_build_cannot_do_is_passed_over(
@@ -67,22 +68,54 @@ def test_what_a_build_cannot_do_is_passed_over(
         ({"dtype": torch.float32}, "FA4 takes bfloat16 and float16, not torch.float32"),
         ({"head_dim": 320}, "SM90 takes head dims up to 256"),
         ({"head_dim": 100}, "multiples of 8"),
-        ({"device": torch.device("cpu")}, "the tensors are on cpu"),
+        ({"arch": 80, "head_dim": 96}, "no kernel for sm_80"),
     ],
 )
-def test_what_fa4_cannot_run_goes_to_the_reference(monkeypatch: pytest.MonkeyPatch, change: dict, why: str) -> None:
+def test_what_fa4_cannot_run_goes_to_flex(change: dict, why: str) -> None:
     call = dataclasses.replace(GPU_CALL, **change)
-    choice = choose(GOOD, call)
-    assert choice.name == "reference"
-    assert [name for name, _ in choice.passed_over] == ["causal", "native", "varlen", "packed", "two_pass"]
-    assert all(why in reason for name, reason in choice.passed_over if name != "causal")
+    choice = choose(GOOD, call, arch=call.arch)
+    assert choice.name == "flex"
+    assert [name for name, _ in choice.passed_over] == ["causal", "native", "varlen", "packed", "two_pass", "cudnn"]
+    assert all(why in dict(choice.passed_over)[name] for name in ("varlen", "packed", "two_pass"))
     with pytest.raises(fp.UnsupportedError, match=why):
-        choose(GOOD, call, name="packed")
+        choose(GOOD, call, name="packed", arch=call.arch)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"dtype": torch.float64}, "FlexAttention takes bfloat16, float16 and float32, not torch.float64"),
+        ({"arch": 75}, "torch tests FlexAttention on sm_80 and later, not sm_75"),
+        ({"head_dim": 8}, "FlexAttention takes head dims of at least 16 on a GPU"),
+        ({"head_dim_v": 8, "dtype": torch.float32}, "FlexAttention takes head dims of at least 16 on a GPU"),
+    ],
+)
+def test_what_flex_cannot_run_goes_to_the_reference(change: dict, why: str) -> None:
+    call = dataclasses.replace(GPU_CALL, **change)
+    choice = choose(None, call, arch=call.arch)
+    assert (choice.name, choice.passed_over[-1]) == ("reference", ("flex", why))
+    with pytest.raises(fp.UnsupportedError, match=why):
+        choose(None, call, name="flex", arch=call.arch)
+
+
+def test_without_triton_there_is_no_flex_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flex, "_has_triton", lambda: False)
+    choice = choose(None)
+    assert (choice.name, choice.passed_over[-1][1][:23]) == ("reference", "Triton is not installed")
+
+
+def test_on_the_cpu_flex_is_taken_by_name_alone() -> None:
+    call = dataclasses.replace(GPU_CALL, device=torch.device("cpu"), arch=0)
+    choice = choose(GOOD, call, arch=0)
+    assert choice.name == "reference"
+    assert "there for tests" in dict(choice.passed_over)["flex"]
+    assert all("the tensors are on cpu" in dict(choice.passed_over)[name] for name in ("native", "packed", "two_pass"))
+    assert choose(GOOD, call, name="flex", arch=0).reason == "asked for by name"
 
 
 def test_no_fa4_and_no_fitting_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ("varlen", "flash-attn-4 is not installed") in choose(None).passed_over
-    assert "no kernel for sm_80" in choose(GOOD, arch=80).passed_over[-1][1]
+    assert "no kernel for sm_80" in dict(choose(GOOD, arch=80).passed_over)["two_pass"]
 
 
 def test_long_windowed_sequences_take_packed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +134,7 @@ def test_no_query_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"banded": False}, "native", None),
         ({"intervals": 4}, "varlen", None),
-        ({"intervals": 5}, "reference", "a row may see 5 intervals of keys, the kernels take 4"),
+        ({"intervals": 5}, "flex", "a row may see 5 intervals of keys, the kernels take 4"),
         ({"tagged": True}, "varlen", None),
         ({"custom": True, "intervals": 9}, "varlen", None),
     ],
@@ -147,10 +180,7 @@ def test_two_passes_are_for_masks_that_are_a_causal_pass_and_a_rest() -> None:
         assert two_pass.refusal(GPU_CALL, traits, GOOD) is None
     for change in ({"causal_part": None}, {"intervals": 2}):
         several = dataclasses.replace(DEMAND, **change)
-        assert (
-            two_pass.refusal(GPU_CALL, several, GOOD)
-            == "the mask is not a causal pass plus the rest of one set of spans"
-        )
+        assert two_pass.refusal(GPU_CALL, several, GOOD) == "the mask is not a causal pass plus the rest of spans"
 
 
 def backends_demand(mask):

@@ -38,16 +38,19 @@ def chosen(mask: fp.Mask = fp.PrefixLM(), build=B36, *, spans: int = 3, name: st
         ({"mask": causal | one_block("image"), "spans": 9}, "packed", "masks of intervals alone"),
         ({"build": dataclasses.replace(B36, backward_refusal="it is another")}, "packed", "it is another"),
         ({"arch": 100}, "packed", "it is made for SM90, not sm_100"),
-        ({"arch": 100, "head_dim": 256, "head_dim_v": 256}, "reference", "on SM100 has limits that were not tried"),
-        ({"arch": 80}, "reference", "no kernel for sm_80"),
-        ({"dtype": torch.float32}, "reference", "not torch.float32"),
-        ({"head_dim_v": 64}, "reference", "FA4's backward takes equal head dims"),
+        ({"arch": 100, "head_dim": 256, "head_dim_v": 256}, "flex", "on SM100 has limits that were not tried"),
+        ({"arch": 80}, "flex", "no kernel for sm_80"),
+        ({"dtype": torch.float32}, "flex", "not torch.float32"),
+        ({"head_dim_v": 64}, "flex", "FA4's backward takes equal head dims"),
         ({"head_dim": 192, "heads_kv": 4}, "native", None),
-        ({"head_dim": 192}, "reference", "as many key heads as query heads"),
+        ({"head_dim": 192}, "flex", "as many key heads as query heads"),
         ({"head_dim": 72, "head_dim_v": 72}, "native", None),
-        ({"build": None}, "reference", "flash-attn-4 is not installed"),
-        ({"build": dataclasses.replace(BEST, backward_arguments=frozenset())}, "reference", "has no backward"),
+        ({"build": None}, "flex", "flash-attn-4 is not installed"),
+        ({"build": dataclasses.replace(BEST, backward_arguments=frozenset())}, "flex", "has no backward"),
         ({"deterministic": True}, "native", None),
+        ({"mask": causal | one_block("image"), "spans": 9, "deterministic": True}, "flex", "masks of intervals alone"),
+        ({"build": None, "dtype": torch.float64}, "reference", "flash-attn-4 is not installed"),
+        ({"build": None, "device": torch.device("cpu")}, "reference", "FA4 needs a GPU"),
     ],
 )
 def test_the_first_that_runs_the_call(change: dict, name: str, why: str | None) -> None:
@@ -66,7 +69,7 @@ def test_head_dims_at_which_fa4_is_wrong(dim: int) -> None:
     assert chosen(**dims).name == "native"
     other = dataclasses.replace(B36, backward_refusal="it is another")
     found = chosen(build=other, **dims)
-    assert found.name == ("packed" if agree else "reference")
+    assert found.name == ("packed" if agree else "flex" if dim >= 16 else "reference")
     assert agree or "is wrong at head dim" in dict(found.passed_over)["packed"]
     assert chosen(build=dataclasses.replace(other, sm90_backward_head_dims="unknown"), **dims).name == found.name
 
@@ -82,7 +85,9 @@ def test_what_is_asked_for_by_name() -> None:
         chosen(name="causal")
     with pytest.raises(fp.UnsupportedError, match="its order of writes differs"):
         chosen(name="packed", deterministic=True)
-    with pytest.raises(fp.InputError, match="^backward: expected one of auto, causal, native, packed, reference"):
+    with pytest.raises(
+        fp.InputError, match="^backward: expected one of auto, causal, native, packed, cudnn, flex, reference"
+    ):
         chosen(name="fast")
     with pytest.raises(fp.UnsupportedError, match="contiguous keys"):
         chosen(name="native", page_size=16)
@@ -90,7 +95,7 @@ def test_what_is_asked_for_by_name() -> None:
 
 
 def test_a_slow_backward_warns_on_a_gpu() -> None:
-    found = chosen(build=None)
+    found = chosen(build=None, dtype=torch.float64)
     with pytest.warns(UserWarning, match=r"gradients by the dense reference.*flash-attn-4 is not installed"):
         warn_of_slow_backward(found, CALL)
     with warnings.catch_warnings():

@@ -122,7 +122,10 @@ def test_tensors(tensors, message: str) -> None:
         ({"out": torch.zeros(10, 4, 16).double()}, "out: expected q's dtype torch.float32, got torch.float64"),
         ({"out": torch.zeros(10, 16, 4).transpose(1, 2)}, "out: expected a contiguous tensor"),
         ({"mask": "causal"}, "mask: expected a fa4_prefixlm mask such as PrefixLM(window=1024), got 'causal'"),
-        ({"backend": "flash"}, "backend: expected one of auto, causal, native, varlen, packed, two_pass, reference"),
+        (
+            {"backend": "flash"},
+            "backend: expected one of auto, causal, native, varlen, packed, two_pass, cudnn, flex, reference",
+        ),
     ],
 )
 def test_options(options, message: str) -> None:

@@ -11,9 +11,9 @@ import fa4_prefixlm as fp
 from fa4_prefixlm.geometry import key_bounds as kb
 from fa4_prefixlm.geometry.intervals import Bounds
 from fa4_prefixlm.geometry.row_tiles import key_tile_ends, row_tiles, visitors_before
-from fa4_prefixlm.masks import causal, prefix, window
+from fa4_prefixlm.masks import causal, prefix, query_in, same_span, window
 from fa4_prefixlm.masks.interval_lists import EMPTY_HI, EMPTY_LO
-from fa4_prefixlm.testing.batches import UGLY, Batch, random_batch, random_mask
+from fa4_prefixlm.testing.batches import UGLY, Batch, random_batch, random_mask, random_spans
 from fa4_prefixlm.testing.empty_rows import Blind
 from fa4_prefixlm.testing.stages import prepare
 
@@ -62,8 +62,8 @@ def check(
                     assert ends[query // tile_m + index + m] - 1 - n == others
 
 
-def both_ways(batch: Batch, mask: fp.Mask, tile: tuple[int, int], *, rising: bool) -> None:
-    stages = prepare(batch, mask)
+def both_ways(batch: Batch, mask: fp.Mask, tile: tuple[int, int], *, rising: bool, spans=None) -> None:
+    stages = prepare(batch, mask, spans if mask.names else {})
     sequence = stages.where.sequence
     assert kb.rises(stages.traits.closed_form, stages.sizes) == rising
     spread = kb._Spread(stages.bounds, sequence.long(), stages.sizes)
@@ -88,6 +88,33 @@ def test_random_batches(seed: int, tile: tuple[int, int]) -> None:
 def test_ugly_batches(name: str, tile: tuple[int, int]) -> None:
     for mask in (fp.PrefixLM(), fp.PrefixLM(40), fp.PrefixLM(40, clamp=False), fp.PrefixLM(1)):
         both_ways(UGLY[name], mask, tile, rising=True)
+
+
+@pytest.mark.parametrize("tile", TILES[::3], ids=str)
+@pytest.mark.parametrize("seed", range(6))
+def test_windows_that_look_right(seed: int, tile: tuple[int, int]) -> None:
+    rng = random.Random(f"{seed} {tile}")
+    left, right = rng.choice([None, 1, 40, 130]), rng.choice([None, 1, 17, 64, 200])
+    batch, plain, near = random_batch(rng), Batch(((300, 300), (9, 77)), ((), ())), window(left, right)
+    both_ways(plain, near, tile, rising=True)
+    both_ways(batch, near | same_span("image"), tile, rising=True)
+    both_ways(batch, (causal | same_span("image")) & window(40, 17), tile, rising=True)
+    both_ways(batch, causal | same_span("image") & causal | window(9, 5) & same_span("image"), tile, rising=True)
+    both_ways(batch, window(40) & causal | window(60, 9) & query_in("image"), tile, rising=False)
+    both_ways(batch, window(40) & causal | same_span("image", before=40), tile, rising=True)
+    both_ways(batch, window(40) & causal | same_span("image", before=41), tile, rising=False)
+    both_ways(batch, causal | same_span("image", before=90), tile, rising=True)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_two_sets_rise_where_both_do(seed: int) -> None:
+    rng = random.Random(seed)
+    batch = random_batch(rng)
+    other = tuple(random_spans(rng, keys) for _, keys in batch.seqlens)
+    spans = {"image": batch.spans, "canvas": other}
+    near = window(40) & causal | same_span("image")
+    both_ways(batch, near | same_span("canvas", before=39), TILES[0], rising=True, spans=spans)
+    both_ways(batch, near | same_span("canvas", before=60), TILES[2], rising=False, spans=spans)
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -57,7 +57,14 @@ def both(function: Callable[..., Any], **more: Any) -> tuple[torch.Tensor, torch
     assert bounds.dtype == torch.int32
     assert bounds.shape[:3] == (sizes["batch_size"], 1, sizes["q_length"])
     expected = masking_utils.sdpa_mask(**sizes, allow_is_causal_skip=False)
-    return bounds, masks.visible(bounds, sizes["kv_length"]), expected
+    return bounds, shown_by(bounds, sizes["kv_length"]), expected
+
+
+def shown_by(bounds: torch.Tensor, kv_length: int) -> torch.Tensor:
+    """What a layer is shown, without reading anything back first."""
+    record = masks.found(bounds, kv_length)
+    several = record.general is not None and bool((bounds == masks.NO_GOOD).any())
+    return masks.visible(record.in_several()[0] if several else bounds, kv_length)
 
 
 def gemma3_local(ids: torch.Tensor, window: int) -> Callable[..., Any]:
@@ -95,9 +102,12 @@ def test_as_sdpa(name: str, pad: str, joined: bool, seed: int) -> None:
     function = FUNCTIONS[name](block_ids(BATCH, KEYS, seed, joined=joined, blocks=2 if pad == "holes" else 3), window)
     assert is_known(read(function))
     bounds, shown, expected = both(function, attention_mask=padding(pad, BATCH, KEYS, seed))
-    assert bool(masks.known(bounds, KEYS).seen.overflow) == bool((runs_of(expected) > 4).any())
-    if not masks.known(bounds, KEYS).seen.overflow:
+    record = masks.known(bounds, KEYS)
+    assert bool(record.seen.overflow) == bool((runs_of(expected) > 4).any())
+    if not record.seen.overflow:
         assert (shown == expected).all()
+    if pad != "holes" and not joined:
+        assert not record.uses_several, "the usual case is one interval"
 
 
 def runs_of(dense: torch.Tensor) -> torch.Tensor:
@@ -210,11 +220,36 @@ def test_records_go_with_their_masks() -> None:
     assert len(masks._records) == before - 2
 
 
-def test_rows_of_a_mask() -> None:
+@pytest.mark.parametrize("joined", [False, True], ids=["one interval", "several"])
+@pytest.mark.parametrize("own_first", [False, True])
+def test_rows_of_a_mask(joined: bool, own_first: bool) -> None:
     """Gemma 4 cuts masks to the last rows for its layers that share keys."""
-    bounds, shown, _ = both(FUNCTIONS["gemma3 local"](block_ids(BATCH, KEYS, seed=5), 9))
-    record = masks.known(bounds[:, :, -20:], KEYS)
-    assert (record.as_dense() == shown[:, :, -20:]).all()
+    bounds, _, expected = both(FUNCTIONS["global"](block_ids(BATCH, KEYS, seed=5, joined=joined), 9))
+    if own_first:
+        masks.known(bounds, KEYS)
+    rows = bounds[:, :, -20:]
+    record = masks.known(rows, KEYS)
+    assert record.seen is not None
+    assert not record.seen.overflow
+    assert record.uses_several == joined
+    assert (masks.visible(record.in_several()[0] if joined else rows, KEYS) == expected[:, :, -20:]).all()
+    assert (record.as_dense() == expected[:, :, -20:]).all()
+    few = bounds[:, :, -3:]
+    assert (masks.found(few, KEYS).as_dense() == expected[:, :, -3:]).all()
+
+
+def test_rows_of_a_mask_of_too_many_runs() -> None:
+    ids = torch.full((BATCH, KEYS), -1)
+    ids[:, ::3] = 0
+    bounds, _, expected = both(gemma_global(ids, 0))
+    rows = bounds[:, :, -20:]
+    record = masks.known(rows, KEYS)
+    assert record.seen is not None
+    assert record.seen.overflow
+    assert (record.as_dense() == expected[:, :, -20:]).all()
+    other = bounds[:, :, -20:].clone()  # nobody knows whose they are
+    with pytest.raises(ValueError, match="attention_mask: expected a mask as it was made, or its last rows"):
+        masks.known(other, KEYS).as_dense()
 
 
 def test_other_keys_than_the_mask_is_for() -> None:

@@ -13,7 +13,7 @@ import torch
 
 from fa4_prefixlm.testing.batches import EDGES, UGLY, Batch, random_batch
 from fa4_prefixlm.testing.stages import prepare
-from tests.kernels.cases import MASKS, TILES
+from tests.kernels.cases import MASKS, TILES, TWO_SETS, spans_of
 from tests.kernels.triton_processes import INTERPRETED, compile_for_hopper, run_interpreted
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -22,16 +22,16 @@ from fa4_prefixlm.backends.base import MaskedBatch
 from fa4_prefixlm.backends.rows import kernel_rows
 from fa4_prefixlm.batch.keys import Keys
 from fa4_prefixlm.batch.lengths import Lengths
-from fa4_prefixlm.batch.ranges import Spans
+from fa4_prefixlm.batch.ranges import NamedRanges, Spans
 from fa4_prefixlm.batch.tensors import describe
 from fa4_prefixlm.kernels import row_update
 from fa4_prefixlm.masks import causal, query_in, window
 from fa4_prefixlm.masks.closed_form import closed_form
 
 
-def masked_batch(batch: Batch, mask: Mask, *, paged: bool = False) -> MaskedBatch:
-    """A batch as `plan_for` hands it to a backend, whose values the host knows."""
-    stage = prepare(batch, mask, batch.spans if mask.names else {})
+def masked_batch(batch: Batch, mask: Mask, *, paged: bool = False, spans: NamedRanges = None) -> MaskedBatch:
+    """A batch as `plan_for` hands it to a backend, whose values the host knows. spans: None: the batch's own."""
+    stage = prepare(batch, mask, spans or (batch.spans if mask.names else {}))
     sizes, spec = stage.sizes, describe(*batch.tensors((4, 2), (16, 16), torch.bfloat16, "cpu"))
     keys = Keys.contiguous(sizes)
     if paged:
@@ -49,7 +49,7 @@ def on_device_only(batch: MaskedBatch) -> MaskedBatch:
 
 def check(rng: random.Random, batch: Batch, mask: Mask, tile: tuple[int, int]) -> None:
     """Both ways to fill the rows agree in every bit, whoever knows the values, wherever the keys are."""
-    given = masked_batch(batch, mask, paged=rng.random() < 0.5)
+    given = masked_batch(batch, mask, paged=rng.random() < 0.5, spans=spans_of(rng, batch, mask))
     bounds, tiles = kernel_rows(given, *tile)
     for source in (given, on_device_only(given)):
         one = kernel_rows(dataclasses.replace(source, in_one_launch=True), *tile)
@@ -64,6 +64,25 @@ class TestInterpreted:
     def test_random_batches(self, seed: int) -> None:
         rng = random.Random(seed)
         check(rng, random_batch(rng, longest=400), MASKS[seed % len(MASKS)], TILES[seed % len(TILES)])
+
+    @pytest.mark.parametrize("seed", range(12))
+    def test_two_sets(self, seed: int) -> None:
+        rng = random.Random(seed)
+        check(rng, random_batch(rng, longest=400), TWO_SETS[seed % len(TWO_SETS)], TILES[seed % len(TILES)])
+
+    def test_each_set_has_its_own_longest_span(self) -> None:
+        given = masked_batch(
+            Batch(((90, 90),), ((),)), TWO_SETS[0], spans={"canvas": [[(0, 40)]], "image": [[(50, 60)]]}
+        )
+        form = closed_form(TWO_SETS[0])
+        sets = [given.spans[own.span] for own in form.inside]
+        for longest in ((40, 10), (39, 10), (40, 9)):
+            spans = [dataclasses.replace(own, host=None, longest=n) for own, n in zip(sets, longest, strict=True)]
+            if longest == (40, 10):
+                row_update.plan_rows(form, given.lengths, given.keys, spans, 64, 80, padding=8)
+                continue
+            with pytest.raises(InputError, match="max_range"):
+                row_update.plan_rows(form, given.lengths, given.keys, spans, 64, 80, padding=8)
 
     @pytest.mark.parametrize("name", UGLY)
     def test_ugly_batches(self, name: str) -> None:
@@ -97,10 +116,10 @@ class TestInterpreted:
         """What the launch refuses is what `Mask.whole` says."""
         given = masked_batch(Batch(((40, 60),), (((3, 9),),)), mask)
         form, cut = closed_form(mask), Spans(torch.tensor([[[50, 70]]], dtype=torch.int32), None, 100)
-        if form.span is not None:
-            assert mask.whole(form.span) == "span"
+        for own in form.inside:
+            assert mask.whole(own.span) == "span"
             with pytest.raises(InputError):
-                row_update.plan_rows(form, given.lengths, given.keys, cut, 64, 80, padding=8)
+                row_update.plan_rows(form, given.lengths, given.keys, [cut], 64, 80, padding=8)
 
     def test_rows_past_the_last_sequence(self) -> None:
         """`cu_seqlens_q` that ends before the tensor does: the rows after it stay (0, 0), their slots empty."""
@@ -112,7 +131,7 @@ class TestInterpreted:
             kernel_rows(dataclasses.replace(longer, in_one_launch=True), 64, 80)
         lengths = dataclasses.replace(longer.lengths, seqlens_q=(40, 0, 5), seqlens_k=(60, 0, 90))
         spans = Spans(given.spans["image"].values, (((50, 60),), (), ()), 10)
-        one = row_update.plan_rows(form, lengths, given.keys, spans, 64, 80, padding=256)
+        one = row_update.plan_rows(form, lengths, given.keys, [spans], 64, 80, padding=256)
         assert torch.equal(one[0][:45], bounds[:45])
         assert not one[0][45:].any()
         assert torch.equal(one[1][: len(tiles)], tiles)
@@ -158,7 +177,7 @@ class TestInterpreted:
             ranges = torch.zeros(2, 0, 2) if spans is None else torch.tensor(spans)
             own = Spans(ranges.to(torch.int32), None, 30)
             form = closed_form(PrefixLM(20))
-            return row_update.plan_rows(form, sizes, Keys.contiguous(sizes), own, 64, 80, padding=8)[0]
+            return row_update.plan_rows(form, sizes, Keys.contiguous(sizes), [own], 64, 80, padding=8)[0]
 
         rows([0, 40, 90], [0, 60, 120], [[(20, 30), (30, 40)], [(0, 30), (0, 0)]])
         with pytest.raises(InputError, match="max_range"):

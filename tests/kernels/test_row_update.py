@@ -14,11 +14,12 @@ import torch
 
 from fa4_prefixlm.testing.batches import EDGES, UGLY, Batch, random_batch
 from fa4_prefixlm.testing.stages import prepare
-from tests.kernels.cases import MASKS, TILES
+from tests.kernels.cases import MASKS, TILES, TWO_SETS, spans_of
 from tests.kernels.triton_processes import INTERPRETED, compile_for_hopper, run_interpreted
 
 pytest.importorskip("triton", reason="triton is not installed")
 from fa4_prefixlm import InputError, Mask, PrefixLM
+from fa4_prefixlm.batch.ranges import HostSpans
 from fa4_prefixlm.geometry import tiles as tiling
 from fa4_prefixlm.kernels import row_update
 from fa4_prefixlm.kernels.row_update import RowBuffers, update_rows
@@ -56,10 +57,10 @@ def int32(values) -> torch.Tensor:
     return guarded(torch.tensor(values, dtype=torch.int32))
 
 
-def ranges_of(rng: random.Random, batch: Batch, width: int = 0) -> torch.Tensor:
+def ranges_of(rng: random.Random, batch: Batch, spans: HostSpans, width: int = 0) -> torch.Tensor:
     """The spans with spans that are not here yet, in any order and in one of several strides."""
     rows = []
-    for (_, keys), own in zip(batch.seqlens, batch.spans, strict=True):
+    for (_, keys), own in zip(batch.seqlens, spans, strict=True):
         pending = [(keys + start, keys + start + rng.randint(1, 99)) for start in (0, 7) if rng.random() < 0.3]
         rows.append([*own, *pending])
     width = max(width, *(len(own) for own in rows))
@@ -79,21 +80,22 @@ def check(rng: random.Random, batch: Batch, mask: Mask, tile: tuple[int, int]) -
     form = closed_form(mask)
     total, count = batch.cu_q[-1], len(batch.seqlens)
     buffers = allocate(total + rng.choice([0, 0, 1, 300]), count + rng.choice([0, 0, 1, 5]), tile)
-    ranges = ranges_of(rng, batch, rng.choice([0, 0, 40])) if form.span else None
+    spans = spans_of(rng, batch, mask)
+    ranges = [ranges_of(rng, batch, spans[own.span], rng.choice([0, 0, 40])) for own in form.inside]
     for left_over in (buffers.tiles, buffers.cu_seqlens_q, buffers.seqused_k, buffers.page_table):
         left_over.fill_(POISON)
     pages = int32([[rng.randrange(1000) for _ in range(width)] for width in [rng.choice([1, 255, 257, PAGES])] * count])
     update_rows(form, buffers, int32(batch.cu_q), int32(batch.as_seqlens[1]), ranges, page_table=pages)
-    compare(batch, mask, buffers)
+    compare(batch, mask, buffers, spans)
     assert torch.equal(buffers.page_table[:count, : pages.shape[1]], pages)
     assert (buffers.page_table[count:] == POISON).all()
     assert (buffers.page_table[:, pages.shape[1] :] == POISON).all()
     assert all(guards_are_whole(getattr(buffers, name)) for name in TENSORS)
 
 
-def compare(batch: Batch, mask: Mask, buffers: RowBuffers) -> None:
+def compare(batch: Batch, mask: Mask, buffers: RowBuffers, spans: dict[str, HostSpans]) -> None:
     total, count = batch.cu_q[-1], len(batch.seqlens)
-    stage = prepare(batch, mask, batch.spans if mask.names else {})
+    stage = prepare(batch, mask, spans)
     assert torch.equal(buffers.bounds[:total], torch.cat([stage.bounds.lo, stage.bounds.hi], dim=1))
     assert (buffers.bounds[total:] == 0).all()
     tiles = tiling.query_tiles(stage.sizes, buffers.tile_tokens)
@@ -114,6 +116,34 @@ class TestInterpreted:
     def test_random_batches(self, seed: int) -> None:
         rng = random.Random(seed)
         check(rng, random_batch(rng, longest=400), MASKS[seed % len(MASKS)], TILES[seed % len(TILES)])
+
+    @pytest.mark.parametrize("seed", range(12))
+    def test_two_sets(self, seed: int) -> None:
+        rng = random.Random(seed)
+        check(rng, random_batch(rng, longest=400), TWO_SETS[seed % len(TWO_SETS)], TILES[seed % len(TILES)])
+
+    @pytest.mark.parametrize("missing", [0, 1])
+    def test_one_of_two_sets_may_have_no_spans(self, missing: int) -> None:
+        batch, mask = Batch(((90, 100), (40, 40)), ((), ())), TWO_SETS[1]
+        own = (((60, 80),), ((3, 9),))
+        spans = {own_set: () if index == missing else own for index, own_set in enumerate(("canvas", "image"))}
+        given = [None if index == missing else int32(own) for index in range(2)]
+        buffers = allocate(130, 2, (64, 64))
+        update_rows(closed_form(mask), buffers, int32(batch.cu_q), int32(batch.as_seqlens[1]), given)
+        compare(batch, mask, buffers, {name: used or ((), ()) for name, used in spans.items()})
+
+    def test_spans_of_one_set_may_not_share_a_row_but_those_of_two_may(self) -> None:
+        form, buffers = closed_form(TWO_SETS[0]), allocate(100, 1, (64, 64))
+        lengths = {"cu_seqlens_q": int32([0, 90]), "seqused_k": int32([90])}
+        one, two = int32([[(10, 40), (50, 60)]]), int32([[(30, 55), (70, 80)]])
+        update_rows(form, buffers, **lengths, ranges=(one, two))
+        assert buffers.bounds[35].tolist() == [0, 55]
+        for cut in ((int32([[(70, 91)]]), two), (one, int32([[(70, 91)]]))):
+            with pytest.raises(InputError):
+                update_rows(form, buffers, **lengths, ranges=cut)
+        for shared in ((int32([[(10, 40), (39, 60)]]), two), (one, int32([[(30, 55), (54, 80)]]))):
+            with pytest.raises(InputError):
+                update_rows(form, buffers, **lengths, ranges=shared)
 
     @pytest.mark.parametrize("name", UGLY)
     def test_ugly_batches(self, name: str) -> None:
@@ -153,7 +183,7 @@ class TestInterpreted:
     def test_spans_may_overlap_where_no_query_is(self) -> None:
         buffers = allocate(100, 1, (64, 64))
         ranges = int32([[(0, 50), (30, 60), (70, 80), (200, 300), (250, 260)]])
-        update_rows(closed_form(PrefixLM()), buffers, int32([0, 40]), seqused_k=int32([100]), ranges=ranges)
+        update_rows(closed_form(PrefixLM()), buffers, int32([0, 40]), seqused_k=int32([100]), ranges=(ranges,))
         assert buffers.bounds[9:11, 1].tolist() == [70, 80]
 
     @pytest.mark.parametrize(
@@ -185,7 +215,7 @@ class TestInterpreted:
     )
     def test_bad_values_are_seen_and_do_no_harm(self, cu_q, keys, spans) -> None:
         buffers = allocate(100, 3, (64, 64))
-        ranges = None if spans is None else int32(spans)
+        ranges = () if spans is None else (int32(spans),)
         with pytest.raises(InputError):
             update_rows(closed_form(PrefixLM(20)), buffers, int32(cu_q), seqused_k=int32(keys), ranges=ranges)
         assert buffers.fine.all()  # the next batch begins anew
@@ -214,8 +244,8 @@ class TestInterpreted:
             ("at most the plan's 2 sequences", (form, buffers, int32([0, 1, 2, 3])), {"seqused_k": int32([1, 1, 1])}),
             ("dtype torch.int32", (form, buffers, cu.long()), {"seqused_k": used}),
             (r"shape \(1,\)", (form, buffers, cu), {"seqused_k": int32([5, 5])}),
-            (r"shape \(1, 1, 2\)", (form, buffers, cu), {"seqused_k": used, "ranges": int32([[(0, 1)]] * 2)}),
-            ("reads no spans", (closed_form(causal), buffers, cu), {"seqused_k": used, "ranges": int32([[(0, 1)]])}),
+            (r"shape \(1, 1, 2\)", (form, buffers, cu), {"seqused_k": used, "ranges": [int32([[(0, 1)]] * 2)]}),
+            ("those of 0 sets", (closed_form(causal), buffers, cu), {"seqused_k": used, "ranges": [int32([[(0, 1)]])]}),
         ):
             with pytest.raises(InputError, match=message):
                 update_rows(*arguments, **given)
@@ -228,7 +258,9 @@ class TestCompiled:
     def test_in_the_interpreter(self) -> None:
         run_interpreted(__file__)
 
-    @pytest.mark.parametrize("mask", [PrefixLM(), PrefixLM(9, clamp=False), window(9) | query_in("a")], ids=str)
+    @pytest.mark.parametrize(
+        "mask", [PrefixLM(), PrefixLM(9, clamp=False), window(9, 3) | query_in("a"), TWO_SETS[1]], ids=str
+    )
     def test_compiles_for_hopper(self, mask: Mask) -> None:
         constants = {**row_update.constants(closed_form(mask), 42, 80), "PAGES_AT_ONCE": row_update.PAGES_AT_ONCE}
         pointers = dict.fromkeys((*TENSORS, "own_cu_seqlens_q", "own_seqused_k", "own_page_table", "ranges"), "*i32")

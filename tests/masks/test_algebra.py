@@ -14,7 +14,18 @@ import fa4_prefixlm as fp
 from fa4_prefixlm.geometry import block_lists as blocks
 from fa4_prefixlm.geometry import intervals
 from fa4_prefixlm.geometry import tiles as tiling
-from fa4_prefixlm.masks import PrefixLM, causal, from_flex, key_in, one_block, prefix, query_in, same_span, window
+from fa4_prefixlm.masks import (
+    PrefixLM,
+    causal,
+    from_flex,
+    key_in,
+    key_outside,
+    one_block,
+    prefix,
+    query_in,
+    same_span,
+    window,
+)
 from fa4_prefixlm.masks.atoms import KeyIn
 from fa4_prefixlm.masks.flex import EvaluatedMask
 from fa4_prefixlm.testing.batches import Batch, random_batch, random_spans
@@ -26,8 +37,10 @@ NAMES = ("image", "prompt")
 
 def atoms() -> st.SearchStrategy[fp.Mask]:
     name = st.sampled_from(NAMES)
-    named = [st.builds(make, name) for make in (same_span, prefix, key_in, query_in, one_block)]
-    return st.one_of(st.just(causal), st.builds(window, st.integers(1, 40)), *named)
+    named = [st.builds(make, name) for make in (same_span, prefix, key_in, key_outside, query_in, one_block)]
+    named.append(st.builds(same_span, name, before=st.integers(0, 20)))
+    left, right = st.none() | st.integers(1, 40), st.none() | st.integers(0, 40)
+    return st.one_of(st.just(causal), st.builds(window, left, right), *named)
 
 
 def expressions() -> st.SearchStrategy[fp.Mask]:
@@ -48,6 +61,10 @@ def said(mask: fp.Mask, p: int, kv: int, spans: dict[str, tuple]) -> bool:
     def holds(name: str, position: int) -> int | None:
         return next((i for i, (start, end) in enumerate(spans[name]) if start <= position < end), None)
 
+    def same_span_and_before(name: str, before: int = 0) -> bool:
+        index = holds(name, p)
+        return index is not None and spans[name][index][0] - before <= kv < spans[name][index][1]
+
     def latest_end(name: str) -> int:
         return max(((start, end) for start, end in spans[name] if start <= p), default=(0, 0))[1]
 
@@ -55,10 +72,12 @@ def said(mask: fp.Mask, p: int, kv: int, spans: dict[str, tuple]) -> bool:
         repr(mask),
         {
             "causal": kv <= p,
-            "window": lambda w: p - kv < w,
-            "same_span": lambda name: holds(name, p) is not None and holds(name, p) == holds(name, kv),
+            "everything": True,
+            "window": lambda w, r=None: (w is None or p - kv < w) and (r is None or kv - p <= r),
+            "same_span": same_span_and_before,
             "prefix": lambda name: kv < latest_end(name),
             "key_in": lambda name: holds(name, kv) is not None,
+            "key_outside": lambda name: holds(name, kv) is None,
             "query_in": lambda name: holds(name, p) is not None,
             "one_block": lambda name: holds(name, p) is not None and holds(name, kv) is not None,
         },
@@ -310,6 +329,13 @@ def test_lengths_of_empty_sequences() -> None:
         Batch(((0, 0), (3, 5), (0, 2)), ((), (), ())),
         {"image": [[], [(0, 2), (3, 5)], []]},
     )
+
+
+def test_without_spans_all_keys_are_outside() -> None:
+    for mask in (key_outside("image"), causal & key_outside("image"), same_span("image") | key_outside("image")):
+        check_expression(mask, Batch(((5, 5), (3, 9)), ((), ())), {"image": [[], []]})
+    traits = prepare(Batch(((5, 5),), ((),)), causal & key_outside("image"), {"image": [[]]}).traits
+    assert traits.intervals == 1
 
 
 def test_rows_with_gaps_between_what_they_see_make_no_chain() -> None:

@@ -77,7 +77,7 @@ def test_backend_by_intervals() -> None:
     for n in (1, 3, 5):
         batch = BoundedBatch(spec, random_bounds(1, 64, 64, n, seed=n))
         names[n] = fp.backends.select.choose("auto", on_hopper, batch.traits, batch.lengths, BEST).name
-    assert names == {1: "native", 3: "varlen", 5: "reference"}
+    assert names == {1: "native", 3: "varlen", 5: "flex"}
 
 
 def test_refusals() -> None:

@@ -46,6 +46,18 @@ def test_a_step_down_is_told_once_with_both_builds() -> None:
     assert "takes two_pass, not native" in said
 
 
+def test_flex_for_want_of_fa4_is_told() -> None:
+    (said,) = told(GPU_CALL, None)
+    assert said == (
+        "without FlashAttention-4: fa4_prefixlm takes flex, not native: flash-attn-4 is not installed. "
+        "flash-attn-4 4.0.0b36 takes native, which is faster"
+    )
+    for change in ({"arch": 80}, {"dtype": torch.float32}):  # no build takes it
+        assert told(dataclasses.replace(GPU_CALL, **change), None) == []
+        assert told(dataclasses.replace(GPU_CALL, **change), GOOD) == []
+    assert told(GPU_CALL, GOOD, dataclasses.replace(DEMAND, intervals=5, banded=False, causal_part=None)) == []
+
+
 def test_varlen_is_not_called_faster_than_packed() -> None:
     (said,) = told(dataclasses.replace(GPU_CALL, arch=100), OLD)
     assert said.endswith("(4.0.0b13 and later take it). flash-attn-4 4.0.0b36 takes varlen")

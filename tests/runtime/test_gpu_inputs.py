@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fa4_prefixlm as fp
-from fa4_prefixlm.masks import causal, from_flex, in_documents, key_in, rswa, same_span
+from fa4_prefixlm.masks import causal, everything, from_flex, gemma3, in_documents, key_in, rswa, same_span
 from fa4_prefixlm.testing.accuracy import exact_attention, relative_error
 from fa4_prefixlm.testing.bands import row_errors
 
@@ -21,7 +21,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("rows", [1, 70])
-@pytest.mark.parametrize("backend", ["auto", "native", "varlen", "two_pass", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "native", "varlen", "two_pass", "flex", "reference"])
 @pytest.mark.parametrize("on_device", [False, True], ids=["host", "device"])
 def test_static_cache(rows: int, backend: str, on_device: bool) -> None:
     mask, used = fp.PrefixLM(100), [300, 512, 70]
@@ -42,7 +42,7 @@ def test_static_cache(rows: int, backend: str, on_device: bool) -> None:
     assert (lse.transpose(0, 1).flatten(1).double() - exact_lse).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("backend", ["auto", "varlen", "packed", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "varlen", "packed", "flex", "reference"])
 @pytest.mark.parametrize("spans", [1, 3])
 def test_more_queries_than_keys(backend: str, spans: int) -> None:
     ranges = [[(3, 40), (50, 51), (60, 130)][:spans], [(0, 70)]]
@@ -58,7 +58,24 @@ def test_more_queries_than_keys(backend: str, spans: int) -> None:
     assert (lse.double() - exact_lse).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("backend", ["auto", "native", "varlen", "packed", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "native", "varlen", "packed"])
+def test_cross_attention_to_everything(backend: str) -> None:
+    """More queries than keys, fewer, and no keys at all."""
+    q, k, v = normal(900, 4, 128), normal(790, 2, 128, seed=1), normal(790, 2, 128, seed=2)
+    cu_q, cu_k = [0, 500, 800, 900], [0, 140, 790, 790]
+    out, lse = fp.attention(
+        q, k, v, mask=everything, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, backend=backend, return_lse=True
+    )
+    seqlens = ((500, 300, 100), (140, 650, 0))
+    exact, exact_lse = exact_attention(q, k, v, mask=everything, spans={}, seqlens=seqlens)
+    assert relative_error(out, exact) < BAND
+    assert row_errors(out[:800], exact[:800]).max() < 2e-2
+    assert (lse[:, :800].double() - exact_lse[:, :800]).abs().max() < 1e-3
+    assert not out[800:].any()
+    assert (lse[:, 800:] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("backend", ["auto", "native", "varlen", "packed", "flex", "reference"])
 @pytest.mark.parametrize(
     "mask",
     [same_span("image"), causal & key_in("image"), from_flex(lambda b, h, q, kv: kv < 0)],
@@ -115,3 +132,27 @@ def test_spans_that_may_be_cut(name: str, on_device: bool, way: str) -> None:
         assert relative_error(out, exact[begin:end]) < BAND
         assert row_errors(out, exact[begin:end]).max() < 2e-2
     torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_spans_of_token_types_on_the_device_do_not_synchronise(packed: bool) -> None:
+    generator = torch.Generator("cuda").manual_seed(1)
+    types = (torch.rand(900, generator=generator, device="cuda") < 0.98).long()  # a few long runs
+    cu = torch.tensor([0, 300, 300, 900] if packed else [0, 450, 900], dtype=torch.int32, device="cuda")
+    q, k, v = normal(900, 4, 128), normal(900, 2, 128, seed=1), normal(900, 2, 128, seed=2)
+    where = {"cu_seqlens_q": cu, "cu_seqlens_k": cu}
+    given = {"cu_seqlens": cu} if packed else {}
+    shaped = types if packed else types.view(2, 450)
+    out = torch.empty(0)
+    for mode in ("default", "error"):  # the first compiles
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            spans = gemma3.spans_from_token_types(shaped, max_spans=40, **given)
+            out = fp.attention(q, k, v, spans, **where)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    lists = gemma3.spans_from_token_types(shaped.cpu(), **({"cu_seqlens": cu.cpu()} if packed else {}))
+    assert [[pair for pair in own if pair != [0, 0]] for own in spans.tolist()] == [
+        list(map(list, own)) for own in lists
+    ]
+    torch.testing.assert_close(out, fp.attention(q, k, v, lists, **where), rtol=0, atol=0)

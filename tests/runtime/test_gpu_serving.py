@@ -14,7 +14,7 @@ import torch
 import fa4_prefixlm as fp
 from fa4_prefixlm.fa4.builds import locate
 from fa4_prefixlm.geometry.traits import text_only
-from fa4_prefixlm.masks import causal, prefix, window
+from fa4_prefixlm.masks import causal, diffusion_gemma, prefix, same_span, window
 from fa4_prefixlm.testing.accuracy import exact_attention
 from fa4_prefixlm.testing.batches import Batch, mixed_batch
 from fa4_prefixlm.testing.pages import ShuffledPages
@@ -25,6 +25,7 @@ pytestmark = pytest.mark.gpu
 plan_module = importlib.import_module("fa4_prefixlm.runtime.serving_plans")  # `fp.plan` is the function
 
 MASKS = [fp.PrefixLM(), fp.PrefixLM(100), fp.PrefixLM(100, clamp=False)]
+ENCODER = window(100, 40) | same_span("image")
 TOKENS, SEQUENCES, PAGES_PER_SEQUENCE, PAGE = 12000, 16, 128, 16
 
 
@@ -51,8 +52,8 @@ def serving_plan(mask: fp.Mask, dim: int = 128, heads: tuple[int, int] = (4, 2))
 
 
 @pytest.mark.parametrize("dim", [128, 256])
-@pytest.mark.parametrize("mask", MASKS, ids=str)
-def test_an_updated_plan_is_a_new_plan_bit_for_bit(mask: fp.PrefixLM, dim: int) -> None:
+@pytest.mark.parametrize("mask", [*MASKS, ENCODER], ids=str)
+def test_an_updated_plan_is_a_new_plan_bit_for_bit(mask: fp.Mask, dim: int) -> None:
     serving = serving_plan(mask, dim)
     assert serving.in_place
     for seed in range(10):
@@ -80,6 +81,62 @@ def test_an_updated_plan_is_a_new_plan_bit_for_bit(mask: fp.PrefixLM, dim: int) 
         if not text_only(batch.spans, *batch.as_seqlens):  # such a batch runs FA4's own kernel
             assert torch.equal(out, same)
             assert torch.equal(lse, same_lse)
+
+
+TWO_SETS = diffusion_gemma.encoder_local_layers(100, like="transformers-generate", canvas=True)
+
+
+def with_canvases(batch: Batch, seed: int) -> dict[str, list]:
+    """Images where the batch has spans, and a canvas at the end of the keys of every other sequence."""
+    rng = random.Random(f"canvas{seed}")
+    canvas = [[(keys - rng.randint(1, rows), keys)] if rng.random() < 0.5 else [] for rows, keys in batch.seqlens]
+    return {"image": [list(own) for own in batch.spans], "canvas": canvas}
+
+
+def as_tensors(ranges: dict[str, list]) -> dict[str, torch.Tensor]:
+    count = len(ranges["image"])
+    return {
+        name: Batch(((1, 1),) * count, tuple(map(tuple, own))).ranges_tensor().cuda() for name, own in ranges.items()
+    }
+
+
+def test_two_sets_of_spans_are_updated_and_captured_in_place() -> None:
+    two_sets("native")
+
+
+def test_two_sets_of_spans_in_two_passes(without_native: None) -> None:
+    two_sets("two_pass")
+
+
+def two_sets(backend: str) -> None:
+    serving = serving_plan(TWO_SETS)
+    assert (serving.choice.name, serving.in_place) == (backend, True)
+    q, k, v = (
+        torch.randn(*shape, device="cuda").to(torch.bfloat16) for shape in ((TOKENS, 4, 128), *[(2000, 16, 2, 128)] * 2)
+    )
+    fp.attention(q, k, v, serving)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = fp.attention(q, k, v, serving)
+    for seed in range(6):
+        batch = a_batch(seed)
+        ranges = with_canvases(batch, seed)
+        own_q, own_k, own_v = batch.tensors((4, 2), (128, 128), torch.bfloat16, "cuda", seed)
+        pages = batch.in_pages(own_k, own_v, PAGE, seed)
+        q[: len(own_q)], k[: len(pages.k)], v[: len(pages.v)] = own_q, pages.k, pages.v
+        values, tensors = on_device(batch, pages, ranges=False), as_tensors(ranges)
+        host = {"cu_seqlens_q": batch.cu_q, "seqused_k": list(batch.as_seqlens[1]), "page_table": pages.table}
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            serving.update(tensors, **values) if seed % 2 else serving.update(ranges, **host)
+            graph.replay()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        called, lse = fp.attention(own_q, k, v, serving, return_lse=True)
+        spans = {name: tuple(map(tuple, own)) for name, own in ranges.items()}
+        exact, exact_lse = exact_attention(own_q, own_k, own_v, mask=TWO_SETS, spans=spans, seqlens=batch.as_seqlens)
+        assert_exact(called, exact, lse, exact_lse, error=2.8e-3, context=f"seed {seed}, {batch}, {ranges}")
+        assert_exact(out[: len(own_q)], exact, error=2.8e-3, context=f"replayed, seed {seed}, {batch}, {ranges}")
 
 
 @pytest.fixture
@@ -113,8 +170,8 @@ def test_two_passes_are_updated_and_captured_in_place(mask: fp.PrefixLM, without
         assert torch.equal(out[: len(own_q)], called)
 
 
-@pytest.mark.parametrize("mask", MASKS, ids=str)
-def test_a_captured_graph_replays_on_the_next_batch(mask: fp.PrefixLM) -> None:
+@pytest.mark.parametrize("mask", [*MASKS, ENCODER], ids=str)
+def test_a_captured_graph_replays_on_the_next_batch(mask: fp.Mask) -> None:
     """Two layers in one graph; batches with other lengths, ranges and pages; text-only ones too."""
     serving = serving_plan(mask)
     pool = 3000

@@ -152,7 +152,7 @@ def test_vllm_refuses_what_has_no_kernel() -> None:
 
 def test_warnings_point_at_the_callers_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fallback_warnings, "_warned", set())
-    monkeypatch.setenv("FLASH_ATTENTION_ARCH", "sm_80")
+    monkeypatch.setenv("FLASH_ATTENTION_ARCH", "sm_75")
     with FakeTensorMode(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         q = torch.empty(1, 8, 2, 64, dtype=torch.bfloat16, device="cuda")

@@ -33,7 +33,8 @@ def test_causal_flops_of_a_chunk() -> None:
 def test_print() -> None:
     text = str(make(fp.PrefixLM(7)))
     assert "PrefixLM(window=7, clamp=True), 1 interval a row" in text
-    assert "reference: dense torch, every pair of tokens (causal, native, varlen, packed, two_pass passed over)" in text
+    passed_over = "causal, native, varlen, packed, two_pass, cudnn, flex passed over"
+    assert f"reference: dense torch, every pair of tokens ({passed_over})" in text
     assert "varlen: FA4 needs a GPU, the tensors are on cpu" in text
     assert "of plain causal" in text
     assert repr(make(fp.PrefixLM(7))) == "<Plan reference, 2 sequences, PrefixLM(window=7, clamp=True)>"

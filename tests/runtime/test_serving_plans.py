@@ -11,7 +11,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fa4_prefixlm as fp
+from fa4_prefixlm.batch import ranges as ranges_module
 from fa4_prefixlm.fa4.builds import locate
+from fa4_prefixlm.masks import diffusion_gemma
+from fa4_prefixlm.masks.closed_form import closed_form
 from fa4_prefixlm.runtime import serving_plans
 from fa4_prefixlm.testing.accuracy import exact_attention
 from fa4_prefixlm.testing.batches import Batch, random_batch
@@ -89,6 +92,30 @@ class TestServing:
             sizes = {"max_tokens": 9, "max_sequences": 9, "max_pages": 9, name: 0}
             with pytest.raises(fp.InputError, match=name):
                 fp.serving_plan(like=(q, pages.k, pages.v), **sizes)
+
+
+@pytest.mark.parametrize("on_host", [True, False])
+def test_the_spans_of_two_sets_are_read_in_the_order_of_the_form(on_host: bool, monkeypatch) -> None:
+    """What an update in place hands to the launch, which needs a GPU; whoever knows the values."""
+    mask = diffusion_gemma.encoder_local_layers(8, like="transformers-generate", canvas=True)
+    batch = Batch(((60, 60), (20, 40)), ((), ()))
+    q, _, _, pages = paged(batch)
+    plan = TestServing().plan(q, pages, mask)
+    state = object.__new__(serving_plans._InPlace)
+    state._mask, state._form, state._limits, state._device = mask, closed_form(mask), plan.limits, q.device
+    monkeypatch.setattr(serving_plans.ranges, "on_device", lambda given: not on_host)
+    assert [own.span for own in state._form.inside] == ["canvas", "image"]
+    image, canvas = [[(3, 9), (10, 12)], []], [[], [(30, 40)]]
+    for ranges, wanted, plain in (
+        ({"image": image, "canvas": canvas}, [canvas, image], False),
+        ({"image": [[], [(1, 5)]], "canvas": None}, [None, [[], [(1, 5)]]], on_host),
+        ({"image": None, "canvas": None}, [None, None], True),
+    ):
+        given = serving_plans._checked(ranges, *where(batch, pages).values(), None, plan)
+        tensors, text_only = state._read(given)
+        found = [None if own is None else ranges_module.Spans(own, None, 0).on_host() for own in tensors]
+        assert found == [None if own is None else tuple(map(tuple, own)) for own in wanted]
+        assert text_only == plain
 
 
 @pytest.mark.filterwarnings("ignore:.*takes two_pass")

@@ -79,17 +79,17 @@ def test_the_report_says_what_each_call_takes(checkout: pathlib.Path) -> None:
         "spans, head dim 256": "packed",
         "spans, pages of 16": "two_pass",
         "spans, window, pages of 128": "two_pass",
-        "spans, head dim 512": "reference",
+        "spans, head dim 512": "flex",
         "two intervals a row": "packed",
-        "many images, one block": "reference",
-        "float32": "reference",
+        "many images, one block": "flex",
+        "float32": "flex",
     }
     text = str(report)
     assert "varlen mask_mod             no" in text
     assert "sink-bfloat16-only" in text
     assert "worked around: other sinks are applied to the kernel's output" in text
     assert re.search(r"spans, pages of 16 +two_pass", text)
-    assert re.search(r"spans, backward +reference", text), "the stand-in's backward has two arguments"
+    assert re.search(r"spans, backward +flex", text), "the stand-in's backward has two arguments"
 
 
 def test_json(checkout: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,6 +130,8 @@ def test_without_any_fa4_the_verdict_comes_first(
     assert cli.main(["doctor"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("Here every call runs `reference`, because no FlashAttention-4 was found.\nTo install it, ")
+    on_hopper = doctor.Diagnosis({}, "sm_90", [], {}, {}, doctor.doctor_vllm.examine([]))
+    assert on_hopper.verdict()[0].startswith("Here every call runs `flex`, because no ")
     assert install_hint("fa4") in text
     sections = [line for line in text.splitlines() if line and not line.startswith(" ")][2:]
     assert sections == ["machine", "vLLM"], "no table is empty"
@@ -142,7 +144,7 @@ def test_without_any_fa4_the_verdict_comes_first(
         (90, [], ["Here, with flash_attn.cute in fork, a call with spans takes `packed` (one FlashAttention-4 call"]),
         (90, ["sm_100"], ["On sm_100, with flash_attn.cute in fork, a call with spans takes `packed`"]),
         (0, ["sm_90"], ["On sm_90, with flash_attn.cute in fork, a call with spans takes `packed`"]),
-        (80, [], ["Here, with flash_attn.cute in fork, every call runs `reference` (no kernel for sm_80: "]),
+        (80, [], ["Here, with flash_attn.cute in fork, every call runs `flex` (no kernel for sm_80: "]),
     ],
 )
 def test_the_verdict_says_what_a_normal_call_takes(

@@ -14,11 +14,12 @@ import sys
 import pytest
 import torch
 
+from fa4_prefixlm.backends import base
 from fa4_prefixlm.backends import select as backends
 from fa4_prefixlm.fa4.builds import locate
 from fa4_prefixlm.fa4.builds.defects import CAUSAL_KEPT, PAGED_LISTS, SM90_LIST_STRIDE
 from fa4_prefixlm.fa4.builds.describe import Build
-from fa4_prefixlm.geometry import intervals
+from fa4_prefixlm.runtime import plans
 from fa4_prefixlm.tools.check import command, judge, workers
 from fa4_prefixlm.tools.check.cases import CASES, Case
 from fa4_prefixlm.tools.check.judge import CAUSAL, ProbeOutcome
@@ -124,12 +125,19 @@ def test_what_the_bare_build_does_is_what_its_source_tells(name: str, build: Bui
         assert outcome.status in ("wrong", "raised", "right")
 
 
+@pytest.fixture
+def _rows_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows come of the torch operations, which a test can make wrong, and not of one launch."""
+    monkeypatch.setattr(plans, "fills_in_one_launch", lambda *_: False)
+
+
+@pytest.mark.usefixtures("_rows_by_torch")
 @pytest.mark.parametrize("backend", MASKED)
 @pytest.mark.parametrize("name", ["tile edges, hd128", "chunks, hd128 window 40", "chunks, hd256"])
 def test_an_off_by_one_at_a_spans_end_is_caught(monkeypatch: pytest.MonkeyPatch, name: str, backend: str) -> None:
     case = CASES[name]
     assert verdict_on(case, backend).status == "ok"
-    right = intervals.row_bounds
+    right = base.row_bounds
 
     def one_key_short(mask, spans, lengths, where, most=None):
         """Rows of a span do not see its last key, which is their own for its last row, and stays."""
@@ -137,23 +145,24 @@ def test_an_off_by_one_at_a_spans_end_is_caught(monkeypatch: pytest.MonkeyPatch,
         ahead = bounds.hi > where.position[:, None] + 1
         return dataclasses.replace(bounds, hi=bounds.hi - ahead.int())
 
-    monkeypatch.setattr(intervals, "row_bounds", one_key_short)
+    monkeypatch.setattr(base, "row_bounds", one_key_short)
     verdict = verdict_on(case, backend)
     assert verdict.status == "WRONG"
     assert ", position " in verdict.reason
 
 
+@pytest.mark.usefixtures("_rows_by_torch")
 @pytest.mark.parametrize("backend", ["native", "varlen", "packed"])
 @pytest.mark.parametrize("name", ["chunks, hd128", "chunks, hd256 window 50"])
 def test_rows_without_the_chunk_offset_are_caught(monkeypatch: pytest.MonkeyPatch, name: str, backend: str) -> None:
-    right = intervals.tokens
+    right = base.tokens
 
     def from_the_first_query(lengths):
         where = right(lengths)
         cached = lengths.cu_seqlens_k.diff() - lengths.cu_seqlens_q.diff()
         return where._replace(position=where.position - cached.index_select(0, where.sequence))
 
-    monkeypatch.setattr(intervals, "tokens", from_the_first_query)
+    monkeypatch.setattr(base, "tokens", from_the_first_query)
     assert verdict_on(CASES[name], backend).status == "WRONG"
 
 

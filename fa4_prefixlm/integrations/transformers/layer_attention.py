@@ -101,18 +101,20 @@ def attention(
         raise InputError(
             "attention_mask", f"{expected} (does the model change its masks?)", tuple(attention_mask.shape)
         )
-    if call.rest.get("position_bias") is not None:
-        return dense(call, masks.visible(attention_mask, key.shape[2]))
-    if query.shape[2] <= FEW_QUERIES:
-        return dense(call, masks.visible(attention_mask, key.shape[2]))
-    if torch.compiler.is_compiling():
-        return _in_graph(call, attention_mask)
-    return _bounded(call, attention_mask)
+    in_graph = torch.compiler.is_compiling()
+    if call.rest.get("position_bias") is not None or query.shape[2] <= FEW_QUERIES:
+        keys = key.shape[2]
+        return dense(
+            call,
+            masks.visible(attention_mask, keys) if in_graph else masks.found(attention_mask, keys).as_dense(),
+        )
+    return _in_graph(call, attention_mask) if in_graph else _bounded(call, attention_mask)
 
 
 def _bounded(call: Call, bounds: torch.Tensor) -> Output:
     """Under row bounds, with a plan that all layers of the kind share."""
     record = masks.known(bounds, call.key.shape[2])
+    bounds = record.in_several()[0] if record.uses_several else bounds
     assert record.seen is not None
     if record.seen.overflow:
         warn_once(
@@ -160,7 +162,7 @@ def _make_plan(record: Record, bounds: torch.Tensor, spec: CallSpec) -> Plan | s
         plain = causal if seen.longest >= spec.shape_k[1] else causal & window(seen.longest)
         return plan_for(spec, BatchArguments(), plain, build)
     choice = batch.choose(build)
-    if spec.device.type == "cuda" and choice.name == "reference":
+    if spec.device.type == "cuda" and choice.name in ("cudnn", "flex", "reference"):
         why = dict(choice.passed_over).get("varlen", choice.reason)  # the one that takes any bounds
         return f"{why} (head dim {spec.head_dim}, {spec.dtype})"
     return batch.plan(build, choice)

@@ -6,6 +6,7 @@ what was read back of it, once a forward for all masks that were made until then
 
 from __future__ import annotations
 
+import functools
 import threading
 import warnings
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from fa4_prefixlm.integrations.transformers.mask_functions import (
     read,
 )
 from fa4_prefixlm.integrations.transformers.row_bounds import Grid, NotIntervals, bounds_of, first_runs
+from fa4_prefixlm.integrations.transformers.row_runs import bounds_of_runs
 from fa4_prefixlm.runtime.plans import Plan
 
 # A forward of this few queries (decoding, the candidates of assisted decoding) runs SDPA under SDPA's own mask: no
@@ -34,8 +36,12 @@ from fa4_prefixlm.runtime.plans import Plan
 FEW_QUERIES = 16
 # A mask function that is not transformers' own is evaluated for this many (query, key) pairs at a time.
 EVALUATED_PAIRS = 2**24
+# In the place of bounds that are no good: no row's interval begins here, so whoever has some of the rows can tell.
+NO_GOOD = -1
 
 Sizes = dict[str, Any]
+# Row bounds `(batch, 1, q, 2 * n)`, and bool 0-d: they overflow.
+Bounds = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class Seen:
 
     Attributes:
         intervals: of a row, at most.
-        overflow: a row sees more intervals than the bounds hold, which are then not its mask.
+        overflow: a row sees more intervals than the bounds hold, which are then not its mask, and `NO_GOOD`.
         from_key_0: no row's first interval begins past key 0.
         longest: keys between a row's first and last, at most.
         end: no row sees a key from here on. A static cache has more slots than that.
@@ -68,6 +74,9 @@ class Record:
         kv_length: keys that the mask is for.
         read: what `Seen` is made of, int64 `(6,)` on the device.
         dense: makes SDPA's own mask, bool `(batch, 1, q, kv)`.
+        general: makes bounds of several intervals, where those that it belongs to are of one; None: they are the same.
+        several: what it made.
+        uses_several: `read` and `seen` are of those: the ones of one interval overflow.
         seen: once it was read.
         plans: by the tensors they are for, made by the first layer of a kind and used by all.
     """
@@ -75,6 +84,9 @@ class Record:
     kv_length: int
     read: torch.Tensor
     dense: Callable[[], torch.Tensor]
+    general: Callable[[], Bounds] | None = None
+    several: Bounds | None = None
+    uses_several: bool = False
     seen: Seen | None = None
     dense_mask: torch.Tensor | None = None
     plans: dict[object, Plan | str] = field(default_factory=dict)
@@ -84,6 +96,13 @@ class Record:
         if self.dense_mask is None:
             self.dense_mask = self.dense()
         return self.dense_mask
+
+    def in_several(self) -> Bounds:
+        """Bounds of several intervals, made once."""
+        assert self.general is not None
+        if self.several is None:
+            self.several = self.general()
+        return self.several
 
 
 _records: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -139,31 +158,53 @@ def mask(
         return masking_utils.eager_mask(**sizes, **kwargs)
     if q_length <= FEW_QUERIES:
         return _dense(sizes)
-    bounds, overflow = _bounds(expression, sizes)
+    general: Callable[[], Bounds] | None = functools.partial(_bounds, expression, sizes)
+    try:
+        bounds, overflow = _one_interval(expression, sizes)
+    except NotIntervals:
+        assert general is not None
+        (bounds, overflow), general = general(), None
     with _lock:
-        _records[bounds] = Record(kv_length, _to_read(bounds.squeeze(1), overflow), lambda: _dense(sizes))
+        record = Record(kv_length, _to_read(bounds.squeeze(1), overflow), functools.partial(_dense, sizes), general)
+        _records[bounds] = record
     return bounds
 
 
 def known(bounds: torch.Tensor, kv_length: int) -> Record:
-    """What belongs to `bounds`, with what was read of it. Synchronises for the first of those that are not yet read.
+    """What belongs to `bounds`, with what was read of it.
+
+    Synchronises for the first of those that are not yet read, and once more for a mask of several intervals a row.
 
     Args:
         bounds: as `mask` returned them, or some of their rows.
         kv_length: keys of the layer that asks.
+
+    Raises:
+        InputError: the mask is for another number of keys.
     """
-    with _lock:
-        record = _records.get(bounds) or _of_same_memory(bounds)
-        if record is None:  # some rows of a mask: their bounds are all there is
-            record = _records[bounds] = record_of(bounds, kv_length)
-    if record.kv_length != kv_length:
-        expected = f"{record.kv_length} keys, as the mask was made for"
-        raise InputError("key", f"{expected} (a cache that returns other keys can't be run exactly)", kv_length)
+    record = found(bounds, kv_length)
     if record.seen is None:
         device = record.read.device
         with _lock:
             waiting = {id(own): own for own in _records.values() if own.seen is None and own.read.device == device}
         read_back(list(waiting.values()))
+    assert record.seen is not None
+    if record.seen.overflow and record.general is not None and not record.uses_several:
+        bounds, overflow = record.in_several()
+        record.read, record.uses_several = _to_read(bounds.squeeze(1), overflow), True
+        read_back([record])
+    return record
+
+
+def found(bounds: torch.Tensor, kv_length: int) -> Record:
+    """What belongs to `bounds`, read or not. See `known`."""
+    with _lock:
+        record = _records.get(bounds) or _of_same_memory(bounds)
+        if record is None:
+            record = _records[bounds] = _of_some_rows(bounds) or record_of(bounds, kv_length)
+    if record.kv_length != kv_length:
+        expected = f"{record.kv_length} keys, as the mask was made for"
+        raise InputError("key", f"{expected} (a cache that returns other keys can't be run exactly)", kv_length)
     return record
 
 
@@ -171,7 +212,42 @@ def record_of(bounds: torch.Tensor, kv_length: int) -> Record:
     """What belongs to bounds of which nothing else is known; not read yet."""
     same = bounds.detach()  # another object: the record must not keep what it is found by
     none = torch.zeros((), dtype=torch.bool, device=bounds.device)
-    return Record(kv_length, _to_read(bounds.squeeze(1), none), lambda: visible(same, kv_length))
+
+    def dense() -> torch.Tensor:
+        if bool((same == NO_GOOD).any()):
+            raise InputError("attention_mask", "a mask as it was made, or its last rows", "another part of one")
+        return visible(same, kv_length)
+
+    return Record(kv_length, _to_read(bounds.squeeze(1), none), dense)
+
+
+def _of_some_rows(bounds: torch.Tensor) -> Record | None:
+    """The record of a mask's rows from some on, `mask[:, :, begin:]`; None where it is of no mask that is known."""
+    rows = bounds.shape[2]
+    for own, record in _records.items():
+        alike = own.stride() == bounds.stride() and (own.shape[:2], own.shape[3]) == (bounds.shape[:2], bounds.shape[3])
+        if not alike or own.untyped_storage().data_ptr() != bounds.untyped_storage().data_ptr():
+            continue
+        begin, beside = divmod(bounds.storage_offset() - own.storage_offset(), own.stride(2))
+        if not beside and 0 <= begin <= own.shape[2] - rows:
+            return _narrowed(record, bounds, begin)
+    return None
+
+
+def _narrowed(record: Record, bounds: torch.Tensor, begin: int) -> Record:
+    """The record of `bounds`, which are the rows from `begin` on of those of `record`."""
+    rows = bounds.shape[2]
+
+    def general() -> Bounds:
+        several, overflow = record.in_several()
+        return several.narrow(2, begin, rows), overflow
+
+    return Record(
+        record.kv_length,
+        _to_read(bounds.squeeze(1), torch.zeros((), dtype=torch.bool, device=bounds.device)),
+        lambda: record.as_dense().narrow(2, begin, rows),
+        None if record.general is None else general,
+    )
 
 
 def _of_same_memory(bounds: torch.Tensor) -> Record | None:
@@ -207,18 +283,32 @@ def _dense(sizes: Sizes) -> torch.Tensor:
     return made
 
 
-def _bounds(expression: Expression, sizes: Sizes) -> tuple[torch.Tensor, torch.Tensor]:
-    """(bounds `(batch, 1, q, 2 * n)`, overflow), in the cheaper of the two ways."""
+def _bounds(expression: Expression, sizes: Sizes) -> Bounds:
+    """Bounds of up to `MOST_INTERVALS` intervals a row, in the cheaper of the two ways."""
+    try:
+        bounds, overflow = bounds_of(*_unpadded(expression, sizes))
+    except NotIntervals:
+        return _evaluated(sizes)
+    return _marked(bounds.unsqueeze(1), overflow)
+
+
+def _one_interval(expression: Expression, sizes: Sizes) -> Bounds:
+    """Bounds of one interval a row, which overflow where a row sees several. Raises `NotIntervals`."""
+    bounds, several = bounds_of_runs(*_unpadded(expression, sizes))
+    return _marked(bounds.unsqueeze(1), several)
+
+
+def _unpadded(expression: Expression, sizes: Sizes) -> tuple[Expression, Grid]:
+    """The expression without padding, and where its rows stand."""
     padding = masking_utils.prepare_padding_mask(sizes["attention_mask"], sizes["kv_length"], sizes["kv_offset"])
     if padding is not None:
         expression = AllOf((expression, Unpadded(padding)))
-    try:
-        position = torch.arange(sizes["q_length"], device=sizes["device"]) + sizes["q_offset"]
-        grid = Grid(position.expand(sizes["batch_size"], -1), sizes["kv_offset"], sizes["kv_length"])
-        bounds, overflow = bounds_of(expression, grid)
-        return bounds.unsqueeze(1), overflow
-    except NotIntervals:
-        return _evaluated(sizes)
+    position = torch.arange(sizes["q_length"], device=sizes["device"]) + sizes["q_offset"]
+    return expression, Grid(position.expand(sizes["batch_size"], -1), sizes["kv_offset"], sizes["kv_length"])
+
+
+def _marked(bounds: torch.Tensor, overflow: torch.Tensor) -> Bounds:
+    return bounds.masked_fill(overflow, NO_GOOD), overflow
 
 
 def _evaluated(sizes: Sizes) -> tuple[torch.Tensor, torch.Tensor]:
@@ -243,12 +333,13 @@ def _evaluated(sizes: Sizes) -> tuple[torch.Tensor, torch.Tensor]:
             overflow.logical_not(),
             "fa4_prefixlm: a row sees more runs of keys than bounds hold; run this batch without torch.compile",
         )
-    return bounds.unsqueeze(1), overflow
+    return _marked(bounds.unsqueeze(1), overflow)
 
 
 def _to_read(bounds: torch.Tensor, overflow: torch.Tensor) -> torch.Tensor:
     """What `Seen` is made of: int64 `(6,)`. bounds: `(batch, q, 2 * n)`."""
     lo, hi = bounds.chunk(2, dim=2)
+    overflow = overflow | (lo == NO_GOOD).any()
     used = lo < hi
     first, last = lo.amin(2), hi.amax(2)
     empty = used.any(2).logical_not()

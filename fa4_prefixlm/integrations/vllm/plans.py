@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from fa4_prefixlm.backends.flex import Flex
 from fa4_prefixlm.backends.reference import Reference
 from fa4_prefixlm.device_checks import to_device
 from fa4_prefixlm.errors import InputError, UnsupportedError
@@ -220,7 +221,7 @@ class GroupPlans:
                 self.plans[mask] = serving_plan(
                     like=like, mask=mask, build=build, graphs_take_any_batch=False, **limits
                 )
-                _refuse_reference(name, mask, self.plans[mask])
+                _refuse_without_fa4(name, mask, self.plans[mask])
         self._plan_of = {name: self.plans[mask] for name, mask in layers.items()}
         self._max_blocks, self._block_size, self._tokens = max_blocks, block_size, 0
         self.text_only = True
@@ -423,7 +424,7 @@ def _host(name: str, values: HostIntegers) -> list[int]:
     return [operator.index(value) for value in values]
 
 
-def _refuse_reference(layer: str, mask: Mask, plan: ServingPlan) -> None:
-    if mask.names and plan.spec.device.type == "cuda" and plan.choice.name == Reference.name:
+def _refuse_without_fa4(layer: str, mask: Mask, plan: ServingPlan) -> None:
+    if mask.names and plan.spec.device.type == "cuda" and plan.choice.name in (Flex.name, Reference.name):
         why = "; ".join(f"{name}: {reason}" for name, reason in plan.choice.passed_over)
         raise UnsupportedError(f"layers[{layer!r}]", f"a mask that FlashAttention-4 runs here ({why})", repr(mask))

@@ -19,13 +19,12 @@ from collections.abc import Iterator
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from fa4_prefixlm.backends.select import BACKENDS
 from fa4_prefixlm.errors import InputError, install_hint
 from fa4_prefixlm.fa4.builds.locate import all_installed, given
 from fa4_prefixlm.tools.check.cases import cases
 from fa4_prefixlm.tools.check.crosscheck import crosscheck
 from fa4_prefixlm.tools.check.report import CheckReport
-from fa4_prefixlm.tools.check.session import REFERENCE, CheckedBuild, Progress, Wanted, check
+from fa4_prefixlm.tools.check.session import CHECKED, REFERENCE, CheckedBuild, Progress, Wanted, check
 from fa4_prefixlm.tools.output import add_json_argument, check_file, print_report
 
 
@@ -43,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--backend",
         action="append",
         default=[],
-        choices=tuple(BACKENDS),
+        choices=CHECKED,
         help="only this backend, beside FA4's causal call; may be given several times",
     )
     parser.add_argument("--case", default="", metavar="TEXT", help="only cases whose name contains this")
@@ -90,7 +89,7 @@ def _read(arguments: argparse.Namespace) -> tuple[list[CheckedBuild], Wanted]:
         raise InputError("--jobs", "at least 1", arguments.jobs)
     check_file("--json", arguments.json)
     check_file("--junit", arguments.junit)
-    backends = [name for name in BACKENDS if not arguments.backend or name in arguments.backend]
+    backends = [name for name in CHECKED if not arguments.backend or name in arguments.backend]
     return _builds(arguments.build), Wanted(
         chosen,
         [name for name in backends if name != REFERENCE] if arguments.compile_only else backends,

@@ -13,7 +13,7 @@ import torch
 import fa4_prefixlm as fp
 from fa4_prefixlm.errors import InputError
 from fa4_prefixlm.masks import causal
-from fa4_prefixlm.masks.models import bagel, gemma3, gemma4, molmo2, moondream3, paligemma, rswa, t5
+from fa4_prefixlm.masks.models import bagel, gemma3, gemma4, molmo2, moondream3, paligemma, rswa, streaming, t5
 from fa4_prefixlm.masks.models.catalogue import CATALOGUE, Example
 from fa4_prefixlm.masks.spans import drop_longer, runs_of
 from tests.masks.models.token_types import random_types
@@ -62,8 +62,15 @@ def test_one_interval_a_row_where_the_docs_say_so() -> None:
         named = ranges if isinstance(ranges, dict) else dict.fromkeys(example.mask.names, ranges)
         intervals[name] = example.mask.count({own: len(pairs) for own, pairs in named.items()})
     assert intervals.pop("molmo2-transformers") == 6
-    assert [intervals.pop(name) for name in ("paligemma-global-gaps", "paligemma2-local-gaps")] == [4, 4]
-    assert intervals.pop("rswa") == 2
+    gaps = ("paligemma-global-gaps", "paligemma2-local-gaps", "hrm-text-gaps")
+    assert [intervals.pop(name) for name in gaps] == [4] * len(gaps)
+    two = ("rswa", "sinks", "bd3lm", "teacher-forcing", "shared-prompt")
+    assert [intervals.pop(name) for name in two] == [2] * len(two)
+    # By the formula; what rows of a batch really see is counted where it is above 4.
+    assert [intervals.pop(f"t5gemma2-merged-{layers}") for layers in ("global", "local")] == [3, 3]
+    assert intervals.pop("pi0-expert-padding") == 3
+    assert intervals.pop("prefix-tree") == 4
+    assert intervals.pop("bagel-training") == 5
     assert set(intervals.values()) == {1}
 
 
@@ -236,6 +243,37 @@ def test_rules_by_a_loop() -> None:
         assert torch.equal(mask.dense(seqlen=20, ranges=joined), wanted)
     wanted = torch.tensor([[kv <= p and (kv < 7 or p - kv < WINDOW) for kv in range(20)] for p in range(20)])
     assert torch.equal(rswa.all_layers(WINDOW).dense(seqlen=20, ranges=[(0, 7)]), wanted)
+
+
+def test_sinks_by_a_loop() -> None:
+    wanted = torch.tensor([[kv <= p and (kv < 4 or p - kv < WINDOW) for kv in range(20)] for p in range(20)])
+    assert torch.equal(streaming.all_layers(WINDOW).dense(seqlen=20, ranges=streaming.sinks(1, 4)[0]), wanted)
+
+
+def test_bagel_in_training_by_a_loop() -> None:
+    """Splits as BAGEL's data has them: text is causal, an image sees itself, noise is seen by its own split alone."""
+    rng = random.Random(6)
+    for _ in range(40):
+        splits = [(rng.choice(["causal", "full", "noise"]), rng.randint(1, 6)) for _ in range(rng.randint(1, 9))]
+        of_token = [index for index, (_, tokens) in enumerate(splits) for _ in range(tokens)]
+        keys = len(of_token)
+
+        def sees(p: int, kv: int, splits=splits, of_token=of_token) -> bool:
+            own, other = of_token[p], of_token[kv]
+            if splits[other][0] == "noise":
+                return own == other
+            return kv <= p or (own == other and splits[own][0] == "full")
+
+        wanted = torch.tensor([[sees(p, kv) for kv in range(keys)] for p in range(keys)])
+        starts = [of_token.index(index) for index in range(len(splits))]
+        spans = {
+            name: [
+                (start, start + tokens) for start, (kind, tokens) in zip(starts, splits, strict=True) if kind == mode
+            ]
+            for name, mode in (("image", "full"), ("noised", "noise"))
+        }
+        assert torch.equal(bagel.training_layers().dense(seqlen=keys, ranges=spans), wanted)
+        assert torch.equal(visible_by_bounds(bagel.training_layers(), spans, keys, keys), wanted)
 
 
 def test_every_entry_is_in_the_docs() -> None:

@@ -1,0 +1,218 @@
+"""flex: torch's FlexAttention over the batch as one sequence, with a block mask made from the rows' bounds.
+
+For what FlashAttention-4 does not take: other GPUs, more than four intervals a row, float32, other head dims. The block
+mask costs O(tokens) and the pairs of blocks, and nothing is compiled anew for new ranges or lengths (`flex_attend`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+import torch._functorch.config as functorch_config
+
+from fa4_prefixlm.backends.base import Backend, MaskedBatch, Prepared
+from fa4_prefixlm.backends.flex_attend import BLOCK, Form, Tables, compiled, free, power_of_two
+from fa4_prefixlm.batch.lengths import Lengths, as_one_sequence
+from fa4_prefixlm.batch.options import Options
+from fa4_prefixlm.batch.tensors import CallSpec
+from fa4_prefixlm.fa4.builds.describe import Build
+from fa4_prefixlm.geometry.intervals import Bounds, Tags
+from fa4_prefixlm.geometry.packed_row_tiles import packed_map, transposed
+from fa4_prefixlm.geometry.tiles import TileCounts, TileMap, ceil_div
+from fa4_prefixlm.geometry.traits import Traits, in_words
+from fa4_prefixlm.masks.interval_lists import EMPTY_HI, EMPTY_LO, END_OF_KEYS
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Up to this many intervals of a row a kernel compares a key with each; beyond, it searches for it.
+MOST_COMPARED = 16
+OLDEST_ARCH = 80
+LEAST_HEAD_DIM = 16
+# torch takes a size of 1 for a constant.
+LEAST_BLOCKS = 2
+
+
+@dataclass
+class FlexCall(Prepared):
+    """FlexAttention over one padded sequence.
+
+    Attributes:
+        spec: of the tensors.
+        lengths: those of the batch.
+        whole: the batch as one sequence, padded to whole blocks.
+        key_tiles: of each block of queries.
+        intervals: of a row.
+        tables: the mask as the forward reads it.
+    """
+
+    spec: CallSpec
+    lengths: Lengths
+    whole: Lengths
+    key_tiles: TileMap
+    intervals: int
+    tables: Tables
+
+    @functools.cached_property
+    def tables_of_backward(self) -> Tables:
+        """With the blocks of queries of each block of keys; made when a gradient is first needed."""
+        seen = transposed(self.key_tiles)
+        rows = self.whole.total_q // BLOCK
+        return self.tables._replace(
+            row_counts=_counts(seen.partial),
+            row_indices=_indices(seen.partial_matrix(rows)),
+            full_row_counts=_counts(seen.full),
+            full_row_indices=_indices(seen.full_matrix(rows)),
+        )
+
+    def run(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, out: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        with_grad = torch.is_grad_enabled() and any(
+            own is not None and own.requires_grad for own in (q, k, v, options.learnable_sink)
+        )
+        tables = self.tables_of_backward if with_grad else self.tables
+        form = self._form(options, with_grad)
+        q_blocks = _in_blocks(q, self.whole.total_q)
+        k_blocks, v_blocks = (_in_blocks(own, self.whole.total_k) for own in (k, v))
+        # Compiled autograd would reuse what it keeps for the backward, which so could run once (no retain_graph).
+        kept = functorch_config.patch(donated_buffer=False) if with_grad else contextlib.nullcontext()
+        with torch.autocast(q.device.type, enabled=False), kept:
+            padded, lse = compiled(form)(q_blocks, k_blocks, v_blocks, options.learnable_sink, tables)
+        result, rows = padded[: q.shape[0]], q.shape[0]
+        lse = lse[:, :rows].to(torch.float32).contiguous()
+        return (result, lse) if out is None else (out.copy_(result), lse)
+
+    def describe(self) -> list[tuple[str, str]]:
+        words = in_words(self.intervals, tagged=self.tables.row_tag is not None)
+        how = "its dense form, every pair of tokens" if self.spec.device.type == "cpu" else f"blocks of {BLOCK}x{BLOCK}"
+        return [
+            ("kernel", f"torch {torch.__version__} on {self.spec.device}, {how}, {words}"),
+            ("memory", f"mask and blocks {self.tables.nbytes() / 2**20:.2f} MiB"),
+        ]
+
+    def tile_counts(self) -> TileCounts:
+        full, partial = int(self.key_tiles.full.sum()), int(self.key_tiles.partial.sum())
+        blocks = ceil_div(self.lengths.total_q, BLOCK) * ceil_div(self.lengths.total_k, BLOCK)
+        return TileCounts(full, partial, max(0, blocks - full - partial))
+
+    def _form(self, options: Options, with_grad: bool) -> Form:
+        spec, ends, searched = self.spec, self.tables.ends, is_searched(self.intervals)
+        return Form(
+            device=spec.device.type,
+            arch=spec.arch,
+            dtype=spec.dtype,
+            heads=(spec.heads_q, spec.heads_kv),
+            dims=(spec.head_dim, spec.head_dim_v),
+            ends=ends.shape[2] if searched else ends.shape[0],
+            searched=searched,
+            tagged=self.tables.row_tag is not None,
+            softmax_scale=options.softmax_scale,
+            softcap=options.softcap,
+            sink=options.learnable_sink is not None,
+            with_grad=with_grad,
+        )
+
+
+def flex_call(batch: MaskedBatch) -> FlexCall:
+    """The state of a batch: its rows and blocks, padded. Nothing synchronises."""
+    lengths = batch.lengths
+    rows, keys = (max(LEAST_BLOCKS, ceil_div(total, BLOCK)) * BLOCK for total in (lengths.total_q, lengths.total_k))
+    whole = as_one_sequence(dataclasses.replace(lengths, total_q=rows, total_k=keys))
+    bounds = _padded(batch.bounds.shifted(batch.where.key_offset), rows, keys)
+    key_tiles = packed_map(bounds, whole, lengths.batch, BLOCK, BLOCK)
+    tags, columns = bounds.tags, keys // BLOCK
+    tables = Tables(
+        ends=_ends(bounds),
+        row_tag=None if tags is None else free(tags.row_tag.view(-1, BLOCK), 0),
+        key_tag=None if tags is None else free(tags.key_tag.view(-1, BLOCK), 0),
+        counts=_counts(key_tiles.partial),
+        indices=_indices(key_tiles.partial_matrix(columns)),
+        full_counts=_counts(key_tiles.full),
+        full_indices=_indices(key_tiles.full_matrix(columns)),
+    )
+    return FlexCall(batch.spec, lengths, whole, key_tiles, bounds.count, tables)
+
+
+def flex_refusal(spec: CallSpec) -> str | None:
+    """Why torch's FlexAttention can't run the call, whatever the mask; None if it can."""
+    if spec.dtype not in DTYPES:
+        return f"FlexAttention takes bfloat16, float16 and float32, not {spec.dtype}"
+    if spec.device.type == "cpu":
+        return None
+    if 0 < spec.arch < OLDEST_ARCH:
+        return f"torch tests FlexAttention on sm_{OLDEST_ARCH} and later, not sm_{spec.arch}"
+    if min(spec.head_dim, spec.head_dim_v) < LEAST_HEAD_DIM:
+        return f"FlexAttention takes head dims of at least {LEAST_HEAD_DIM} on a GPU"
+    if not _has_triton():
+        return "Triton is not installed, which torch compiles FlexAttention with"
+    return None
+
+
+class Flex(Backend):
+    name = "flex"
+    summary = "torch's FlexAttention over the batch as a single sequence, block-sparse"
+
+    def refusal(self, spec: CallSpec, traits: Traits, build: Build | None) -> str | None:
+        return flex_refusal(spec)
+
+    def prepare(self, batch: MaskedBatch) -> FlexCall:
+        return flex_call(batch)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _in_blocks(tensor: torch.Tensor, total: int) -> torch.Tensor:
+    """`(total, heads, dim)` as `(blocks, BLOCK, heads, dim)`, with zeros where there are no tokens."""
+    missing = total - tensor.shape[0]
+    padded = torch.nn.functional.pad(tensor, (0, 0, 0, 0, 0, missing)) if missing else tensor
+    return free(padded.unflatten(0, (-1, BLOCK)), 0)
+
+
+def _padded(bounds: Bounds, rows: int, keys: int) -> Bounds:
+    """The bounds of `rows` rows, of which those past the batch see nothing, and nobody sees the keys past it."""
+
+    def pad(values: torch.Tensor, count: int, value: int) -> torch.Tensor:
+        widths = (0, 0) * (values.ndim - 1) + (0, count - values.shape[0])
+        return torch.nn.functional.pad(values, widths, value=value)
+
+    tags = bounds.tags
+    if tags is not None:
+        tags = Tags(pad(tags.row_tag, rows, -1), pad(tags.key_tag, keys, -2))
+    return Bounds(pad(bounds.lo, rows, EMPTY_LO), pad(bounds.hi, rows, EMPTY_HI), tags)
+
+
+def is_searched(intervals: int) -> bool:
+    """A kernel searches the ends of a row that has so many intervals."""
+    return intervals > MOST_COMPARED
+
+
+def _ends(bounds: Bounds) -> torch.Tensor:
+    """`Tables.ends`, for a number of intervals that is rounded up to a power of two: few forms are compiled."""
+    missing = 0 if is_searched(bounds.count) else power_of_two(bounds.count) - bounds.count
+    lo, hi = (
+        torch.nn.functional.pad(own, (0, missing), value=empty)
+        for own, empty in ((bounds.lo, EMPTY_LO), (bounds.hi, EMPTY_HI))
+    )
+    ends = torch.stack([lo, hi], dim=2).flatten(1)
+    if not is_searched(bounds.count):
+        return free(ends.T.contiguous().unflatten(1, (-1, BLOCK)), 1)
+    empty = (bounds.lo >= bounds.hi).repeat_interleave(2, dim=1)
+    ends = ends.masked_fill(empty, END_OF_KEYS).sort(dim=1).values
+    missing = power_of_two(ends.shape[1] + 1) - ends.shape[1]
+    ends = torch.nn.functional.pad(ends, (0, missing), value=END_OF_KEYS)
+    return free(ends.unflatten(0, (-1, BLOCK)), 0)
+
+
+def _counts(per_block: torch.Tensor) -> torch.Tensor:
+    return free(per_block.contiguous().unsqueeze(0).unsqueeze(0), 2)
+
+
+def _indices(matrix: torch.Tensor) -> torch.Tensor:
+    return free(matrix.to(torch.int32).contiguous().unsqueeze(0).unsqueeze(0), 2, 3)

@@ -1,0 +1,101 @@
+"""T5Gemma 1 and 2: an encoder that sees both ways, and a decoder with cross-attention to it.
+
+`layer_types` of the encoder's and the decoder's configuration says which layer is which, `w` is its `sliding_window`.
+
+- Encoder, "full_attention": `everything`. "sliding_attention": in T5Gemma `window(w + 1, w)`, in T5Gemma 2
+  `window((w + 1) // 2, w // 2)`.
+- T5Gemma's decoder, "full_attention": `causal`. "sliding_attention": `causal & window(w)`. Cross-attention:
+  `everything`.
+- T5Gemma 2's decoder has self- and cross-attention merged. "full_attention": `causal & (key_in("encoder") |
+  same_span("decoder"))`. "sliding_attention": `causal & (key_in("encoder") | window(w) & same_span("decoder"))`.
+
+The window of T5Gemma's encoder counts `w` tokens on each side; that of T5Gemma 2's is `w` tokens from end to end, the
+token itself included, and one token longer on the left where `w` is odd.
+
+T5Gemma 2's decoder attends in one softmax to its own keys and to the encoder's. Here the encoder's keys come first, so
+that the queries are the last positions: keys `[encoder | decoder]`, while transformers concatenates them the other way
+round, which makes no difference to attention. Ranges, `merged_ranges`: the encoder's tokens as one span, or as the
+spans between its padding; the decoder's tokens as one span, as long as it may get.
+
+Source: `T5GemmaEncoder` and `T5GemmaDecoder` in `models/t5gemma/modeling_t5gemma.py`, `T5Gemma2TextEncoder`,
+`sliding_window_mask_function` and `T5Gemma2Decoder` in `models/t5gemma2/modeling_t5gemma2.py` of transformers 5.24.0
+(tests/masks/models/test_transformers_5_24.py runs all of them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from fa4_prefixlm.batch.integers import whole_number
+from fa4_prefixlm.errors import InputError
+from fa4_prefixlm.masks.atoms import causal, everything, key_in, same_span, window
+from fa4_prefixlm.masks.base import Mask
+from fa4_prefixlm.masks.models._window import sliding_window as looking_back
+from fa4_prefixlm.masks.spans import BatchSpans
+
+
+def encoder_global_layers() -> Mask:
+    """Encoder layers of type "full_attention", and T5Gemma's cross-attention."""
+    return everything
+
+
+def encoder_local_layers(sliding_window: int, *, version: Literal[1, 2]) -> Mask:
+    """Encoder layers of type "sliding_attention".
+
+    Args:
+        sliding_window: the configuration's number, in tokens.
+        version: 1 or 2, which count it in two ways.
+    """
+    tokens = whole_number("sliding_window", sliding_window, "a positive number of tokens", least=1)
+    if version not in (1, 2):
+        raise InputError("version", "1 or 2", repr(version))
+    return window(tokens + 1, tokens) if version == 1 else window((tokens + 1) // 2, tokens // 2)
+
+
+def decoder_global_layers() -> Mask:
+    """Self-attention of T5Gemma's decoder layers of type "full_attention"."""
+    return causal
+
+
+def decoder_local_layers(sliding_window: int) -> Mask:
+    """Self-attention of T5Gemma's decoder layers of type "sliding_attention".
+
+    Args:
+        sliding_window: the configuration's number, in tokens.
+    """
+    return causal & looking_back(sliding_window)
+
+
+def merged_global_layers() -> Mask:
+    """The merged self- and cross-attention of T5Gemma 2's decoder layers of type "full_attention"."""
+    return causal & (key_in("encoder") | same_span("decoder"))
+
+
+def merged_local_layers(sliding_window: int) -> Mask:
+    """The merged self- and cross-attention of T5Gemma 2's decoder layers of type "sliding_attention".
+
+    Args:
+        sliding_window: the configuration's number, in tokens. It limits what the decoder sees of itself.
+    """
+    return causal & (key_in("encoder") | looking_back(sliding_window) & same_span("decoder"))
+
+
+def merged_ranges(encoder_lengths: Sequence[int], decoder_lengths: Sequence[int]) -> dict[str, BatchSpans]:
+    """The ranges of keys `[encoder | decoder]` without padding in the encoder's.
+
+    `merged_ranges([5], [3])` is `{"encoder": [[(0, 5)]], "decoder": [[(5, 8)]]}`.
+
+    Args:
+        encoder_lengths: tokens of the encoder, per sequence.
+        decoder_lengths: tokens of the decoder, those to come included if the ranges are to stay for all steps.
+    """
+    if len(encoder_lengths) != len(decoder_lengths):
+        raise InputError("decoder_lengths", f"{len(encoder_lengths)} numbers, one per sequence", len(decoder_lengths))
+    ranges: dict[str, BatchSpans] = {"encoder": [], "decoder": []}
+    for index, (encoder, decoder) in enumerate(zip(encoder_lengths, decoder_lengths, strict=True)):
+        own = whole_number(f"encoder_lengths[{index}]", encoder, "a number of tokens, at least 0")
+        end = own + whole_number(f"decoder_lengths[{index}]", decoder, "a number of tokens, at least 0")
+        ranges["encoder"].append([(0, own)] if own else [])
+        ranges["decoder"].append([(own, end)] if end > own else [])
+    return ranges
