@@ -28,7 +28,7 @@ from fa4_prefixlm.testing.tables import columns
 from tests.integrations.vllm_engine import models, oracle
 from tests.integrations.vllm_engine.engine import MODES, ROUNDS, Job, prompts, run_all
 
-OURS = ("FA4_PREFIXLM", "FA4_PREFIXLM_IMAGES")
+OURS = ("FA4_PREFIXLM", "FA4_PREFIXLM_ALL")
 BACKENDS = (*OURS, "TRITON_ATTN", "TRITON_FLASH_ATTN", "FLASH_ATTN")
 BAND = 1.2  # times the error of the best other backend
 # What bfloat16 itself may be off: transformers' own error in it. With more, the weights are too sharp to judge by.

@@ -14,7 +14,7 @@ RESULTS = pathlib.Path(__file__).parents[1] / "benchmarks" / "results"
 # Of this library's backends, and of vLLM's.
 COLOURS = {
     "FA4_PREFIXLM": "#1f6fb4",
-    "FA4_PREFIXLM_IMAGES": "#7fb3dd",
+    "FA4_PREFIXLM_ALL": "#7fb3dd",
     "FLASH_ATTN": "#f0a030",
     "TRITON_FLASH_ATTN": "#9a9a9a",
     "TRITON_ATTN": "#c8c8c8",

@@ -71,8 +71,8 @@ def judged(
     errors = errors_of(gradients_of(own, plan, deterministic or None), exact)
     if keep is not None:
         keep(kind=str(kind), mask=str(mask), backward=backward, errors=dataclasses.asdict(errors), band=_dict(band))
-    # flex applies sinks to an output that is rounded already. Measured on an H100: 1.254 times the band, and 4.9 times in
-    # a row whose gradient is small against its terms.
+    # flex applies sinks to an output that is rounded already. Measured on an H100: 1.254 times the band, and 4.9 times
+    # in a row whose gradient is small against its terms.
     whole_band, row_band = (1.3, 5.0) if backward == "flex" and kind.sink else (BAND, ROW_BAND)
     assert not errors.within(band, whole_band, row_band), f"{mask}\n  got  {errors}\n  band {band}"
 

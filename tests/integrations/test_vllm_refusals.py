@@ -98,7 +98,7 @@ def test_another_vllm_is_not_registered_with(
     monkeypatch.setattr(register.logger, "propagate", True)
     with caplog.at_level(logging.WARNING):
         register.register()
-    assert f"FA4_PREFIXLM and FA4_PREFIXLM_IMAGES are not registered: this is vLLM {version}" in caplog.text
+    assert f"FA4_PREFIXLM and FA4_PREFIXLM_ALL are not registered: this is vLLM {version}" in caplog.text
 
 
 def test_what_goes_wrong_is_logged_and_vllm_starts(

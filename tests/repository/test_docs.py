@@ -69,6 +69,15 @@ def test_pages_quote_the_kept_results(page: str, name: str) -> None:
     assert table(results) in (ROOT / page).read_text()
 
 
+def test_pages_quote_the_kept_results_of_engines() -> None:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from engine_tables import QUOTED
+
+    for page, tables in QUOTED.items():
+        text = (ROOT / page).read_text()
+        assert all(table() in text for table in tables), page
+
+
 def test_the_page_of_builds_quotes_the_kept_results() -> None:
     results = json.loads((ROOT / "benchmarks" / "results" / "h200-builds.json").read_text())
     sys.path.insert(0, str(ROOT / "benchmarks"))

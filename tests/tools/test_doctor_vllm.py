@@ -49,7 +49,7 @@ def test_a_vllm_that_finds_the_backends(with_vllm, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(refusals, "fa4", lambda: written)
     found = doctor_vllm.examine({"sm_90": 90, "sm_80": 80})
     assert found.trouble is None
-    assert found.verdict() == "vLLM 0.33.0 will find FA4_PREFIXLM and FA4_PREFIXLM_IMAGES, which run on an FA4"
+    assert found.verdict() == "vLLM 0.33.0 will find FA4_PREFIXLM and FA4_PREFIXLM_ALL, which run on an FA4"
     hopper = found.takes["sm_90"]
     # The native kernel does not run on a build that is not known.
     assert hopper["local, head dim 256"] == hopper["global, head dim 128"] == "two_pass, in CUDA graphs too"

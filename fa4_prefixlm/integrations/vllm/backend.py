@@ -1,4 +1,4 @@
-"""The attention backend FA4_PREFIXLM: text, decoding and batches with images all run on this library.
+"""The attention backend FA4_PREFIXLM_ALL: text, decoding and batches with images all run on this library.
 
 File and line of what it answers to in vLLM 0.33.0: docs/vllm_internals.md.
 """
@@ -46,7 +46,7 @@ class PrefixLMBackend(AttentionBackend):
     @staticmethod
     def get_name() -> str:
         """The member of vLLM's registry."""
-        return "FA4_PREFIXLM"
+        return "FA4_PREFIXLM_ALL"
 
     @staticmethod
     def get_impl_cls() -> type[PrefixLMImpl]:

@@ -1,4 +1,4 @@
-"""The attention backend FA4_PREFIXLM_IMAGES: images here, text and decoding on vLLM's own FlashAttention.
+"""The attention backend FA4_PREFIXLM: images here, text and decoding on vLLM's own FlashAttention.
 
 vLLM composes two backends over one cache and chooses between them for every step. FlashAttention splits the keys of a
 long context over the GPU where few queries read them; FA4 on Hopper does not.
@@ -34,11 +34,11 @@ class PrefixLMRouting(MMPrefixAttentionRouting):
         return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
 
-PrefixLMImagesBackend = create_composite_attention_backend(
+RoutedPrefixLMBackend = create_composite_attention_backend(
     PrefixLMBackend,
     FlashAttentionBackend,
-    name="PrefixLMImagesBackend",
-    backend_name="FA4_PREFIXLM_IMAGES",
+    name="RoutedPrefixLMBackend",
+    backend_name="FA4_PREFIXLM",
     module=__name__,
     routing_policy=PrefixLMRouting,
 )

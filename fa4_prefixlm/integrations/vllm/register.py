@@ -14,10 +14,10 @@ from typing import Any
 
 SUPPORTED = "0.33"
 BACKENDS = {
-    # All batches on this library.
-    "FA4_PREFIXLM": "fa4_prefixlm.integrations.vllm.backend.PrefixLMBackend",
     # Batches with an image in them on this library, the others on vLLM's own FlashAttention.
-    "FA4_PREFIXLM_IMAGES": "fa4_prefixlm.integrations.vllm.composite.PrefixLMImagesBackend",
+    "FA4_PREFIXLM": "fa4_prefixlm.integrations.vllm.composite.RoutedPrefixLMBackend",
+    # All batches on this library.
+    "FA4_PREFIXLM_ALL": "fa4_prefixlm.integrations.vllm.backend.PrefixLMBackend",
 }
 
 # Below "vllm", so that it is printed as vLLM's own lines are.

@@ -54,7 +54,7 @@ class Job:
 
     folder: str
     result: str
-    backend: str = "FA4_PREFIXLM"
+    backend: str = "FA4_PREFIXLM_ALL"
     mode: str = "eager"
     rounds: tuple[str, ...] = ROUNDS[:3]
     cpu: str = ""

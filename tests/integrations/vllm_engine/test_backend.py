@@ -36,11 +36,11 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 import sys
 print([name for name in ("flash_attn", "cutlass") if name in sys.modules])
 print("fa4_prefixlm.integrations.vllm.backend" in sys.modules)
-for name in ("FA4_PREFIXLM", "FA4_PREFIXLM_IMAGES"):
+for name in ("FA4_PREFIXLM", "FA4_PREFIXLM_ALL"):
     print(AttentionBackendEnum[name].get_class().get_name())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-4:] == ["[]", "False", "FA4_PREFIXLM", "FA4_PREFIXLM_IMAGES"]
+    assert done.stdout.splitlines()[-4:] == ["[]", "False", "FA4_PREFIXLM", "FA4_PREFIXLM_ALL"]
 
 
 def test_registering_twice_is_once() -> None:
@@ -360,11 +360,11 @@ class TestComposite:
         from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 
         from fa4_prefixlm.integrations.vllm.backend import PrefixLMBackend
-        from fa4_prefixlm.integrations.vllm.composite import PrefixLMImagesBackend
+        from fa4_prefixlm.integrations.vllm.composite import RoutedPrefixLMBackend
 
-        assert PrefixLMImagesBackend.get_name() == "FA4_PREFIXLM_IMAGES"
-        assert PrefixLMImagesBackend.general_backend_cls is PrefixLMBackend
-        assert PrefixLMImagesBackend.causal_backend_cls is FlashAttentionBackend
+        assert RoutedPrefixLMBackend.get_name() == "FA4_PREFIXLM"
+        assert RoutedPrefixLMBackend.general_backend_cls is PrefixLMBackend
+        assert RoutedPrefixLMBackend.causal_backend_cls is FlashAttentionBackend
         for refused in ("supports_dcp", "supports_pcp", "supports_non_causal", "supports_batch_invariance"):
-            assert not getattr(PrefixLMImagesBackend, refused)()
-        assert not PrefixLMImagesBackend.supports_kv_cache_dtype("fp8")
+            assert not getattr(RoutedPrefixLMBackend, refused)()
+        assert not RoutedPrefixLMBackend.supports_kv_cache_dtype("fp8")

@@ -1,0 +1,92 @@
+"""Tables of kept results of whole engines as Markdown, quoted by pages of docs/.
+
+python benchmarks/engine_tables.py
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+from fa4_prefixlm.testing.tables import markdown
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+
+def kept(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return content
+
+
+def vllm_times() -> str:
+    """Milliseconds to the first token and tokens a second, a column for each backend."""
+    results = kept("h100-vllm-time")["results"]
+    backends = list(dict.fromkeys(row["backend"] for row in results))
+    cells: dict[str, dict[str, str]] = {}
+    for row in results:
+        value = row.get("ms", row.get("tokens/s"))
+        if value is not None:
+            unit = "ms" if "ms" in row else "tokens/s"
+            cells.setdefault(f"{row['workload']}, {unit}", {})[row["backend"]] = f"{value:.4g}"
+    rows = [[work, *(own.get(name, "") for name in backends)] for work, own in cells.items()]
+    return "\n".join(markdown(["work", *backends], rows))
+
+
+def vllm_errors() -> str:
+    """The largest error of a logprob, a row for each model and mode of CUDA graphs, a column for each backend."""
+    results = kept("h100-vllm-exactness")["results"]
+    backends = list(dict.fromkeys(row["backend"] for row in results))
+    errors: dict[tuple[str, str], dict[str, str]] = {}
+    for row in results:
+        largest = max(error for own in row["rounds"].values() for error in own.values())
+        key = (row["model"], row["mode"])
+        errors.setdefault(key, {"transformers, bfloat16": f"{row['transformers']:.3f}"})[row["backend"]] = (
+            f"{largest:.3f}"
+        )
+    columns = [*backends, "transformers, bfloat16"]
+    rows = [[model, mode, *(own.get(name, "-") for name in columns)] for (model, mode), own in errors.items()]
+    return "\n".join(markdown(["model", "mode", *columns], rows))
+
+
+def transformers_prefill() -> str:
+    """Milliseconds of a prefill, and the peak of memory, a row for each length."""
+    results = kept("h100-transformers")["results"]
+    names = list(dict.fromkeys(row["attention"] for row in results))
+    by_length: dict[int, dict[str, str]] = {}
+    for row in results:
+        by_length.setdefault(row["tokens"], {})[row["attention"]] = f"{row['ms']:.1f} ms, {row['peak_mib']:.0f} MiB"
+    return "\n".join(markdown(["tokens", *names], [[str(n), *(own[a] for a in names)] for n, own in by_length.items()]))
+
+
+def training_steps() -> str:
+    """What `examples/train_prefix_lm.py` printed."""
+    rows = [
+        [row["way"], str(row["tokens_per_s"]), f"{row['peak_mib']} MiB"]
+        for row in kept("h100-train-prefix-lm")["results"]
+    ]
+    return "\n".join(markdown(["attention", "tokens a second", "peak memory"], rows))
+
+
+def host_times() -> str:
+    """Median microseconds of the host, one column for each kept file and length."""
+    devices = {"H100": kept("h100-host-time"), "H200": kept("h200-host-time")}
+    cells: dict[str, list[str]] = {}
+    for content in devices.values():
+        for row in content["results"]:
+            cells.setdefault(row["name"], []).append(f"{row['host']:.0f}")
+    columns = [f"{name}, {tokens} tokens" for name in devices for tokens in (128, 131072)]
+    return "\n".join(markdown(["call", *columns], [[name, *own] for name, own in cells.items()]))
+
+
+# The page that quotes each.
+QUOTED = {
+    "docs/vllm.md": (vllm_times, vllm_errors),
+    "docs/transformers.md": (transformers_prefill,),
+    "docs/training.md": (training_steps,),
+    "docs/host_time.md": (host_times,),
+}
+
+if __name__ == "__main__":
+    for page, tables in QUOTED.items():
+        print(f"\n# {page}\n\n" + "\n\n".join(table() for table in tables))
