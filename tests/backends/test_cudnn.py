@@ -126,6 +126,7 @@ def cases():
     yield Batch(((100, 200), (0, 40)), (((150, 180),), ())), fp.PrefixLM(50), None  # keys that nobody sees
 
 
+@pytest.mark.slow
 def test_forward_and_backward() -> None:
     for batch, mask, spans in cases():
         own, (q, k, v) = batch_of(batch, mask, spans)
@@ -165,6 +166,7 @@ def test_no_keys_at_all() -> None:
         assert all((grad == 0).all() for grad in grads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [Options(0.3, softcap=20.0), Options(0.3, learnable_sink=torch.zeros(4))], ids=str)
 def test_softcap_and_sinks_are_refused_by_name_and_run_on_flex_else(options: Options) -> None:
     own, (q, k, v) = batch_of(TWO, MANY, SPANS)

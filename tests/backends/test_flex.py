@@ -198,6 +198,7 @@ def listed(counts: torch.Tensor, indices: torch.Tensor, like: torch.Tensor) -> t
     return found
 
 
+@pytest.mark.slow
 def test_new_ranges_and_lengths_compile_nothing() -> None:
     dims = (16, 40)  # of no other test
     check(TWO, MANY, images(5), dims=dims)

@@ -7,6 +7,7 @@ good, and `row_bounds` has to be asked.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -27,16 +28,25 @@ from fa4_prefixlm.integrations.transformers.mask_functions import (
 from fa4_prefixlm.integrations.transformers.row_bounds import Grid, NotIntervals
 from fa4_prefixlm.masks.interval_lists import END_OF_KEYS, emptied
 
+# The same for all rows where it is a number.
+Edge = torch.Tensor | int
+
 
 class Run(NamedTuple):
     """`[lo, hi)` of each row, int64 `(batch, q)` or what expands to it, empty where `lo >= hi`.
 
-    several: bool 0-d, some row sees keys that are no single run; None: none does.
+    Attributes:
+        lo, hi: see above.
+        several: bool 0-d, some row sees keys that are no single run; None: none does.
+        around: where it is not empty, it holds the row's own position.
+        full: it is empty for no row.
     """
 
-    lo: torch.Tensor
-    hi: torch.Tensor
+    lo: Edge
+    hi: Edge
     several: torch.Tensor | None = None
+    around: bool = True
+    full: bool = True
 
 
 def bounds_of_runs(expression: Expression, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,24 +55,32 @@ def bounds_of_runs(expression: Expression, grid: Grid) -> tuple[torch.Tensor, to
     Raises:
         NotIntervals: the expression has parts that only `row_bounds` takes.
     """
-    lo, hi, several = _run(expression, grid)
-    lo = (lo.clamp(min=grid.kv_offset) - grid.kv_offset).expand_as(grid.position).to(torch.int32)
-    hi = (hi.clamp(max=grid.kv_end) - grid.kv_offset).expand_as(grid.position).to(torch.int32)
+    run = _run(expression, grid)
+    lo, hi = (_counted_from_the_first_key(edge, grid) for edge in (run.lo, run.hi))
+    several = run.several
     if several is None:
         several = torch.zeros((), dtype=torch.bool, device=lo.device)
     return torch.stack(emptied(lo, hi), dim=2), several
 
 
+def _counted_from_the_first_key(edge: Edge, grid: Grid) -> torch.Tensor:
+    """int32 `(batch, q)`, within the keys."""
+    if isinstance(edge, int):
+        number = min(max(edge, grid.kv_offset), grid.kv_end) - grid.kv_offset
+        return torch.full(grid.position.shape, number, dtype=torch.int32, device=grid.position.device)
+    within = edge.clamp(grid.kv_offset, grid.kv_end)
+    return (within - grid.kv_offset if grid.kv_offset else within).to(torch.int32).expand(grid.position.shape)
+
+
 def _run(expression: Expression, grid: Grid) -> Run:
     position = grid.position
-    zero = position.new_zeros(())
     match expression:
         case Causal():
-            return Run(zero, position + 1)
+            return Run(0, position + 1)
         case Everything():
-            return Run(zero, zero + END_OF_KEYS)
+            return Run(0, END_OF_KEYS)
         case Window(size):
-            return Run((position - (size - 1)).clamp(min=0), zero + END_OF_KEYS)
+            return Run((position - (size - 1)).clamp(min=0), END_OF_KEYS, None, size > 0)
         case WindowBothWays(size):
             return Run((position - size).clamp(min=0), position + size + 1)
         case Chunks(size, left_padding):
@@ -76,17 +94,22 @@ def _run(expression: Expression, grid: Grid) -> Run:
         case Unpadded(real):
             return _real(real, grid)
         case AllOf(parts):
-            first, *others = (_run(part, grid) for part in parts)
-            for other in others:
-                lo, hi = torch.maximum(first.lo, other.lo), torch.minimum(first.hi, other.hi)
-                first = Run(lo, hi, _either(first.several, other.several))
-            return first
+            return functools.reduce(_both, (_run(part, grid) for part in parts))
         case AnyOf(parts):
-            first, *others = (_run(part, grid) for part in parts)
-            for other in others:
-                first = _hull(first, other)
-            return first
+            return functools.reduce(_hull, (_run(part, grid) for part in parts))
     raise NotIntervals(expression)
+
+
+def _larger(one: Edge, other: Edge) -> Edge:
+    if isinstance(one, int):
+        return max(one, other) if isinstance(other, int) else other.clamp(min=one)
+    return one.clamp(min=other) if isinstance(other, int) else torch.maximum(one, other)
+
+
+def _smaller(one: Edge, other: Edge) -> Edge:
+    if isinstance(one, int):
+        return min(one, other) if isinstance(other, int) else other.clamp(max=one)
+    return one.clamp(max=other) if isinstance(other, int) else torch.minimum(one, other)
 
 
 def _either(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor | None:
@@ -95,13 +118,29 @@ def _either(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tenso
     return one | other
 
 
+def _both(one: Run, other: Run) -> Run:
+    """What both show."""
+    around = one.around and other.around
+    several = _either(one.several, other.several)
+    return Run(
+        _larger(one.lo, other.lo), _smaller(one.hi, other.hi), several, around, around and one.full and other.full
+    )
+
+
 def _hull(one: Run, other: Run) -> Run:
     """Both runs as one: an empty one adds nothing, and two that do not touch are `several`."""
-    empty, other_empty = one.lo >= one.hi, other.lo >= other.hi
-    lo = torch.where(other_empty, one.lo, torch.where(empty, other.lo, torch.minimum(one.lo, other.lo)))
-    hi = torch.where(other_empty, one.hi, torch.where(empty, other.hi, torch.maximum(one.hi, other.hi)))
-    apart = (torch.maximum(one.lo, other.lo) > torch.minimum(one.hi, other.hi)) & (empty | other_empty).logical_not()
-    return Run(lo, hi, _either(_either(one.several, other.several), apart.any()))
+    lo, hi, several = _smaller(one.lo, other.lo), _larger(one.hi, other.hi), _either(one.several, other.several)
+    around = one.around and other.around  # the own position is in both, so that they touch
+    if not around:
+        apart = torch.as_tensor(_larger(one.lo, other.lo) > _smaller(one.hi, other.hi))
+        for own in (one, other):
+            apart = apart if own.full else apart & (own.lo < own.hi)
+        several = _either(several, apart.any())
+    for own, rest in ((one, other), (other, one)):
+        if not own.full:
+            empty = torch.as_tensor(own.lo >= own.hi)
+            lo, hi = torch.where(empty, rest.lo, lo), torch.where(empty, rest.hi, hi)
+    return Run(lo, hi, several, around, one.full or other.full)
 
 
 def _own_id(ids: torch.Tensor, grid: Grid, *, negative: bool) -> Run:
@@ -115,7 +154,7 @@ def _own_id(ids: torch.Tensor, grid: Grid, *, negative: bool) -> Run:
     stop = torch.where(ends, here + 1, width).flip(1).cummin(1).values.flip(1)
     counted = begins if negative else begins & (ids >= 0)
     # Runs of each id, of those that fit a table as long as the row; others would have to be sorted.
-    slot = ids.clamp(-1, width) + 1
+    slot = ids.to(torch.int64).clamp(-1, width) + 1
     runs = torch.zeros(ids.shape[0], width + 2, dtype=torch.int32, device=ids.device)
     runs.scatter_add_(1, slot, counted.to(torch.int32))
     several = (runs > 1).any()
@@ -126,7 +165,7 @@ def _own_id(ids: torch.Tensor, grid: Grid, *, negative: bool) -> Run:
     seen = position < width
     if not negative:
         seen = seen & (ids.expand(rows, -1).gather(1, at) >= 0)
-    return Run(own_start, torch.where(seen, own_stop, 0), several)
+    return Run(own_start, torch.where(seen, own_stop, 0), several, full=False)
 
 
 def _real(real: torch.Tensor, grid: Grid) -> Run:
@@ -135,4 +174,4 @@ def _real(real: torch.Tensor, grid: Grid) -> Run:
     key = torch.arange(grid.kv_offset, grid.kv_offset + here.shape[1], device=real.device)
     lo = torch.where(here, key, END_OF_KEYS).amin(1, keepdim=True)
     hi = torch.where(here, key + 1, 0).amax(1, keepdim=True)
-    return Run(lo, hi, (here.sum(1, keepdim=True) != (hi - lo).clamp(min=0)).any())
+    return Run(lo, hi, (here.sum(1, keepdim=True) != (hi - lo).clamp(min=0)).any(), around=False, full=False)
