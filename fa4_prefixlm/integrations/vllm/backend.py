@@ -333,7 +333,7 @@ def _say_what_runs(plans: GroupPlans, layers: dict[str, Any], kv_cache_spec: Any
         if plan.spec.device.type == "cuda":
             build = refusals.fa4()
             runs += f" of {build.name}" if build is not None else ""
-            runs += ", batches without images FA4's causal call" if mask.names else ""
+            runs += ", batches without images, where they come here, FA4's causal call" if mask.names else ""
         what = f"{number} layers of head dim {kv_cache_spec.head_size}, blocks of {kv_cache_spec.block_size}, {mask}"
         logger.info_once("FA4_PREFIXLM: %s: %s", what, runs)
     clamped = all(layer.mm_prefix_clamp_sliding_window for layer in layers.values() if layer.sliding_window)
