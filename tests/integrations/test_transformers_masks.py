@@ -110,6 +110,18 @@ def test_as_sdpa(name: str, pad: str, joined: bool, seed: int) -> None:
         assert not record.uses_several, "the usual case is one interval"
 
 
+@pytest.mark.parametrize("end", [0, 9, 40])
+def test_keys_that_are_no_run_around_the_row(end: int) -> None:
+    """Seen in full or not at all, beside a window: one interval for the rows near them, two for the others."""
+    real = torch.arange(KEYS).lt(end).expand(BATCH, -1)
+    sliding = masking_utils.sliding_window_causal_mask_function(4)
+    function = masking_utils.or_masks(sliding, masking_utils.padding_mask_function(real))
+    assert is_known(read(function))
+    bounds, shown, expected = both(function)
+    assert (shown == expected).all()
+    assert masks.known(bounds, KEYS).uses_several == bool((runs_of(expected) > 1).any())
+
+
 def runs_of(dense: torch.Tensor) -> torch.Tensor:
     """How many runs of keys each row sees."""
     before = torch.nn.functional.pad(dense, (1, 0))[..., :-1]
