@@ -131,8 +131,8 @@ class Window(Atom):
 
     def visible(self, pairs: Pairs) -> torch.Tensor:
         ahead = pairs.key - pairs.query
-        near = pairs.key >= 0 if self.left is None else ahead > -self.left
-        return near if self.right is None else near & (ahead <= self.right)
+        near = pairs.key >= 0 if self.left is None else ahead > -min(self.left, INT32_MAX)
+        return near if self.right is None else near & (ahead <= min(self.right, INT32_MAX))
 
     def reach(self, longest: Mapping[str, int]) -> Reach:
         return Reach(
@@ -180,7 +180,7 @@ class SameSpan(_Named):
         if not self.before:
             return same
         start = pairs.query - pairs.query_offset(self.name)
-        near = (pairs.key < start) & (pairs.key >= start - self.before)
+        near = (pairs.key < start) & (pairs.key >= start - min(self.before, INT32_MAX))
         return same | (near & pairs.query_in(self.name))
 
     def reach(self, longest: Mapping[str, int]) -> Reach:

@@ -147,8 +147,9 @@ def _check(token_types: torch.Tensor, values: Collection[int], *, packed: bool) 
         raise InputError("values", "at least one token type", values)
 
 
-def _packed_lengths(cu_seqlens: CuSeqlens, device: torch.device) -> CuSeqlens:
+def _packed_lengths(cu_seqlens: CuSeqlens, token_types: torch.Tensor) -> CuSeqlens:
     """`cu_seqlens`, checked as far as that needs no value of a device."""
+    device = token_types.device
     cu_seqlens = as_int32("cu_seqlens", cu_seqlens)
     if isinstance(cu_seqlens, torch.Tensor):
         if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0:
@@ -163,17 +164,22 @@ def _packed_lengths(cu_seqlens: CuSeqlens, device: torch.device) -> CuSeqlens:
     known = [whole_number(f"cu_seqlens[{index}]", own, "a number of tokens") for index, own in enumerate(cu_seqlens)]
     if known[0] != 0 or any(after < before for before, after in itertools.pairwise(known)):
         raise InputError("cu_seqlens", "values that ascend from 0", known)
+    _check_last(known[-1], token_types)
     return known
+
+
+def _check_last(last: int, token_types: torch.Tensor) -> None:
+    if last > len(token_types):
+        raise InputError("cu_seqlens[-1]", f"at most the {len(token_types)} tokens of token_types", last)
 
 
 def _rows(token_types: torch.Tensor, cu_seqlens: CuSeqlens | None) -> list[list[int]]:
     """The token types of each sequence, on the host."""
     if cu_seqlens is None:
         return token_types.tolist()
-    begins = _packed_lengths(cu_seqlens, token_types.device)
+    begins = _packed_lengths(cu_seqlens, token_types)
     begins = begins.tolist() if isinstance(begins, torch.Tensor) else begins
-    if begins[-1] > len(token_types):
-        raise InputError("cu_seqlens[-1]", f"at most the {len(token_types)} tokens of token_types", begins[-1])
+    _check_last(begins[-1], token_types)
     types = token_types.tolist()
     return [types[begin:end] for begin, end in itertools.pairwise(begins)]
 
@@ -181,7 +187,7 @@ def _rows(token_types: torch.Tensor, cu_seqlens: CuSeqlens | None) -> list[list[
 def _begins(token_types: torch.Tensor, cu_seqlens: CuSeqlens | None) -> torch.Tensor:
     """`(batch + 1,)` int32 on the device of the token types: where sequences begin, and the last one ends."""
     if cu_seqlens is not None:
-        return to_device(_packed_lengths(cu_seqlens, token_types.device), token_types.device)
+        return to_device(_packed_lengths(cu_seqlens, token_types), token_types.device)
     batch, seqlen = token_types.shape
     return torch.arange(batch + 1, device=token_types.device, dtype=torch.int32) * seqlen
 

@@ -76,6 +76,8 @@ class FlexCall(Prepared):
         )
         tables = self.tables_of_backward if with_grad else self.tables
         form = self._form(options, with_grad)
+        if not with_grad:  # torch refuses leaves that require a gradient on the CPU, also where there will be none
+            q, k, v = q.detach(), k.detach(), v.detach()
         q_blocks = _in_blocks(q, self.whole.total_q)
         k_blocks, v_blocks = (_in_blocks(own, self.whole.total_k) for own in (k, v))
         # Compiled autograd would reuse what it keeps for the backward, which so could run once (no retain_graph).

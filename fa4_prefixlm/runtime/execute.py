@@ -71,6 +71,9 @@ def run(
     check_out(out, spec)
     options = Options.checked(spec, softmax_scale, softcap, learnable_sink)
     wanted = autograd.is_needed(q, k, v, learnable_sink)
+    deterministic = in_order(deterministic)
+    if wanted and out is not None:
+        raise InputError("out", "None where a gradient is needed: autograd keeps the output", "a tensor")
     gradients = None
     if needs_grad or (wanted and not _through_torch(plan)):
         # Before the forward: what has no backward is refused, and the kernel of the forward waits for no table of it.

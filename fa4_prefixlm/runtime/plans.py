@@ -275,6 +275,8 @@ def three(like: object) -> QKV:
 
 def find_build(module: str | None) -> Build | None:
     """The build that the user named, or the default one."""
+    if module is not None and not isinstance(module, str):
+        raise InputError("build", "the name of a package, a string", module)
     found = locate.installed(module)
     if module is not None and found is None:
         raise InputError("build", f"an importable FA4, such as {' or '.join(locate.MODULES)}", repr(module))

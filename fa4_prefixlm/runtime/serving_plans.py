@@ -217,7 +217,10 @@ def serving_plan(
     """
     spec = describe(*three(like), cache="pages")
     for name, value in (("max_tokens", max_tokens), ("max_sequences", max_sequences), ("max_pages", max_pages)):
-        whole_number(name, value, "a positive integer", least=1)
+        if whole_number(name, value, "a positive integer", least=1) > END_OF_KEYS:
+            raise InputError(name, f"at most {END_OF_KEYS}, int32", value)
+    if not isinstance(graphs_take_any_batch, bool):
+        raise InputError("graphs_take_any_batch", "True or False", graphs_take_any_batch)
     check_mask(mask)
     assert spec.page_size is not None
     limits = Limits(max_tokens, max_sequences, max_pages, spec.page_size)
@@ -427,6 +430,11 @@ def _checked(
             raise InputError(name, "a 1-D int32 tensor or a list of integers", values)
         if isinstance(values, torch.Tensor) and values.dtype != torch.int32:
             raise InputError(name, "dtype torch.int32", values.dtype)
+        if not isinstance(values, torch.Tensor):
+            for index, value in enumerate(values):
+                whole_number(f"{name}[{index}]", value, "a non-negative integer")
+    if total_q is not None:
+        total_q = whole_number("total_q", total_q, "a non-negative integer")
     batch, limits = len(cu_seqlens_q) - 1, own.limits
     if not 0 <= batch <= limits.sequences:
         raise InputError("cu_seqlens_q", f"1 to {limits.sequences + 1} entries, as max_sequences allows", batch + 1)

@@ -213,6 +213,17 @@ def test_new_ranges_and_lengths_compile_nothing() -> None:
     assert counters["stats"]["unique_graphs"] == before + 1
 
 
+@pytest.mark.parametrize("tokens", [256, 257])
+@pytest.mark.parametrize("enabled", [True, False])
+def test_leaves_of_whole_blocks(tokens: int, enabled: bool) -> None:
+    """Which are not padded: torch refuses such leaves on the CPU."""
+    x = torch.randn(1, tokens, 2, 16, requires_grad=True)
+    with torch.set_grad_enabled(enabled):
+        out = fp.attention(x, x, x, [[(3, 40)]], backend="flex")
+    torch.testing.assert_close(out, fp.attention(x, x, x, [[(3, 40)]], backend="reference"), rtol=1e-5, atol=1e-5)
+    assert out.requires_grad == enabled
+
+
 @pytest.mark.parametrize(
     ("arch", "dtype", "dims", "searched", "wanted"),
     [

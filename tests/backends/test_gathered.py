@@ -14,6 +14,7 @@ from fa4_prefixlm.backends.base import MaskedBatch
 from fa4_prefixlm.batch import lengths, ranges
 from fa4_prefixlm.batch.keys import Keys
 from fa4_prefixlm.batch.tensors import CallSpec, describe
+from fa4_prefixlm.masks import causal, same_span, window
 from fa4_prefixlm.testing.accuracy import exact_attention
 from fa4_prefixlm.testing.batches import UGLY, Batch, random_batch, random_mask
 from fa4_prefixlm.testing.pages import ShuffledPages
@@ -39,6 +40,24 @@ def test_paged_attention_is_contiguous_attention(page_size: int) -> None:
         exact, exact_lse = exact_attention(q, k, v, mask=mask, spans=batch.spans, seqlens=batch.as_seqlens)
         torch.testing.assert_close(out, exact)
         torch.testing.assert_close(lse, exact_lse.float())
+
+
+@pytest.mark.parametrize("backend", ["reference", "flex"])
+@pytest.mark.parametrize("size", [2**31 + 25, 2**33, 2**63, 2**64])
+def test_windows_wider_than_int32(size: int, backend: str) -> None:
+    """They are none."""
+    batch = Batch(((20, 20), (1, 30)), (((2, 18),), ()))
+    q, k, v, pages = paged(batch, dtype=torch.float32)
+    packed = {"cu_seqlens_q": batch.cu_q, "cu_seqlens_k": batch.cu_k}
+    for wide, mask in (
+        (fp.PrefixLM(size), fp.PrefixLM()),
+        ((causal & window(size)) | same_span("image"), fp.PrefixLM()),
+        ((causal & window(5)) | same_span("image", before=size), (causal & window(5)) | same_span("image", before=99)),
+    ):
+        wanted = fp.attention(q, k, v, batch.spans, mask=mask, **packed)
+        found = fp.attention(q, pages.k, pages.v, batch.spans, mask=wide, backend=backend, **where(batch, pages))
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(fp.attention(q, k, v, batch.spans, mask=wide, **packed), wanted)
 
 
 @pytest.mark.parametrize("name", UGLY)

@@ -121,6 +121,8 @@ def test_tensors(tensors, message: str) -> None:
         ({"out": torch.zeros(10, 4, 8)}, "out: expected shape (10, 4, 16), got (10, 4, 8)"),
         ({"out": torch.zeros(10, 4, 16).double()}, "out: expected q's dtype torch.float32, got torch.float64"),
         ({"out": torch.zeros(10, 16, 4).transpose(1, 2)}, "out: expected a contiguous tensor"),
+        ({"deterministic": "x"}, "deterministic: expected True, False or None, got x"),
+        ({"build": 3}, "build: expected the name of a package, a string, got 3"),
         ({"mask": "causal"}, "mask: expected a fa4_prefixlm mask such as PrefixLM(window=1024), got 'causal'"),
         (
             {"backend": "flash"},

@@ -122,6 +122,17 @@ def test_keys_that_are_no_run_around_the_row(end: int) -> None:
     assert masks.known(bounds, KEYS).uses_several == bool((runs_of(expected) > 1).any())
 
 
+@pytest.mark.parametrize("size", [2**30 + 1, 2**31 - 1, 2**31 + 30, 2**32 + 1, 2**33, 2**63 - 1])
+@pytest.mark.parametrize("pad", ["none", "holes"])
+@pytest.mark.parametrize("name", ["sliding", "sliding both ways", "chunked"])
+def test_sizes_wider_than_int32(name: str, pad: str, size: int) -> None:
+    """They are no limit: what SDPA's own mask has is computed in int64, and wraps for the largest."""
+    real = padding(pad, BATCH, KEYS, seed=0)
+    _, shown, _ = both(FUNCTIONS[name](torch.empty(0), size), attention_mask=real)
+    _, _, expected = both(FUNCTIONS[name](torch.empty(0), 10**6), attention_mask=real)
+    assert (shown == expected).all()
+
+
 def runs_of(dense: torch.Tensor) -> torch.Tensor:
     """How many runs of keys each row sees."""
     before = torch.nn.functional.pad(dense, (1, 0))[..., :-1]

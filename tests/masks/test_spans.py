@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from typing import Any
 
@@ -184,3 +185,9 @@ def test_wrong_sizes() -> None:
         runs_of(torch.zeros(6).long(), {1}, cu_seqlens=[0, 7])
     with pytest.raises(InputError, match="max_spans: expected a positive number of spans, got 0"):
         runs_on_device(torch.zeros(1, 6).long(), {1}, max_spans=0)
+
+
+@pytest.mark.parametrize("read", [runs_of, functools.partial(runs_on_device, max_spans=2)])
+def test_sequences_past_the_token_types(read) -> None:
+    with pytest.raises(InputError, match=r"cu_seqlens\[-1\]: expected at most the 5 tokens of token_types, got 9"):
+        read(torch.tensor([1, 1, 0, 1, 1]), {1}, cu_seqlens=[0, 3, 9])

@@ -236,3 +236,22 @@ def test_fsdp2(own_backward: None, tmp_path) -> None:
             torch.testing.assert_close(mine.full_tensor(), right)
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("keys", [0, 5])
+@pytest.mark.parametrize("backend", ["auto", "flex"])
+def test_a_batch_without_queries_has_gradients(backend: str, keys: int) -> None:
+    """A rank whose batch is empty takes part in the backward: all are 0."""
+    q, k, v = (torch.randn(tokens, 2, 16, requires_grad=True) for tokens in (0, keys, keys))
+    out = fp.attention(q, k, v, [[]], cu_seqlens_q=[0, 0], cu_seqlens_k=[0, keys], backend=backend)
+    out.sum().backward()
+    for own in (q, k, v):
+        assert own.grad is not None
+        assert not own.grad.any()
+
+
+def test_out_where_a_gradient_is_needed() -> None:
+    q = torch.randn(6, 2, 16, requires_grad=True)
+    cu = {"cu_seqlens_q": [0, 6], "cu_seqlens_k": [0, 6]}
+    with pytest.raises(fp.InputError, match="out: expected None where a gradient is needed"):
+        fp.attention(q, q, q, [[]], out=torch.empty(6, 2, 16), **cu)

@@ -59,6 +59,9 @@ class TestServing:
             ({"page_table": torch.zeros(1, 201, dtype=torch.int32)}, "at most 200 pages"),
             ({"cu_seqlens_q": torch.tensor([0.0, 60.0])}, "cu_seqlens_q: expected dtype torch.int32"),
             ({"ranges": [[(50, 70)]]}, "safe_chunk_end"),
+            ({"seqused_k": [10.5]}, r"seqused_k\[0\]: expected a non-negative integer, got 10.5"),
+            ({"cu_seqlens_q": [0, "x"]}, r"cu_seqlens_q\[1\]: expected a non-negative integer, got 'x'"),
+            ({"total_q": "15"}, "total_q: expected a non-negative integer, got '15'"),
         ],
     )
     def test_bad_updates(self, change: dict[str, object], message: str) -> None:

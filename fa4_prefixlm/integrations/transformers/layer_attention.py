@@ -13,6 +13,7 @@ from fa4_prefixlm.batch.arguments import BatchArguments
 from fa4_prefixlm.batch.tensors import CallSpec, describe
 from fa4_prefixlm.errors import InputError, UnsupportedError
 from fa4_prefixlm.fa4.builds import locate
+from fa4_prefixlm.geometry.traits import MOST_INTERVALS
 from fa4_prefixlm.integrations.transformers import masks
 from fa4_prefixlm.integrations.transformers.masks import FEW_QUERIES, Record, warn_once
 from fa4_prefixlm.masks.atoms import causal, window
@@ -96,11 +97,15 @@ def attention(
         return dense(call, None)
     if attention_mask.dtype != torch.int32:
         return dense(call, attention_mask)
-    if attention_mask.shape[:3] != (query.shape[0], 1, query.shape[2]) or attention_mask.shape[3] % 2:
+    width = attention_mask.shape[3]
+    if (
+        attention_mask.shape[:3] != (query.shape[0], 1, query.shape[2])
+        or width % 2
+        or not 2 <= width <= 2 * MOST_INTERVALS
+    ):
         expected = f"row bounds {(query.shape[0], 1, query.shape[2], '2 n')}, as its mask function returned them"
-        raise InputError(
-            "attention_mask", f"{expected} (does the model change its masks?)", tuple(attention_mask.shape)
-        )
+        hint = "does the model change its masks? A dense mask of your own is bool or floating point"
+        raise InputError("attention_mask", f"{expected} ({hint})", f"int32 {tuple(attention_mask.shape)}")
     in_graph = torch.compiler.is_compiling()
     if call.rest.get("position_bias") is not None or query.shape[2] <= FEW_QUERIES:
         keys = key.shape[2]

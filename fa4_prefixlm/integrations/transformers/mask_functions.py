@@ -147,6 +147,11 @@ def _closed_over(function: Any) -> dict[str, Any]:
     return {name: cell.cell_contents for name, cell in zip(function.__code__.co_freevars, cells, strict=True)}
 
 
+def _tokens(size: int) -> int:
+    """A size, no larger than what can be added to a position in int32. No sequence is as long."""
+    return min(size, 2**30)
+
+
 def _parts(closed: dict[str, Any]) -> tuple[Expression, ...]:
     return tuple(map(read, closed["mask_functions"]))
 
@@ -167,9 +172,9 @@ _NONE = torch.zeros(1, 1, dtype=torch.long)
 _READERS: dict[CodeType | None, Callable[[dict[str, Any]], Expression]] = {
     _code("and_masks", _ANY): lambda closed: AllOf(_parts(closed)),
     _code("or_masks", _ANY): lambda closed: AnyOf(_parts(closed)),
-    _code("sliding_window_overlay", 1): lambda closed: Window(closed["sliding_window"]),
-    _code("sliding_window_bidirectional_overlay", 1): lambda closed: WindowBothWays(closed["sliding_window"]),
-    _code("chunked_overlay", 1, _NONE): lambda closed: Chunks(closed["chunk_size"], closed["left_padding"]),
+    _code("sliding_window_overlay", 1): lambda closed: Window(_tokens(closed["sliding_window"])),
+    _code("sliding_window_bidirectional_overlay", 1): lambda closed: WindowBothWays(_tokens(closed["sliding_window"])),
+    _code("chunked_overlay", 1, _NONE): lambda closed: Chunks(_tokens(closed["chunk_size"]), closed["left_padding"]),
     _code("blockwise_overlay", _NONE): lambda closed: Blocks(closed["block_sequence_ids"]),
     _code("packed_sequence_mask_function", _NONE): lambda closed: Documents(closed["packed_sequence_mask"]),
     _code("padding_mask_function", _NONE): lambda closed: Unpadded(closed["padding_mask"]),
