@@ -18,6 +18,10 @@ from fa4_prefixlm.masks.protocols import Reach
 MOST_INTERVALS = 4
 
 
+# FA4 counts keys in int32, and adds windows to them. No sequence is as long.
+WIDEST = 2**30
+
+
 @dataclass(frozen=True)
 class CausalWindow:
     """The mask of FA4's own causal call.
@@ -124,7 +128,9 @@ def causal_outside(form: ClosedForm) -> CausalWindow | None:
     """What rows outside of spans see, if that is causal."""
     if not form.is_causal_outside:
         return None
-    return CausalWindow(form.window if form.outside.begin == "window" else None)
+    if form.outside.begin != "window" or form.window is None:
+        return CausalWindow(None)
+    return CausalWindow(min(form.window, WIDEST))
 
 
 def text_only(spans: HostSpans, seqlens_q: tuple[int, ...], seqlens_k: tuple[int, ...]) -> bool:

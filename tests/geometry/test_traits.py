@@ -25,6 +25,7 @@ from fa4_prefixlm.testing.stages import prepare
         (fp.PrefixLM(7, clamp=False), ((60, 61),), None),
         (causal, None, CausalWindow(None)),
         (causal & window(9), None, CausalWindow(9)),
+        (causal & window(2**33), None, CausalWindow(2**30)),  # FA4 counts in int32
         ((causal & window(9)) | same_span("image"), ((0, 10),), CausalWindow(9)),
         (window(9), None, None),
         (causal & (prefix("image") | window(9)), ((0, 10),), None),
