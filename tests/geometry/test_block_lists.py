@@ -93,6 +93,7 @@ def check_packed(batch: Batch, mask: Mask, block_m: int, block_n: int, on_host: 
         )
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(seed=st.integers(0, 2**32), tile=st.sampled_from(TILES), on_host=st.booleans())
 def test_random_batches(seed: int, tile: tuple[int, int], on_host: bool) -> None:

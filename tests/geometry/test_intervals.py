@@ -32,6 +32,7 @@ def check(batch: Batch, mask: PrefixLM) -> None:
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_random_batches(seed: int) -> None:

@@ -185,6 +185,7 @@ def test_create_block_mask_finds_the_same_tiles(mask: fp.Mask, seed: int, chunk:
         assert full == their_full or stage.traits.tagged
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(mask=expressions(), seed=st.integers(0, 2**32))
 def test_flex_attention_computes_the_same(mask: fp.Mask, seed: int) -> None:

@@ -24,6 +24,7 @@ def test_import_is_light() -> None:
     assert heavy.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_running_the_reference_imports_no_cutlass() -> None:
     loaded = in_fresh_process(
         "import sys, torch, fa4_prefixlm as fp; x = torch.randn(1, 9, 2, 8); fp.attention(x, x, x, [[(2, 5)]]);"

@@ -123,8 +123,8 @@ def _bounded(call: Call, bounds: torch.Tensor) -> Output:
     assert record.seen is not None
     if record.seen.overflow:
         warn_once(
-            f"fa4_prefixlm: a row of the mask may see more than {bounds.shape[3] // 2} runs of keys, which its kernels do "
-            "not take: SDPA runs such batches, under its own dense mask"
+            f"fa4_prefixlm: a row of the mask may see more than {bounds.shape[3] // 2} runs of keys, which its kernels "
+            "do not take: SDPA runs such batches, under its own dense mask"
         )
         return dense(call, record.as_dense())
     q, k, v = call.packed(max(1, record.seen.end))

@@ -10,6 +10,7 @@ import pytest
 from fa4_prefixlm.fa4.builds import fingerprint
 
 
+@pytest.mark.slow
 def test_a_build_is_known_by_its_code(tmp_path: pathlib.Path) -> None:
     flash_attn = pytest.importorskip("flash_attn.cute.interface")
     here = pathlib.Path(flash_attn.__file__).parent
