@@ -74,6 +74,7 @@ def test_ugly_batches(name: str) -> None:
         check(UGLY[name], mask)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 4, 5, 7, 8, 15, 16, 31])
 def test_any_number_of_intervals(count: int) -> None:
     """Compared one by one, then searched; 32 intervals have as many ends as a power of two."""

@@ -40,6 +40,7 @@ def test_random_batches(seed: int) -> None:
     check(random_batch(rng, longest=60), random_mask(rng))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in UGLY if UGLY[name].cu_k[-1] < 400])
 def test_ugly_batches(name: str) -> None:
     for mask in masks_for(UGLY[name]):

@@ -235,6 +235,7 @@ def test_a_right_backend_passes(monkeypatch: pytest.MonkeyPatch, case: Case) -> 
 PLAIN = [case for case in QUICK if case.mask == "prefix_lm"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", PLAIN, ids=lambda case: case.name)
 def test_an_off_by_one_at_a_spans_end_is_caught(monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
     verdict = played(monkeypatch, one_key_short, case)
@@ -243,6 +244,7 @@ def test_an_off_by_one_at_a_spans_end_is_caught(monkeypatch: pytest.MonkeyPatch,
     assert played(monkeypatch, one_key_too_many, case).status == "WRONG"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in PLAIN if not case.softcap and not case.sink], ids=lambda c: c.name)
 def test_the_overlapping_two_passes_are_caught(monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
     assert played(monkeypatch, naive_two_pass, case).status == "WRONG"
