@@ -57,6 +57,11 @@ class MaskedBatch:
         return row_bounds(self.mask, self.spans, self.lengths, self.where, most)
 
     @property
+    def packed_bounds(self) -> Bounds:
+        """The bounds, counting the packed keys of the whole batch."""
+        return self.bounds.shifted(self.where.key_offset)
+
+    @property
     def known_on_host(self) -> bool:
         """The host knows the lengths and the spans, so that they are checked."""
         return self.lengths.known and all(own.host is not None for own in self.spans.values())

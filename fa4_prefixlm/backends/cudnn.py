@@ -103,7 +103,7 @@ class Cudnn(Backend):
         return cudnn_refusal(spec)
 
     def prepare(self, batch: MaskedBatch) -> CudnnCall:
-        bounds = packed_bounds(batch)
+        bounds = batch.packed_bounds
         blind = (bounds.lo >= bounds.hi).all(1)
         plan = None if batch.lengths.total_k == 0 else mask_plan(batch, bounds, with_backward=False)
         return CudnnCall(batch.spec, plan, bounds.count, blind if blind.any() else None)
@@ -158,11 +158,6 @@ def is_plain(options: Options, or_flex: object) -> bool:
         got = options.softcap if options.softcap else "a tensor"
         raise UnsupportedError(name, "none on the backend cudnn (backend='flex' takes it)", got)
     return plain
-
-
-def packed_bounds(batch: MaskedBatch) -> Bounds:
-    """The rows' bounds, counting the packed keys of the whole batch."""
-    return batch.bounds.shifted(batch.where.key_offset)
 
 
 def mask_plan(batch: MaskedBatch, bounds: Bounds, *, with_backward: bool) -> Any:

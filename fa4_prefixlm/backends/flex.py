@@ -124,7 +124,7 @@ def flex_call(batch: MaskedBatch) -> FlexCall:
     lengths = batch.lengths
     rows, keys = (max(LEAST_BLOCKS, ceil_div(total, BLOCK)) * BLOCK for total in (lengths.total_q, lengths.total_k))
     whole = as_one_sequence(dataclasses.replace(lengths, total_q=rows, total_k=keys))
-    bounds = _padded(batch.bounds.shifted(batch.where.key_offset), rows, keys)
+    bounds = _padded(batch.packed_bounds, rows, keys)
     key_tiles = packed_map(bounds, whole, lengths.batch, BLOCK, BLOCK)
     tags, columns = bounds.tags, keys // BLOCK
     tables = Tables(

@@ -74,10 +74,10 @@ def contiguous(batch: MaskedBatch, *, trim: bool) -> tuple[MaskedBatch, torch.Te
     lengths = batch.lengths
     keys, rows = batch.lengths.cu_seqlens_k.diff(), batch.lengths.cu_seqlens_q.diff()
     spec = dataclasses.replace(batch.spec, page_size=None)
-    left = None if left is None else min(left, lengths.max_seqlen_k)  # int32 below; nothing is further away
     if left is None:
         inner = dataclasses.replace(batch, spec=spec, lengths=lengths, keys=Keys.contiguous(lengths))
         return inner, torch.zeros_like(keys)
+    left = min(left, lengths.max_seqlen_k)  # nothing is further away, and int32 holds it
     first_key = (keys - rows - left).clamp(min=0)
     lengths = _without(lengths, first_key, left)
     return dataclasses.replace(batch, spec=spec, lengths=lengths, keys=Keys.contiguous(lengths)), first_key

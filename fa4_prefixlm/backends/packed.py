@@ -35,7 +35,7 @@ class Packed(Backend):
     def prepare(self, batch: MaskedBatch) -> MaskModCall:
         whole, traits = as_one_sequence(batch.lengths), batch.traits
         tile = choose_tile(batch.spec, traits, whole.max_seqlen_q)
-        bounds = batch.bounds.shifted(batch.where.key_offset)
+        bounds = batch.packed_bounds
         where = batch.where._replace(sequence=torch.zeros_like(batch.where.sequence))
         tiles = query_tiles(whole, tile.block_m)
         key_tiles = classify(bounds, tiles, whole, where, tile.block_m, tile.n, banded=traits.banded)

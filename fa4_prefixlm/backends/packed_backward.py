@@ -68,6 +68,6 @@ class PackedBackward(BackwardBackend):
 
     def prepare(self, batch: MaskedBatch, *, deterministic: bool) -> PackedGradients:
         tile_m, tile_n = packed_tile(batch.spec.arch, batch.spec.head_dim)
-        bounds = batch.bounds.shifted(batch.where.key_offset)
+        bounds = batch.packed_bounds
         lists = packed_row_lists(bounds, batch.lengths, tile_m, tile_n)
         return PackedGradients(batch.fa4(), mask_code("packed", bounds), lists)

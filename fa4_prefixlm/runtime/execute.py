@@ -18,6 +18,8 @@ from fa4_prefixlm.runtime import autograd
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
+NO_GRADIENT_OUT = "None where a gradient is needed: autograd keeps the output"
+
 
 class Runnable(Protocol):
     """What `Plan` and `ServingPlan` have in common."""
@@ -72,12 +74,12 @@ def run(
     options = Options.checked(spec, softmax_scale, softcap, learnable_sink)
     wanted = autograd.is_needed(q, k, v, learnable_sink)
     deterministic = in_order(deterministic)
-    if wanted and out is not None:
-        raise InputError("out", "None where a gradient is needed: autograd keeps the output", "a tensor")
+    if (wanted or needs_grad) and out is not None:
+        raise InputError("out", NO_GRADIENT_OUT, "a tensor")
     gradients = None
     if needs_grad or (wanted and not _through_torch(plan)):
         # Before the forward: what has no backward is refused, and the kernel of the forward waits for no table of it.
-        gradients = _gradients(plan, spec, learnable_sink, out, deterministic)
+        gradients = _gradients(plan, spec, deterministic)
     elif wanted and plan.choice.name == Flex.name:
         autograd.refuse_transforms()
     if spec.batched:
@@ -112,20 +114,12 @@ def _through_torch(plan: Runnable) -> bool:
     return plan.choice.name == plan.choice.backward.name and plan.choice.name in (Flex.name, Reference.name)
 
 
-def _gradients(
-    plan: Runnable,
-    spec: CallSpec,
-    learnable_sink: torch.Tensor | None,
-    out: torch.Tensor | None,
-    deterministic: bool | None,
-) -> Gradients:
+def _gradients(plan: Runnable, spec: CallSpec, deterministic: bool) -> Gradients:
     autograd.refuse_transforms()
     if plan.choice.backward.name is None:
         expected = f"no gradient: {plan.choice.backward.reason} (torch.no_grad(), or backend='reference')"
         raise UnsupportedError("q, k, v" if spec.needs_grad else "learnable_sink", expected, "requires_grad")
-    if out is not None:
-        raise InputError("out", "None where a gradient is needed: autograd keeps the output", "a tensor")
-    return plan.gradients(in_order(deterministic))
+    return plan.gradients(deterministic)
 
 
 def in_order(deterministic: bool | None) -> bool:

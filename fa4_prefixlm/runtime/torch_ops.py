@@ -23,11 +23,10 @@ import torch
 from fa4_prefixlm.batch.forward_pass import ForwardPass
 from fa4_prefixlm.errors import InputError, UnsupportedError
 from fa4_prefixlm.runtime import autograd
-from fa4_prefixlm.runtime.execute import Pair, Runnable, run, run_backward
+from fa4_prefixlm.runtime.execute import NO_GRADIENT_OUT, Pair, Runnable, run, run_backward
 
 PART_OF_THE_PLAN = "None beside a plan, which has its own from fp.plan() or fp.serving_plan()"
 NEEDS_PLAN = "a plan, made with fp.plan(ranges, like=(q, k, v), ...) outside of the code that torch.compile compiles"
-NO_GRADIENT_OUT = "None where a gradient is needed: autograd keeps the output"
 
 _plans: weakref.WeakValueDictionary[int, Runnable] = weakref.WeakValueDictionary()
 # A random start: a handle that was pickled or exported finds no plan in another process, rather than a wrong one.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 
 import torch
 
 import fa4_prefixlm as fp
 from fa4_prefixlm.batch.options import Options
+from fa4_prefixlm.masks import causal, key_in, prefix, window
 from fa4_prefixlm.testing.accuracy import exact_attention
 from fa4_prefixlm.testing.bands import Errors
 from fa4_prefixlm.testing.batches import Batch
@@ -137,3 +139,16 @@ def measured(found: Errors, band: Errors) -> dict[str, float]:
         "lse_error": found.lse_error,
         "lse_band": band.lse_error,
     }
+
+
+MANY = causal & (window(60) | key_in("image") | prefix("prompt"))
+
+
+def many_spans(rng: random.Random, batch: Batch, most: int) -> dict[str, list]:
+    """Up to `most` small images in each sequence, and a prompt: `most + 2` intervals a row."""
+    named: dict[str, list] = {"image": [], "prompt": []}
+    for _, keys in batch.seqlens:
+        starts = sorted(rng.sample(range(0, keys, 12), k=min(most, -(-keys // 12))))
+        named["image"].append([(at, min(at + rng.randint(1, 11), keys)) for at in starts])
+        named["prompt"].append([(0, rng.randint(1, keys))])
+    return named

@@ -11,13 +11,13 @@ import torch
 import fa4_prefixlm as fp
 from fa4_prefixlm.backends import cudnn
 from fa4_prefixlm.batch.options import Options
-from fa4_prefixlm.masks import causal, key_in, prefix, window
+from fa4_prefixlm.masks import causal, key_in, window
 from fa4_prefixlm.testing.accuracy import exact_attention
 from fa4_prefixlm.testing.batches import UGLY, Batch, masks_for, random_batch, random_mask
 from fa4_prefixlm.testing.empty_rows import Blind, ChainedBlind
 from fa4_prefixlm.testing.gradients import Kind as BackwardKind
 from fa4_prefixlm.testing.gradients import band_of, errors_of, exact_of, gradients_of, inputs_of, plan_of
-from tests.backends.gpu_calls import TYPICAL_BAND, Kind, causal_band, limit, measured, run, tensors_of
+from tests.backends.gpu_calls import MANY, TYPICAL_BAND, Kind, causal_band, limit, many_spans, measured, run, tensors_of
 from tests.exactness import assert_within, errors
 
 pytestmark = [
@@ -38,16 +38,6 @@ BACKWARD_KINDS = [
     BackwardKind((128, 128), (6, 2), with_lse=True),
     BackwardKind((256, 256)),
 ]
-MANY = causal & (window(60) | key_in("image") | prefix("prompt"))
-
-
-def spans_of(batch: Batch, rng: random.Random, most: int) -> dict[str, list]:
-    named: dict[str, list] = {"image": [], "prompt": []}
-    for _, keys in batch.seqlens:
-        starts = sorted(rng.sample(range(0, keys, 12), k=min(most, -(-keys // 12))))
-        named["image"].append([(at, min(at + rng.randint(1, 11), keys)) for at in starts])
-        named["prompt"].append([(0, rng.randint(1, keys))])
-    return named
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -99,7 +89,7 @@ def test_many_intervals(most: int, gpu_report) -> None:
         rng = random.Random(f"{most}{seed}")
         batch = random_batch(rng, longest=900, empty=False)
         q, k, v, options = tensors_of(kind, batch, seed)
-        spans = spans_of(batch, rng, most)
+        spans = many_spans(rng, batch, most)
         where = {"like": (q, k, v), "cu_seqlens_q": batch.cu_q, "cu_seqlens_k": batch.cu_k, "mask": MANY}
         plan = fp.plan(spans, backend="cudnn", **where)
         chosen = fp.plan(spans, **where).choice.name
@@ -141,7 +131,7 @@ def test_softcap_and_sinks() -> None:
     """Refused by name; where it was not asked for, flex runs them."""
     rng = random.Random(5)
     batch = random_batch(rng, empty=False)
-    spans = spans_of(batch, rng, 6)
+    spans = many_spans(rng, batch, 6)
     kind = Kind((128, 128), softcap=30.0, sink=True)
     q, k, v, options = tensors_of(kind, batch, 2)
     where = {"like": (q, k, v), "cu_seqlens_q": batch.cu_q, "cu_seqlens_k": batch.cu_k, "mask": MANY}

@@ -11,28 +11,16 @@ from torch._dynamo.utils import counters
 import fa4_prefixlm as fp
 from fa4_prefixlm.backends.flex_attend import compiled
 from fa4_prefixlm.batch.options import Options
-from fa4_prefixlm.masks import causal, key_in, one_block, prefix, window
+from fa4_prefixlm.masks import causal, one_block
 from fa4_prefixlm.masks.models.catalogue import CATALOGUE
 from fa4_prefixlm.testing.accuracy import exact_attention
 from fa4_prefixlm.testing.batches import Batch, random_batch
 from fa4_prefixlm.testing.empty_rows import Blind
 from fa4_prefixlm.testing.poison import nan_output, poison_free_memory
-from tests.backends.gpu_calls import Kind, causal_band, limit, measured, tensors_of
+from tests.backends.gpu_calls import MANY, Kind, causal_band, limit, many_spans, measured, tensors_of
 from tests.exactness import assert_within, errors
 
 pytestmark = pytest.mark.gpu
-
-MANY = causal & (window(60) | key_in("image") | prefix("prompt"))
-
-
-def many_spans(rng: random.Random, batch: Batch, most: int) -> dict[str, list]:
-    """Up to `most` small images in each sequence, and a prompt: `most + 2` intervals a row."""
-    named: dict[str, list] = {"image": [], "prompt": []}
-    for _, keys in batch.seqlens:
-        starts = sorted(rng.sample(range(0, keys, 12), k=min(most, -(-keys // 12))))
-        named["image"].append([(at, min(at + rng.randint(1, 11), keys)) for at in starts])
-        named["prompt"].append([(0, rng.randint(1, keys))])
-    return named
 
 
 def exact_of(q, k, v, mask, spans: dict[str, list], batch: Batch, options: Options):

@@ -64,7 +64,7 @@ def shown_by(bounds: torch.Tensor, kv_length: int) -> torch.Tensor:
     """What a layer is shown, without reading anything back first."""
     record = masks.found(bounds, kv_length)
     several = record.general is not None and bool((bounds == masks.NO_GOOD).any())
-    return masks.visible(record.in_several()[0] if several else bounds, kv_length)
+    return masks.visible(record.in_several() if several else bounds, kv_length)
 
 
 def gemma3_local(ids: torch.Tensor, window: int) -> Callable[..., Any]:
@@ -255,7 +255,7 @@ def test_rows_of_a_mask(joined: bool, own_first: bool) -> None:
     assert record.seen is not None
     assert not record.seen.overflow
     assert record.uses_several == joined
-    assert (masks.visible(record.in_several()[0] if joined else rows, KEYS) == expected[:, :, -20:]).all()
+    assert (masks.visible(record.in_several() if joined else rows, KEYS) == expected[:, :, -20:]).all()
     assert (record.as_dense() == expected[:, :, -20:]).all()
     few = bounds[:, :, -3:]
     assert (masks.found(few, KEYS).as_dense() == expected[:, :, -3:]).all()

@@ -119,7 +119,7 @@ def attention(
 def _bounded(call: Call, bounds: torch.Tensor) -> Output:
     """Under row bounds, with a plan that all layers of the kind share."""
     record = masks.known(bounds, call.key.shape[2])
-    bounds = record.in_several()[0] if record.uses_several else bounds
+    bounds = record.in_several() if record.uses_several else bounds
     assert record.seen is not None
     if record.seen.overflow:
         warn_once(

@@ -40,8 +40,6 @@ EVALUATED_PAIRS = 2**24
 NO_GOOD = -1
 
 Sizes = dict[str, Any]
-# Row bounds `(batch, 1, q, 2 * n)`, and bool 0-d: they overflow.
-Bounds = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -84,8 +82,8 @@ class Record:
     kv_length: int
     read: torch.Tensor
     dense: Callable[[], torch.Tensor]
-    general: Callable[[], Bounds] | None = None
-    several: Bounds | None = None
+    general: Callable[[], torch.Tensor] | None = None
+    several: torch.Tensor | None = None
     uses_several: bool = False
     seen: Seen | None = None
     dense_mask: torch.Tensor | None = None
@@ -97,7 +95,7 @@ class Record:
             self.dense_mask = self.dense()
         return self.dense_mask
 
-    def in_several(self) -> Bounds:
+    def in_several(self) -> torch.Tensor:
         """Bounds of several intervals, made once."""
         assert self.general is not None
         if self.several is None:
@@ -151,22 +149,20 @@ def mask(
     if allow_is_bidirectional_skip and attention_mask is None:
         return None
     if torch.compiler.is_compiling():
-        return _dense(sizes) if q_length <= FEW_QUERIES else _evaluated(sizes)[0]
+        return _dense(sizes) if q_length <= FEW_QUERIES else _evaluated(sizes)
     expression = read(mask_function)
     if not is_known(expression) and is_bidirectional(expression):
         # Models that work on such a mask themselves (Gemma 4's audio tower) take it as eager attention has it.
         return masking_utils.eager_mask(**sizes, **kwargs)
     if q_length <= FEW_QUERIES:
         return _dense(sizes)
-    general: Callable[[], Bounds] | None = functools.partial(_bounds, expression, sizes)
+    in_several = functools.partial(_bounds, expression, sizes)
     try:
-        bounds, overflow = _one_interval(expression, sizes)
+        bounds, general = _one_interval(expression, sizes), in_several
     except NotIntervals:
-        assert general is not None
-        (bounds, overflow), general = general(), None
+        bounds, general = in_several(), None
     with _lock:
-        record = Record(kv_length, _to_read(bounds.squeeze(1), overflow), functools.partial(_dense, sizes), general)
-        _records[bounds] = record
+        _records[bounds] = Record(kv_length, _to_read(bounds.squeeze(1)), functools.partial(_dense, sizes), general)
     return bounds
 
 
@@ -190,8 +186,7 @@ def known(bounds: torch.Tensor, kv_length: int) -> Record:
         read_back(list(waiting.values()))
     assert record.seen is not None
     if record.seen.overflow and record.general is not None and not record.uses_several:
-        bounds, overflow = record.in_several()
-        record.read, record.uses_several = _to_read(bounds.squeeze(1), overflow), True
+        record.read, record.uses_several = _to_read(record.in_several().squeeze(1)), True
         read_back([record])
     return record
 
@@ -211,14 +206,13 @@ def found(bounds: torch.Tensor, kv_length: int) -> Record:
 def record_of(bounds: torch.Tensor, kv_length: int) -> Record:
     """What belongs to bounds of which nothing else is known; not read yet."""
     same = bounds.detach()  # another object: the record must not keep what it is found by
-    none = torch.zeros((), dtype=torch.bool, device=bounds.device)
 
     def dense() -> torch.Tensor:
         if bool((same == NO_GOOD).any()):
             raise InputError("attention_mask", "a mask as it was made, or its last rows", "another part of one")
         return visible(same, kv_length)
 
-    return Record(kv_length, _to_read(bounds.squeeze(1), none), dense)
+    return Record(kv_length, _to_read(bounds.squeeze(1)), dense)
 
 
 def _of_some_rows(bounds: torch.Tensor) -> Record | None:
@@ -237,16 +231,11 @@ def _of_some_rows(bounds: torch.Tensor) -> Record | None:
 def _narrowed(record: Record, bounds: torch.Tensor, begin: int) -> Record:
     """The record of `bounds`, which are the rows from `begin` on of those of `record`."""
     rows = bounds.shape[2]
-
-    def general() -> Bounds:
-        several, overflow = record.in_several()
-        return several.narrow(2, begin, rows), overflow
-
     return Record(
         record.kv_length,
-        _to_read(bounds.squeeze(1), torch.zeros((), dtype=torch.bool, device=bounds.device)),
+        _to_read(bounds.squeeze(1)),
         lambda: record.as_dense().narrow(2, begin, rows),
-        None if record.general is None else general,
+        None if record.general is None else lambda: record.in_several().narrow(2, begin, rows),
     )
 
 
@@ -283,19 +272,17 @@ def _dense(sizes: Sizes) -> torch.Tensor:
     return made
 
 
-def _bounds(expression: Expression, sizes: Sizes) -> Bounds:
+def _bounds(expression: Expression, sizes: Sizes) -> torch.Tensor:
     """Bounds of up to `MOST_INTERVALS` intervals a row, in the cheaper of the two ways."""
     try:
-        bounds, overflow = bounds_of(*_unpadded(expression, sizes))
+        return _marked(*bounds_of(*_unpadded(expression, sizes)))
     except NotIntervals:
         return _evaluated(sizes)
-    return _marked(bounds.unsqueeze(1), overflow)
 
 
-def _one_interval(expression: Expression, sizes: Sizes) -> Bounds:
+def _one_interval(expression: Expression, sizes: Sizes) -> torch.Tensor:
     """Bounds of one interval a row, which overflow where a row sees several. Raises `NotIntervals`."""
-    bounds, several = bounds_of_runs(*_unpadded(expression, sizes))
-    return _marked(bounds.unsqueeze(1), several)
+    return _marked(*bounds_of_runs(*_unpadded(expression, sizes)))
 
 
 def _unpadded(expression: Expression, sizes: Sizes) -> tuple[Expression, Grid]:
@@ -307,11 +294,12 @@ def _unpadded(expression: Expression, sizes: Sizes) -> tuple[Expression, Grid]:
     return expression, Grid(position.expand(sizes["batch_size"], -1), sizes["kv_offset"], sizes["kv_length"])
 
 
-def _marked(bounds: torch.Tensor, overflow: torch.Tensor) -> Bounds:
-    return bounds.masked_fill(overflow, NO_GOOD), overflow
+def _marked(bounds: torch.Tensor, overflow: torch.Tensor) -> torch.Tensor:
+    """Bounds `(batch, q, 2 * n)` as layers get them, `(batch, 1, q, 2 * n)`."""
+    return bounds.unsqueeze(1).masked_fill(overflow, NO_GOOD)
 
 
-def _evaluated(sizes: Sizes) -> tuple[torch.Tensor, torch.Tensor]:
+def _evaluated(sizes: Sizes) -> torch.Tensor:
     """The same from the dense mask, some rows at a time."""
     q_length, kv_length, begin = sizes["q_length"], sizes["kv_length"], 0
     step = max(1, EVALUATED_PAIRS // max(1, sizes["batch_size"] * kv_length))
@@ -333,13 +321,13 @@ def _evaluated(sizes: Sizes) -> tuple[torch.Tensor, torch.Tensor]:
             overflow.logical_not(),
             "fa4_prefixlm: a row sees more runs of keys than bounds hold; run this batch without torch.compile",
         )
-    return _marked(bounds.unsqueeze(1), overflow)
+    return _marked(bounds, overflow)
 
 
-def _to_read(bounds: torch.Tensor, overflow: torch.Tensor) -> torch.Tensor:
+def _to_read(bounds: torch.Tensor) -> torch.Tensor:
     """What `Seen` is made of: int64 `(6,)`. bounds: `(batch, q, 2 * n)`."""
     lo, hi = bounds.chunk(2, dim=2)
-    overflow = overflow | (lo == NO_GOOD).any()
+    overflow = (lo == NO_GOOD).any()
     used = lo < hi
     first, last = lo.amin(2), hi.amax(2)
     empty = used.any(2).logical_not()

@@ -1,4 +1,4 @@
-"""One interval for each row, from what a mask function says: the usual case in a fifth of the operations.
+"""One interval for each row, from what a mask function says: the usual case in about a third of the operations.
 
 Almost every mask is one run of keys a row: causal or windowed, with the row's own image, without the padding. Whether
 that is so is known on the device alone, so it is an answer of its own: `several`. Where it is True the interval is no
