@@ -142,8 +142,31 @@ def choose(
         UnsupportedError: the named backend can't run the call.
         InputError: there is no such backend.
     """
+    if lengths.total_q and name == "auto" and spec.page_size is None:
+        quick = _without_lists(spec.of_any_size, traits, build, backward)
+        if quick is not None:
+            return quick
     forward = _choose_forward(name, spec, traits, lengths, build)
     return Choice(forward, choose_backward(backward, spec, traits, build, forward=forward.name))
+
+
+@functools.lru_cache(maxsize=256)
+def _without_lists(spec: CallSpec, traits: Traits, build: Build | None, backward: str) -> Choice | None:
+    """What "auto" takes where it is none of the backends whose choice depends on the lengths; None if it is one.
+
+    The same for every batch of a kind, so that most plans find it here.
+    """
+    passed_over: dict[str, str] = {}
+    for name in BACKENDS:
+        if name == Varlen.name:
+            return None
+        reason = BACKENDS[name].refusal(spec, traits, build)
+        if reason is None:
+            return Choice(
+                Forward.after(passed_over, name), choose_backward(backward, spec, traits, build, forward=name)
+            )
+        passed_over[name] = reason
+    raise AssertionError("the reference runs every call")
 
 
 def _choose_forward(name: str, spec: CallSpec, traits: Traits, lengths: Lengths, build: Build | None) -> Forward:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fa4_prefixlm.batch import lengths
+from fa4_prefixlm.batch.frozen import with_changes
 from fa4_prefixlm.batch.integers import as_int32
 from fa4_prefixlm.batch.keys import Keys, check_entries, check_table
 from fa4_prefixlm.batch.lengths import CuSeqlens, Lengths
@@ -47,8 +48,10 @@ class BatchArguments:
     def on_host(self) -> bool:
         """Every value is on the host. Then all are checked there first, and go to the device in one copy."""
         ranges = self.ranges.values() if isinstance(self.ranges, Mapping) else (self.ranges,)
-        values = (self.cu_seqlens_q, self.cu_seqlens_k, self.seqused_k, self.page_table, *ranges)
-        return all(value.device.type == "cpu" for value in values if isinstance(value, torch.Tensor))
+        for value in (self.cu_seqlens_q, self.cu_seqlens_k, self.seqused_k, self.page_table, *ranges):
+            if isinstance(value, torch.Tensor) and value.device.type != "cpu":
+                return False
+        return True
 
     def checked(self) -> BatchArguments:
         """The same with all integers as int32, where they fit."""
@@ -119,9 +122,9 @@ class BatchArguments:
             here += [torch.tensor(sizes.seqlens_k, dtype=torch.int32, device=CPU), table]
         there = to_device_together(here, spec.device)
         moved: dict[str, Any] = dict(zip(fields, there, strict=False))
-        sizes = dataclasses.replace(sizes, **moved)
+        sizes = with_changes(sizes, **moved)
         values = zip(spans.items(), there[len(fields) :], strict=False)
-        own_spans = {name: dataclasses.replace(own, values=tensor) for (name, own), tensor in values}
+        own_spans = {name: with_changes(own, values=tensor) for (name, own), tensor in values}
         if table is None:
             return sizes, own_spans, Keys.contiguous(sizes)
         return sizes, own_spans, Keys(sizes.max_seqlen_k, seqused_k=there[-2], page_table=there[-1])
@@ -135,11 +138,11 @@ class BatchArguments:
         if not sizes.same:
             lists.append(lengths.cumulative(sizes.seqlens_k))
         made = integers_to_device(lists, spec.device)
-        sizes = dataclasses.replace(
+        sizes = with_changes(
             sizes, cu_seqlens_q=made[0], cu_seqlens_k=made[0] if sizes.same else made[-1], deferred=False
         )
         own_spans = {
-            name: dataclasses.replace(own, values=values.view(sizes.batch, width, 2))
+            name: with_changes(own, values=values.view(sizes.batch, width, 2))
             for (name, own), (_, width), values in zip(spans.items(), flat.values(), made[1:], strict=False)
         }
         return sizes, own_spans, Keys.contiguous(sizes)

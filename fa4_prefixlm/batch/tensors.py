@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 
+from fa4_prefixlm.batch.frozen import with_changes
 from fa4_prefixlm.device_checks import is_fake
 from fa4_prefixlm.errors import InputError
 
@@ -48,6 +49,11 @@ class CallSpec:
     def cache(self) -> Cache:
         """What `k` and `v` are, as `describe` takes it."""
         return None if self.page_size is None else "static" if self.static_cache else "pages"
+
+    @property
+    def of_any_size(self) -> CallSpec:
+        """The same for any number of tokens: all that a backend looks at to tell whether it can run a call."""
+        return with_changes(self, shape_q=(), shape_k=())
 
     def swapped_hint(self) -> str:
         """See `_swapped`; for an error that is raised anyway."""
@@ -90,32 +96,41 @@ def describe(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, cache: Cache 
     if q.device.type not in ("cpu", "cuda") or (q.device.type == "cpu" and is_fake(q)):
         what = "a fake tensor" if is_fake(q) else f"device {q.device}"
         raise InputError("q, k, v", "tensors with values, on the CPU or a CUDA device", what)
-    if k.shape[:-1] != v.shape[:-1]:
-        raise InputError("v", f"k's tokens and heads {tuple(k.shape[:-1])}", tuple(v.shape[:-1]))
-    if q.shape[-1] != k.shape[-1]:
-        raise InputError("k", f"q's head_dim {q.shape[-1]}", k.shape[-1])
-    if q.shape[-2] % k.shape[-2]:
-        got = f"{q.shape[-2]} heads{_swapped(q.shape, k.shape)}"
-        raise InputError("q", f"a multiple of the {k.shape[-2]} key heads", got)
-    if q.ndim == 4 and q.shape[0] != k.shape[0]:
-        raise InputError("k", f"q's batch size {q.shape[0]}", k.shape[0])
-    if cache is not None and k.shape[1] == 0:
+    shape_q, heads_q, head_dim = _parts(q)
+    shape_k, heads_kv, head_dim_k = _parts(k)
+    shape_v, heads_v, head_dim_v = _parts(v)
+    if shape_k != shape_v or heads_kv != heads_v:
+        raise InputError("v", f"k's tokens and heads {(*shape_k, heads_kv)}", (*shape_v, heads_v))
+    if head_dim != head_dim_k:
+        raise InputError("k", f"q's head_dim {head_dim}", head_dim_k)
+    if heads_q % heads_kv:
+        raise InputError("q", f"a multiple of the {heads_kv} key heads", f"{heads_q} heads{_swapped(q.shape, k.shape)}")
+    batched = len(shape_q) == 2
+    if batched and shape_q[0] != shape_k[0]:
+        raise InputError("k", f"q's batch size {shape_q[0]}", shape_k[0])
+    if cache is not None and shape_k[1] == 0:
         raise InputError("k", "pages of at least one token", f"shape {tuple(k.shape)}")
     return CallSpec(
-        batched=q.ndim == 4,
-        shape_q=tuple(q.shape[:-2]),
-        shape_k=tuple(k.shape[:-2]),
-        heads_q=q.shape[-2],
-        heads_kv=k.shape[-2],
-        head_dim=q.shape[-1],
-        head_dim_v=v.shape[-1],
+        batched=batched,
+        shape_q=shape_q,
+        shape_k=shape_k,
+        heads_q=heads_q,
+        heads_kv=heads_kv,
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
         dtype=q.dtype,
         device=q.device,
-        needs_grad=torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v)),
+        needs_grad=(q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled(),
         arch=device_arch(q.device),
-        page_size=k.shape[1] if cache is not None else None,
+        page_size=shape_k[1] if cache is not None else None,
         static_cache=cache == "static",
     )
+
+
+def _parts(tensor: torch.Tensor) -> tuple[tuple[int, ...], int, int]:
+    """(all before the heads, heads, head dimension)."""
+    *tokens, heads, head_dim = tensor.shape
+    return tuple(tokens), heads, head_dim
 
 
 def _are_alike(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: Cache) -> bool:
@@ -127,7 +142,9 @@ def _are_alike(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: Cache) 
     dtype, device = q.dtype, q.device
     if not dtype.is_floating_point or k.dtype != dtype or v.dtype != dtype or k.device != device or v.device != device:
         return False
-    return all(own.stride(-1) == 1 and own.shape[-1] and own.shape[-2] for own in (q, k, v))
+    if q.stride(-1) != 1 or k.stride(-1) != 1 or v.stride(-1) != 1:
+        return False
+    return q.numel() > 0 and k.numel() > 0 and v.numel() > 0
 
 
 def _say_what_differs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: Cache) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
+from fa4_prefixlm.batch.frozen import with_changes
 from fa4_prefixlm.batch.lengths import Lengths, first_query
 from fa4_prefixlm.batch.ranges import HostSpans, SpanSets
 from fa4_prefixlm.masks.atoms import same_span
@@ -63,38 +63,34 @@ class Traits:
 
 def traits(mask: Mask, spans: SpanSets, lengths: Lengths) -> Traits:
     """The traits of a mask for one batch."""
-    base, found = _of_any(mask, most_spans(spans))
-    reach = base.reach({name: own.longest for name, own in spans.items()}) if found.banded else found.reach
+    found = traits_of_any(mask, {name: own.longest for name, own in spans.items()}, most_spans(spans))
     if not lengths.is_bottom_right:
-        return dataclasses.replace(found, reach=reach, causal_part=None, causal_only=None)
-    return dataclasses.replace(found, reach=reach, causal_only=_causal_only(found, spans, lengths))
+        return with_changes(found, causal_part=None, causal_only=None)
+    causal_only = _causal_only(found, spans, lengths)
+    return found if causal_only == found.causal_only else with_changes(found, causal_only=causal_only)
 
 
 def traits_of_any(mask: Mask, longest: Mapping[str, int], most: Mapping[str, int]) -> Traits:
     """The traits for any spans: at most `most[name]` in a sequence, of at most `longest[name]` tokens."""
-    base, found = _of_any(mask, most)
-    return dataclasses.replace(found, reach=base.reach(longest)) if found.banded else found
-
-
-def _of_any(mask: Mask, most: Mapping[str, int]) -> tuple[Mask, Traits]:
-    counts = tuple(most.items())
+    sizes = tuple(longest.items()), tuple(most.items())
     if mask.evaluated or mask.custom_kernel is not None or not isinstance(mask, Hashable):
-        return _by_counts.__wrapped__(mask, counts)  # the cache would keep its tensors alive
-    return _by_counts(mask, counts)
+        return _by_sizes.__wrapped__(mask, *sizes)  # the cache would keep its tensors alive
+    return _by_sizes(mask, *sizes)
 
 
-@functools.lru_cache(maxsize=64)
-def _by_counts(mask: Mask, most: tuple[tuple[str, int], ...]) -> tuple[Mask, Traits]:
-    """(what runs by intervals, the traits but for `reach`): the same for every batch with these numbers of spans."""
+@functools.lru_cache(maxsize=256)
+def _by_sizes(mask: Mask, longest: tuple[tuple[str, int], ...], most: tuple[tuple[str, int], ...]) -> Traits:
+    """The same for every batch with these spans, at most."""
     spans = dict(most)
     base, tags = as_run(mask, spans)
     form = closed_form(mask)
     causal = None if form is None else causal_outside(form)
-    return base, Traits(
+    banded = base.around_position and base.no_empty_rows and tags is None
+    return Traits(
         intervals=base.count(spans),
         tagged=tags is not None,
-        banded=base.around_position and base.no_empty_rows and tags is None,
-        reach=Reach(None, None),
+        banded=banded,
+        reach=base.reach(dict(longest)) if banded else Reach(None, None),
         custom=mask.custom_kernel is not None,
         closed_form=form,
         causal_part=causal,

@@ -29,6 +29,7 @@ from fa4_prefixlm.batch.keys import Keys
 from fa4_prefixlm.batch.lengths import Lengths
 from fa4_prefixlm.batch.ranges import Spans
 from fa4_prefixlm.errors import InputError
+from fa4_prefixlm.kernels.launch import Launcher
 from fa4_prefixlm.masks.closed_form import ClosedForm
 from fa4_prefixlm.masks.interval_lists import END_OF_KEYS
 
@@ -66,10 +67,10 @@ def plan_rows(
         keys: where the keys are; in pages, their number is in `seqused_k`.
         spans: those of each set that the mask reads, in the order of the form.
         tile_tokens, tile_n: query tokens and keys of a tile.
-        padding: rows of bounds after the last one, `(0, 0)`.
+        padding: rows of bounds after the last one, `(0, 0)`; a power of two.
 
     Returns:
-        `(total_q + padding, 2)`, `[lo, hi)` of each row, local to its sequence's keys, (0, 0) past the last sequence;
+        `(total_q + padding, 2)`, `[lo, hi)` of each row, local to its sequence's keys;
         `(slots, 4)`, the key tiles of each slot's query tile as `geometry.tiles.TileRuns` says them, 0 if it has none.
     """
     cu_seqlens_q, device = lengths.cu_seqlens_q, lengths.device
@@ -78,31 +79,32 @@ def plan_rows(
     slots = lengths.total_q // tile_tokens + lengths.batch + 1
     checked = not lengths.known or any(own.host is None for own in spans)
     longest = [END_OF_KEYS if own.host is not None else own.longest for own in spans]
-    bounds = torch.zeros(lengths.total_q + padding, 2, dtype=torch.int32, device=device)
+    bounds = torch.empty(lengths.total_q + padding, 2, dtype=torch.int32, device=device)
     tiles = torch.empty(slots, 4, dtype=torch.int32, device=device)
     fine = torch.ones(1, dtype=torch.bool, device=device) if checked else bounds
     with torch.cuda.device_of(bounds):
-        plan_rows_kernel[(slots,)](
-            bounds,
-            tiles,
-            fine,
-            cu_seqlens_q,
-            counts,
-            cu_seqlens_q if ranges is None else ranges,
-            *((0, 0, 0) if ranges is None else ranges.stride()),
-            0 if ranges is None else ranges.shape[1],
-            first_other,
-            lengths.batch,
-            lengths.batch.bit_length(),
-            lengths.total_q,
-            lengths.total_k,
-            lengths.max_seqlen_q,
-            min(lengths.max_seqlen_k, END_OF_KEYS),
-            *_both(longest, END_OF_KEYS),
-            *_windows(form),
-            CHECKED=checked,
-            CUMULATIVE=keys.seqused_k is None,
-            **constants(form, tile_tokens, tile_n),
+        launch_plan_rows(
+            slots,
+            (bounds, tiles, fine, cu_seqlens_q, counts, cu_seqlens_q if ranges is None else ranges),
+            (
+                *((0, 0, 0) if ranges is None else ranges.stride()),
+                0 if ranges is None else ranges.shape[1],
+                first_other,
+                lengths.batch,
+                lengths.batch.bit_length(),
+                lengths.total_q,
+                lengths.total_k,
+                lengths.max_seqlen_q,
+                min(lengths.max_seqlen_k, END_OF_KEYS),
+                *_both(longest, END_OF_KEYS),
+                *_windows(form),
+            ),
+            {
+                "PADDING": padding,
+                "CHECKED": checked,
+                "CUMULATIVE": keys.seqused_k is None,
+                **constants(form, tile_tokens, tile_n),
+            },
         )
         if checked:
             _require(fine, FINE_PLAN)
@@ -218,30 +220,34 @@ def update_rows(
     if page_table is not None:
         _check("page_table", page_table, (batch, min(width, buffers.page_table.shape[1])), buffers)
     with torch.cuda.device_of(buffers.fine):
-        update_rows_kernel[(buffers.tiles.shape[0],)](
-            buffers.bounds,
-            buffers.tiles,
-            buffers.cu_seqlens_q,
-            buffers.seqused_k,
-            buffers.page_table,
-            buffers.fine,
-            cu_seqlens_q.contiguous(),
-            seqused_k.contiguous(),
-            table,
-            cu_seqlens_q if together is None else together,
-            *((0, 0, 0) if together is None else together.stride()),
-            0 if together is None else together.shape[1],
-            first_other,
-            batch,
-            buffers.max_sequences.bit_length(),
-            width,
-            buffers.page_table.shape[1],
-            buffers.max_tokens if max_rows is None else min(max_rows, buffers.max_tokens),
-            buffers.max_sequences,
-            END_OF_KEYS if max_keys is None else min(max_keys, END_OF_KEYS),
-            *_windows(form),
-            PAGES_AT_ONCE=PAGES_AT_ONCE,
-            **constants(form, buffers.tile_tokens, buffers.tile_n),
+        launch_update_rows(
+            buffers.tiles.shape[0],
+            (
+                buffers.bounds,
+                buffers.tiles,
+                buffers.cu_seqlens_q,
+                buffers.seqused_k,
+                buffers.page_table,
+                buffers.fine,
+                cu_seqlens_q.contiguous(),
+                seqused_k.contiguous(),
+                table,
+                cu_seqlens_q if together is None else together,
+            ),
+            (
+                *((0, 0, 0) if together is None else together.stride()),
+                0 if together is None else together.shape[1],
+                first_other,
+                batch,
+                buffers.max_sequences.bit_length(),
+                width,
+                buffers.page_table.shape[1],
+                buffers.max_tokens if max_rows is None else min(max_rows, buffers.max_tokens),
+                buffers.max_sequences,
+                END_OF_KEYS if max_keys is None else min(max_keys, END_OF_KEYS),
+                *_windows(form),
+            ),
+            {**constants(form, buffers.tile_tokens, buffers.tile_n), "PAGES_AT_ONCE": PAGES_AT_ONCE},
         )
         _require(buffers.fine, FINE)
 
@@ -339,6 +345,7 @@ def plan_rows_kernel(
     right,
     before,
     before_other,
+    PADDING: tl.constexpr,
     CHECKED: tl.constexpr,
     CUMULATIVE: tl.constexpr,
     OUTSIDE_BEGIN: tl.constexpr,
@@ -357,9 +364,13 @@ def plan_rows_kernel(
 ):
     """Program `slot` writes the query tile of that slot, and checks the lengths of sequence `slot`.
 
+    The first one writes the padding of bounds too.
+
     counts: `cu_seqlens_k` (CUMULATIVE) or `seqused_k`.
     """
     slot = tl.program_id(0)
+    if slot == 0:
+        tl.store(bounds + total_q * 2 + tl.arange(0, 2 * PADDING), 0)
     good = _fill_slot(
         slot,
         bounds,
@@ -503,6 +514,10 @@ def update_rows_kernel(
         SPANS_AT_ONCE,
     )
     tl.store(fine, False, mask=good == 0)
+
+
+launch_plan_rows = Launcher(plan_rows_kernel)
+launch_update_rows = Launcher(update_rows_kernel)
 
 
 @triton.jit
