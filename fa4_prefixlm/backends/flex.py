@@ -16,7 +16,7 @@ import torch
 import torch._functorch.config as functorch_config
 
 from fa4_prefixlm.backends.base import Backend, MaskedBatch, Prepared
-from fa4_prefixlm.backends.flex_attend import BLOCK, Form, Tables, compiled, free, power_of_two
+from fa4_prefixlm.backends.flex_attend import BLOCK, LEAST_INT32, Form, Tables, compiled, free, power_of_two
 from fa4_prefixlm.batch.lengths import Lengths, as_one_sequence
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.batch.tensors import CallSpec
@@ -195,17 +195,23 @@ def is_searched(intervals: int) -> bool:
     return intervals > MOST_COMPARED
 
 
+def rounded_up(intervals: int) -> int:
+    """The number of intervals that a form is compiled for: beyond four, an even one."""
+    return intervals if intervals <= 4 else intervals + intervals % 2
+
+
 def _ends(bounds: Bounds) -> torch.Tensor:
-    """`Tables.ends`, for a number of intervals that is rounded up to a power of two: few forms are compiled."""
-    missing = 0 if is_searched(bounds.count) else power_of_two(bounds.count) - bounds.count
-    lo, hi = (
-        torch.nn.functional.pad(own, (0, missing), value=empty)
-        for own, empty in ((bounds.lo, EMPTY_LO), (bounds.hi, EMPTY_HI))
-    )
-    ends = torch.stack([lo, hi], dim=2).flatten(1)
+    """`Tables.ends`, for a number of intervals that is rounded up: few forms are compiled."""
     if not is_searched(bounds.count):
+        missing = rounded_up(bounds.count) - bounds.count
+        begin = bounds.lo ^ LEAST_INT32
+        width = (bounds.hi - bounds.lo).masked_fill(bounds.lo >= bounds.hi, 0) ^ LEAST_INT32
+        ends = torch.nn.functional.pad(
+            torch.stack([begin, width], dim=2).flatten(1), (0, 2 * missing), value=LEAST_INT32
+        )
         return free(ends.T.contiguous().unflatten(1, (-1, BLOCK)), 1)
     empty = (bounds.lo >= bounds.hi).repeat_interleave(2, dim=1)
+    ends = torch.stack([bounds.lo, bounds.hi], dim=2).flatten(1)
     ends = ends.masked_fill(empty, END_OF_KEYS).sort(dim=1).values
     missing = power_of_two(ends.shape[1] + 1) - ends.shape[1]
     ends = torch.nn.functional.pad(ends, (0, missing), value=END_OF_KEYS)

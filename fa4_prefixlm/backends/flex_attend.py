@@ -18,6 +18,7 @@ import torch
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 BLOCK = 128
+LEAST_INT32 = torch.iinfo(torch.int32).min
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -25,11 +26,12 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 class Tables(NamedTuple):
     """A mask over one padded sequence of `rows` blocks of queries and `keys` blocks of keys; int32 on the device.
 
-    Row `i` sees key `j` where an odd number of its `ends` are at most `j`, or where `row_tag[i] == key_tag[j]`.
+    Row `i` sees key `j` where one of its intervals holds it, or where `row_tag[i] == key_tag[j]`.
 
     Attributes:
-        ends: `(2 * K, rows, BLOCK)`, lo and hi of each interval in turn. Where `Form.searched`, `(rows, BLOCK, n)`:
-            ascending, n a power of two above `2 * K`, the rest past every key.
+        ends: `(2 * K, rows, BLOCK)`, of each interval in turn where it begins and its width, both with the sign bit
+            flipped, so that a single comparison tells (`_compared`). Where `Form.searched`, `(rows, BLOCK, n)`: where
+            intervals begin and end, ascending, n a power of two above `2 * K`, the rest past every key.
         row_tag, key_tag: `(rows, BLOCK)`, `(keys, BLOCK)`; None: no tags.
         counts, indices: of the partial blocks of keys, `(1, 1, rows)` and `(1, 1, rows, keys)`.
         full_counts, full_indices: of those that need no mask.
@@ -228,9 +230,11 @@ def _compared(ends: torch.Tensor, count: int) -> Seen:
     edges = [own.flatten() for own in ends.unbind(0)]
 
     def seen(row: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        found = (key >= edges[0][row]) & (key < edges[1][row])
+        # As unsigned numbers, key - begin < width: in 32 bits it wraps around for keys before the interval.
+        key = key.to(torch.int32)
+        found = key - edges[0][row] < edges[1][row]
         for n in range(2, count, 2):
-            found = found | ((key >= edges[n][row]) & (key < edges[n + 1][row]))
+            found = found | (key - edges[n][row] < edges[n + 1][row])
         return found
 
     return seen
