@@ -98,10 +98,8 @@ def integers_to_device(lists: Sequence[Sequence[int]], device: torch.device) -> 
         begins.append(len(flat))
         flat += values
         flat += (0,) * (-len(values) % 4)
-    here = torch.tensor(flat, dtype=torch.int32, device="cpu")
-    if device.type == "cuda" and _has_cuda():
-        here = torch.empty(len(flat), dtype=torch.int32, device="cpu", pin_memory=True).copy_(here)
-    there = here.to(device, non_blocking=True)
+    pinned = device.type == "cuda" and _has_cuda()
+    there = torch.tensor(flat, dtype=torch.int32, device="cpu", pin_memory=pinned).to(device, non_blocking=True)
     return [there.narrow(0, begin, len(values)) for begin, values in zip(begins, lists, strict=True)]
 
 

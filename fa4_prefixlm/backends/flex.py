@@ -6,7 +6,6 @@ mask costs O(tokens) and the pairs of blocks, and nothing is compiled anew for n
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -80,9 +79,10 @@ class FlexCall(Prepared):
             q, k, v = q.detach(), k.detach(), v.detach()
         q_blocks = _in_blocks(q, self.whole.total_q)
         k_blocks, v_blocks = (_in_blocks(own, self.whole.total_k) for own in (k, v))
-        # Compiled autograd would reuse what it keeps for the backward, which so could run once (no retain_graph).
-        kept = functorch_config.patch(donated_buffer=False) if with_grad else contextlib.nullcontext()
-        with torch.autocast(q.device.type, enabled=False), kept:
+        # With a gradient, compiled autograd would reuse what it keeps for the backward, which so could run once (no
+        # retain_graph). Without one, dynamo would compile a form for each grad mode.
+        mode = functorch_config.patch(donated_buffer=False) if with_grad else torch.no_grad()
+        with torch.autocast(q.device.type, enabled=False), mode:
             padded, lse = compiled(form)(q_blocks, k_blocks, v_blocks, options.learnable_sink, tables)
         result, rows = padded[: q.shape[0]], q.shape[0]
         lse = lse[:, :rows].to(torch.float32).contiguous()

@@ -271,3 +271,14 @@ def test_print_says_what_runs() -> None:
     assert "backend  flex: torch's FlexAttention" in text
     assert "7 intervals a row" in text
     assert "partial" in text
+
+
+@pytest.mark.slow
+def test_one_form_for_both_grad_modes() -> None:
+    """A forward whose backward is another backend's runs in autograd's own no-grad mode."""
+    plan, tensors = plan_of(TWO, fp.PrefixLM(30), {"image": [[(4, 90)], []]}, dims=(16, 56))  # of no other test
+    plan(*tensors)
+    before = counters["stats"]["unique_graphs"]
+    with torch.no_grad():
+        plan(*tensors)
+    assert counters["stats"]["unique_graphs"] == before
