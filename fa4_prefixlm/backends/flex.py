@@ -16,12 +16,14 @@ import torch._functorch.config as functorch_config
 
 from fa4_prefixlm.backends.base import Backend, MaskedBatch, Prepared
 from fa4_prefixlm.backends.flex_attend import BLOCK, LEAST_INT32, Form, Tables, compiled, free, power_of_two
+from fa4_prefixlm.backends.rows import ANY_TILE, kernel_rows
 from fa4_prefixlm.batch.lengths import Lengths, as_one_sequence
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.batch.tensors import CallSpec
+from fa4_prefixlm.device_checks import is_fake
 from fa4_prefixlm.fa4.builds.describe import Build
 from fa4_prefixlm.geometry.intervals import Bounds, Tags
-from fa4_prefixlm.geometry.packed_row_tiles import packed_map, transposed
+from fa4_prefixlm.geometry.packed_row_tiles import packed_map, tagged_tiles, transposed
 from fa4_prefixlm.geometry.tiles import TileCounts, TileMap, ceil_div
 from fa4_prefixlm.geometry.traits import Traits, in_words
 from fa4_prefixlm.masks.interval_lists import EMPTY_HI, EMPTY_LO, END_OF_KEYS
@@ -42,7 +44,7 @@ class FlexCall(Prepared):
     Attributes:
         spec: of the tensors.
         lengths: those of the batch.
-        whole: the batch as one sequence, padded to whole blocks.
+        rows, keys: blocks of queries and of keys, of the batch as one padded sequence.
         key_tiles: of each block of queries.
         intervals: of a row.
         tables: the mask as the forward reads it.
@@ -50,7 +52,8 @@ class FlexCall(Prepared):
 
     spec: CallSpec
     lengths: Lengths
-    whole: Lengths
+    rows: int
+    keys: int
     key_tiles: TileMap
     intervals: int
     tables: Tables
@@ -59,12 +62,11 @@ class FlexCall(Prepared):
     def tables_of_backward(self) -> Tables:
         """With the blocks of queries of each block of keys; made when a gradient is first needed."""
         seen = transposed(self.key_tiles)
-        rows = self.whole.total_q // BLOCK
         return self.tables._replace(
             row_counts=_counts(seen.partial),
-            row_indices=_indices(seen.partial_matrix(rows)),
+            row_indices=_indices(seen.partial_matrix(self.rows)),
             full_row_counts=_counts(seen.full),
-            full_row_indices=_indices(seen.full_matrix(rows)),
+            full_row_indices=_indices(seen.full_matrix(self.rows)),
         )
 
     def run(
@@ -77,8 +79,8 @@ class FlexCall(Prepared):
         form = self._form(options, with_grad)
         if not with_grad:  # torch refuses leaves that require a gradient on the CPU, also where there will be none
             q, k, v = q.detach(), k.detach(), v.detach()
-        q_blocks = _in_blocks(q, self.whole.total_q)
-        k_blocks, v_blocks = (_in_blocks(own, self.whole.total_k) for own in (k, v))
+        q_blocks = _in_blocks(q, self.rows)
+        k_blocks, v_blocks = (_in_blocks(own, self.keys) for own in (k, v))
         # With a gradient, compiled autograd would reuse what it keeps for the backward, which so could run once (no
         # retain_graph). Without one, dynamo would compile a form for each grad mode.
         mode = functorch_config.patch(donated_buffer=False) if with_grad else torch.no_grad()
@@ -122,21 +124,66 @@ class FlexCall(Prepared):
 def flex_call(batch: MaskedBatch) -> FlexCall:
     """The state of a batch: its rows and blocks, padded. Nothing synchronises."""
     lengths = batch.lengths
-    rows, keys = (max(LEAST_BLOCKS, ceil_div(total, BLOCK)) * BLOCK for total in (lengths.total_q, lengths.total_k))
-    whole = as_one_sequence(dataclasses.replace(lengths, total_q=rows, total_k=keys))
-    bounds = _padded(batch.packed_bounds, rows, keys)
-    key_tiles = packed_map(bounds, whole, lengths.batch, BLOCK, BLOCK)
-    tags, columns = bounds.tags, keys // BLOCK
+    rows, keys = (max(LEAST_BLOCKS, ceil_div(total, BLOCK)) for total in (lengths.total_q, lengths.total_k))
+    in_one_launch = batch.spec.device.type == "cuda" and not is_fake(lengths.cu_seqlens_q)
+    make = tables_in_one_launch if in_one_launch else tables_by_torch
+    intervals, tables, key_tiles = make(batch, rows, keys)
+    return FlexCall(batch.spec, lengths, rows, keys, key_tiles, intervals, tables)
+
+
+def tables_by_torch(batch: MaskedBatch, rows: int, keys: int) -> tuple[int, Tables, TileMap]:
+    """(intervals of a row, the tables, the blocks as a map). rows, keys: in blocks."""
+    bounds = _padded(batch.packed_bounds, rows * BLOCK, keys * BLOCK)
+    whole = as_one_sequence(dataclasses.replace(batch.lengths, total_q=rows * BLOCK, total_k=keys * BLOCK))
+    key_tiles = packed_map(bounds, whole, batch.lengths.batch, BLOCK, BLOCK)
     tables = Tables(
         ends=_ends(bounds),
-        row_tag=None if tags is None else free(tags.row_tag.view(-1, BLOCK), 0),
-        key_tag=None if tags is None else free(tags.key_tag.view(-1, BLOCK), 0),
+        row_tag=None if bounds.tags is None else _tags(bounds.tags.row_tag),
+        key_tag=None if bounds.tags is None else _tags(bounds.tags.key_tag),
         counts=_counts(key_tiles.partial),
-        indices=_indices(key_tiles.partial_matrix(columns)),
+        indices=_indices(key_tiles.partial_matrix(keys)),
         full_counts=_counts(key_tiles.full),
-        full_indices=_indices(key_tiles.full_matrix(columns)),
+        full_indices=_indices(key_tiles.full_matrix(keys)),
     )
-    return FlexCall(batch.spec, lengths, whole, key_tiles, bounds.count, tables)
+    return bounds.count, tables, key_tiles
+
+
+def tables_in_one_launch(batch: MaskedBatch, rows: int, keys: int) -> tuple[int, Tables, TileMap]:
+    """The same by a kernel, from the rows of another one where the mask has a closed form."""
+    from fa4_prefixlm.kernels.block_tables import block_tables
+
+    if batch.in_one_launch:
+        both = kernel_rows(batch, *ANY_TILE).bounds
+        bounds = Bounds(both.narrow(1, 0, 1), both.narrow(1, 1, 1))
+    else:
+        bounds = batch.bounds
+    tags, tagged = bounds.tags, None
+    if tags is not None:
+        tags = _padded_tags(tags, rows * BLOCK, keys * BLOCK)
+        tagged = tagged_tiles(tags, batch.lengths.batch, keys * BLOCK, BLOCK, BLOCK)
+    count = bounds.count
+    made = block_tables(
+        bounds.lo,
+        bounds.hi,
+        batch.lengths,
+        rows=rows,
+        keys=keys,
+        block=BLOCK,
+        intervals=0 if is_searched(count) else rounded_up(count),
+        tagged=tagged,
+    )
+    tables = Tables(
+        ends=_ends(_padded(batch.packed_bounds, rows * BLOCK, keys * BLOCK))
+        if is_searched(count)
+        else free(made.ends, 1),
+        row_tag=None if tags is None else _tags(tags.row_tag),
+        key_tag=None if tags is None else _tags(tags.key_tag),
+        counts=free(made.counts, 2),
+        indices=free(made.indices, 2, 3),
+        full_counts=free(made.full_counts, 2),
+        full_indices=free(made.full_indices, 2, 3),
+    )
+    return count, tables, TileMap(made.is_full, made.is_partial)
 
 
 def flex_refusal(spec: CallSpec) -> str | None:
@@ -157,6 +204,7 @@ def flex_refusal(spec: CallSpec) -> str | None:
 class Flex(Backend):
     name = "flex"
     summary = "torch's FlexAttention over the batch as a single sequence, block-sparse"
+    reads_kernel_rows = True
 
     def refusal(self, spec: CallSpec, traits: Traits, build: Build | None) -> str | None:
         return flex_refusal(spec)
@@ -170,24 +218,26 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _in_blocks(tensor: torch.Tensor, total: int) -> torch.Tensor:
+def _in_blocks(tensor: torch.Tensor, blocks: int) -> torch.Tensor:
     """`(total, heads, dim)` as `(blocks, BLOCK, heads, dim)`, with zeros where there are no tokens."""
-    missing = total - tensor.shape[0]
+    missing = blocks * BLOCK - tensor.shape[0]
     padded = torch.nn.functional.pad(tensor, (0, 0, 0, 0, 0, missing)) if missing else tensor
     return free(padded.unflatten(0, (-1, BLOCK)), 0)
 
 
 def _padded(bounds: Bounds, rows: int, keys: int) -> Bounds:
     """The bounds of `rows` rows, of which those past the batch see nothing, and nobody sees the keys past it."""
+    tags = None if bounds.tags is None else _padded_tags(bounds.tags, rows, keys)
+    return Bounds(_longer(bounds.lo, rows, EMPTY_LO), _longer(bounds.hi, rows, EMPTY_HI), tags)
 
-    def pad(values: torch.Tensor, count: int, value: int) -> torch.Tensor:
-        widths = (0, 0) * (values.ndim - 1) + (0, count - values.shape[0])
-        return torch.nn.functional.pad(values, widths, value=value)
 
-    tags = bounds.tags
-    if tags is not None:
-        tags = Tags(pad(tags.row_tag, rows, -1), pad(tags.key_tag, keys, -2))
-    return Bounds(pad(bounds.lo, rows, EMPTY_LO), pad(bounds.hi, rows, EMPTY_HI), tags)
+def _padded_tags(tags: Tags, rows: int, keys: int) -> Tags:
+    return Tags(_longer(tags.row_tag, rows, -1), _longer(tags.key_tag, keys, -2))
+
+
+def _longer(values: torch.Tensor, count: int, value: int) -> torch.Tensor:
+    widths = (0, 0) * (values.ndim - 1) + (0, count - values.shape[0])
+    return torch.nn.functional.pad(values, widths, value=value)
 
 
 def is_searched(intervals: int) -> bool:
@@ -216,6 +266,10 @@ def _ends(bounds: Bounds) -> torch.Tensor:
     missing = power_of_two(ends.shape[1] + 1) - ends.shape[1]
     ends = torch.nn.functional.pad(ends, (0, missing), value=END_OF_KEYS)
     return free(ends.unflatten(0, (-1, BLOCK)), 0)
+
+
+def _tags(tag: torch.Tensor) -> torch.Tensor:
+    return free(tag.view(-1, BLOCK), 0)
 
 
 def _counts(per_block: torch.Tensor) -> torch.Tensor:

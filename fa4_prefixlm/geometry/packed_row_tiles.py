@@ -36,7 +36,7 @@ def packed_map(bounds: Bounds, whole: Lengths, batch: int, tile_m: int, tile_n: 
     seen = tile_map(untagged, query_tiles(whole, tile_m), whole, tokens(whole), tile_m, tile_n)
     if bounds.tags is None:
         return seen
-    every, some = _tagged(bounds.tags, batch, whole.total_k, tile_m, tile_n)
+    every, some = tagged_tiles(bounds.tags, batch, whole.total_k, tile_m, tile_n)
     full = seen.is_full | every
     return TileMap(full, (seen.is_partial | some) & full.logical_not())
 
@@ -46,7 +46,7 @@ def transposed(seen: TileMap) -> TileMap:
     return TileMap(*(flags.T.clone(memory_format=torch.contiguous_format) for flags in (seen.is_full, seen.is_partial)))
 
 
-def _tagged(tags: Tags, batch: int, total_k: int, tile_m: int, tile_n: int) -> tuple[torch.Tensor, torch.Tensor]:
+def tagged_tiles(tags: Tags, batch: int, total_k: int, tile_m: int, tile_n: int) -> tuple[torch.Tensor, torch.Tensor]:
     """`(query_tiles, key_tiles)` bool: all pairs share a tag; some may (tags are sequences, and ascend)."""
     first_row, last_row, rows_whole = _tag_range(tags.row_tag, tile_m, batch)
     first_key, last_key, keys_whole = _tag_range(tags.key_tag, tile_n, batch)

@@ -174,8 +174,7 @@ def test_the_blocks_hold_what_is_seen_and_full_ones_are_seen_whole() -> None:
 
 def dense_of(plan: fp.Plan) -> torch.Tensor:
     """The mask of the packed batch with its padding, `(padded rows, padded keys)`, by its words."""
-    whole = plan.prepared.whole
-    seen = torch.zeros(whole.total_q, whole.total_k, dtype=torch.bool)
+    seen = torch.zeros(plan.prepared.rows * BLOCK, plan.prepared.keys * BLOCK, dtype=torch.bool)
     row = key = 0
     for index, (rows, keys) in enumerate(zip(*plan.lengths.on_host(), strict=True)):
         spans = {name: own.on_host()[index] for name, own in plan.spans.items()}

@@ -10,13 +10,6 @@ from fa4_prefixlm.masks import causal, everything, query_in, same_span, window
 from fa4_prefixlm.testing.batches import Batch, random_spans
 
 TILES = ((128, 128), (64, 80), (42, 64), (128, 112), (192, 64))
-# Of two sets, "image" and "canvas".
-TWO_SETS = (
-    causal | same_span("image") | same_span("canvas"),
-    causal & window(20) | same_span("image") | same_span("canvas", before=19),
-    window(20, 9) & (causal | same_span("image")) | same_span("canvas", before=40),
-    window(9, 3) | query_in("canvas") & causal | same_span("image"),
-)
 MASKS = (
     causal,
     window(33),

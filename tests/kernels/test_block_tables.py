@@ -1,0 +1,95 @@
+"""The launch that makes what `flex` reads, in Triton's interpreter on the CPU, against the torch path bit for bit.
+
+Run in a process of its own, as `test_row_update.py` is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import pytest
+import torch
+
+import fa4_prefixlm as fp
+from fa4_prefixlm.masks import causal, key_in, one_block, window
+from fa4_prefixlm.testing.batches import UGLY, Batch, random_batch
+from tests.kernels.cases import MASKS, TWO_SETS, spans_of
+from tests.kernels.triton_processes import INTERPRETED, compile_for_hopper, run_interpreted
+
+pytest.importorskip("triton", reason="triton is not installed")
+from fa4_prefixlm.backends.flex import BLOCK, LEAST_BLOCKS, tables_by_torch, tables_in_one_launch
+from fa4_prefixlm.geometry.tiles import ceil_div
+from fa4_prefixlm.kernels import block_tables
+from fa4_prefixlm.masks.interval_lists import EMPTY_LO
+from tests.kernels.test_plan_rows import masked_batch
+
+# Of one interval but no closed form, of several, of more than are compared one by one, and with tags.
+MORE = (
+    causal & (window(20) | key_in("image")),
+    key_in("image"),
+    causal | one_block("image"),
+    causal & key_in("image"),
+)
+
+
+def check(batch: Batch, mask: fp.Mask, spans: object = None, *, rows: bool = False) -> None:
+    """rows: from the rows of another launch, where the mask has a closed form."""
+    given = masked_batch(batch, mask, spans=spans)
+    blocks = [max(LEAST_BLOCKS, ceil_div(n, BLOCK)) for n in (given.lengths.total_q, given.lengths.total_k)]
+    count, wanted, wanted_tiles = tables_by_torch(given, *blocks)
+    own_count, made, tiles = tables_in_one_launch(dataclasses.replace(given, in_one_launch=rows), *blocks)
+    assert count == own_count
+    for name in ("ends", "row_tag", "key_tag", "counts", "full_counts"):
+        mine, theirs = getattr(made, name), getattr(wanted, name)
+        assert mine is theirs is None or torch.equal(mine, theirs), name
+    for name in ("", "full_"):
+        number = getattr(wanted, f"{name}counts").unsqueeze(3)
+        mine, theirs = (getattr(own, f"{name}indices") for own in (made, wanted))
+        column = torch.arange(mine.shape[3])
+        assert torch.equal(mine, torch.where(column < number, theirs, 0)), name
+    assert torch.equal(tiles.is_full, wanted_tiles.is_full)
+    assert torch.equal(tiles.is_partial, wanted_tiles.is_partial)
+
+
+if INTERPRETED:
+
+    @pytest.mark.parametrize("mask", [*MASKS, *TWO_SETS], ids=str)
+    @pytest.mark.parametrize("rows", [True, False])
+    def test_closed_forms(mask: fp.Mask, rows: bool) -> None:
+        rng = random.Random(str(mask))
+        for _ in range(3):
+            batch = random_batch(rng)
+            check(batch, mask, spans_of(rng, batch, mask), rows=rows)
+
+    @pytest.mark.parametrize("mask", MORE, ids=str)
+    def test_other_masks(mask: fp.Mask) -> None:
+        rng = random.Random(str(mask))
+        for _ in range(6):
+            check(random_batch(rng, longest=900), mask)
+
+    @pytest.mark.parametrize("batch", UGLY.values(), ids=list(UGLY))
+    def test_ugly_batches(batch: Batch) -> None:
+        for mask in (fp.PrefixLM(), fp.PrefixLM(100), *MORE):
+            check(batch, mask)
+
+    def test_more_blocks_than_columns_and_more_intervals_than_are_compared() -> None:
+        images = tuple((at, at + 90) for at in range(0, 5000, 250))
+        batch = Batch(((900, 5000), (0, 0), (300, 300)), (images, (), ()))
+        assert block_tables.COLUMNS * BLOCK < 5300
+        for mask in (fp.PrefixLM(), *MORE):
+            check(batch, mask)
+
+else:
+
+    @pytest.mark.slow
+    def test_in_the_interpreter() -> None:
+        run_interpreted(__file__)
+
+    @pytest.mark.parametrize("tagged", [True, False])
+    def test_it_compiles_for_hopper(tagged: bool) -> None:
+        names = ("lo", "hi", "cu_seqlens_q", "cu_seqlens_k", "ends", "counts", "indices", "full_counts", "full_indices")
+        pointers = dict.fromkeys(names, "*i32") | dict.fromkeys(("every", "some", "is_full", "is_partial"), "*i1")
+        constants = {"TAGGED": tagged, "EMPTY": EMPTY_LO, "BLOCK": BLOCK, "COLUMNS": block_tables.COLUMNS}
+        kernel = block_tables.block_tables_kernel
+        assert ".target sm_90" in compile_for_hopper(kernel, pointers, constants)
