@@ -30,7 +30,7 @@ from fa4_prefixlm.errors import InputError
 from fa4_prefixlm.masks.base import Mask
 from fa4_prefixlm.masks.closed_form import Edges, End, RowEdges
 from fa4_prefixlm.masks.interval_lists import EMPTY_HI, EMPTY_LO, END_OF_KEYS, Intervals, normalised
-from fa4_prefixlm.masks.protocols import Ahead, Pairs, Reach, Rows
+from fa4_prefixlm.masks.protocols import Ahead, Ends, Pairs, Reach, Rows
 
 INT32_MAX = torch.iinfo(torch.int32).max
 
@@ -79,6 +79,9 @@ class Causal(Atom):
 
     def ahead(self) -> Ahead:
         return Ahead()
+
+    def ends(self) -> Ends:
+        return Ends(of_row=frozenset({1}))
 
     def visible(self, pairs: Pairs) -> torch.Tensor:
         return pairs.key <= pairs.query
@@ -129,6 +132,10 @@ class Window(Atom):
     def ahead(self) -> Ahead:
         return Ahead(keys=self.right != 0)
 
+    def ends(self) -> Ends:
+        left = frozenset() if self.left is None else frozenset({1 - self.left})
+        return Ends(of_row=left if self.right is None else left | {1 + self.right})
+
     def visible(self, pairs: Pairs) -> torch.Tensor:
         ahead = pairs.key - pairs.query
         near = pairs.key >= 0 if self.left is None else ahead > -min(self.left, INT32_MAX)
@@ -175,6 +182,9 @@ class SameSpan(_Named):
     def ahead(self) -> Ahead:
         return Ahead(spans=self.names)
 
+    def ends(self) -> Ends:
+        return Ends(of_span=frozenset({-self.before}))
+
     def visible(self, pairs: Pairs) -> torch.Tensor:
         same = pairs.same_span(self.name)
         if not self.before:
@@ -202,6 +212,9 @@ class Prefix(_Named):
     def ahead(self) -> Ahead:
         return Ahead(spans=self.names)
 
+    def ends(self) -> Ends:
+        return Ends()
+
     def visible(self, pairs: Pairs) -> torch.Tensor:
         return pairs.before_end_of_latest(self.name)
 
@@ -222,6 +235,9 @@ class QueryIn(_Named):
 
     def ahead(self) -> Ahead:
         return Ahead(keys=True)
+
+    def ends(self) -> Ends:
+        return Ends()
 
     def visible(self, pairs: Pairs) -> torch.Tensor:
         return pairs.query_in(self.name)
@@ -245,6 +261,9 @@ class KeyIn(_Named):
 
     def ahead(self) -> Ahead:
         return Ahead(everywhere=self.names)
+
+    def ends(self) -> Ends:
+        return Ends()
 
     def visible(self, pairs: Pairs) -> torch.Tensor:
         return pairs.key_in(self.name)
@@ -270,6 +289,9 @@ class KeyOutside(_Named):
     def ahead(self) -> Ahead:
         return Ahead(keys=True)
 
+    def ends(self) -> Ends:
+        return Ends()
+
     def visible(self, pairs: Pairs) -> torch.Tensor:
         return ~pairs.key_in(self.name)
 
@@ -291,6 +313,9 @@ class OneBlock(_Named):
 
     def ahead(self) -> Ahead:
         return Ahead(blocks=self.names)
+
+    def ends(self) -> Ends:
+        return Ends()
 
     def visible(self, pairs: Pairs) -> torch.Tensor:
         return pairs.query_in(self.name) & pairs.key_in(self.name)

@@ -23,7 +23,7 @@ from fa4_prefixlm.masks.dense import dense_mask
 from fa4_prefixlm.masks.flex_export import to_flex
 from fa4_prefixlm.masks.interval_lists import Intervals, emptied, normalised
 from fa4_prefixlm.masks.picture import MaskPicture
-from fa4_prefixlm.masks.protocols import Ahead, CustomKernel, MaskMod, Pairs, Reach, Rows
+from fa4_prefixlm.masks.protocols import Ahead, CustomKernel, Ends, MaskMod, Pairs, Reach, Rows
 
 
 class Mask(abc.ABC):
@@ -83,6 +83,12 @@ class Mask(abc.ABC):
         chunk. "block": all spans are in the chunk that holds a token of one. "all": they are in the first chunk.
         """
         return ahead_of(self).whole(name)
+
+    def ends(self) -> Ends | None:
+        """Where intervals may begin and end; None: anywhere. Between two rows at which an end may pass another, rows see
+        as many intervals, so that they are counted at few rows.
+        """
+        return None
 
     def split_block(self) -> tuple[Mask, str] | None:
         """`(rest, name)` if the mask is written as `rest | one_block(name)`; None if it is not."""
@@ -188,6 +194,10 @@ class _Two(Mask):
     def uses_position(self) -> bool:  # type: ignore[override]
         return self.left.uses_position or self.right.uses_position
 
+    def _joined_ends(self) -> Ends | None:
+        left, right = ends_of(self.left), ends_of(self.right)
+        return None if left is None or right is None else left.joined(right)
+
     @property
     def around_position(self) -> bool:  # type: ignore[override]
         # Intervals that hold the row's own position meet in one, and join to one.
@@ -214,6 +224,9 @@ class And(_Two):
         most = lo_a.shape[1] + lo_b.shape[1] - 1
         lo, hi = emptied(lo, hi) if lo.shape[1] == 1 else normalised(lo, hi)
         return lo.narrow(1, 0, most), hi.narrow(1, 0, most)
+
+    def ends(self) -> Ends | None:
+        return self._joined_ends()
 
     def visible(self, pairs: Pairs) -> torch.Tensor:
         return self.left.visible(pairs) & self.right.visible(pairs)
@@ -247,6 +260,9 @@ class Or(_Two):
         if self.around_position:  # both hold the row's own position, or are empty, which min and max pass over
             return torch.minimum(lo_a, lo_b), torch.maximum(hi_a, hi_b)
         return normalised(torch.cat([lo_a, lo_b], dim=1), torch.cat([hi_a, hi_b], dim=1))
+
+    def ends(self) -> Ends | None:
+        return self._joined_ends()
 
     def visible(self, pairs: Pairs) -> torch.Tensor:
         return self.left.visible(pairs) | self.right.visible(pairs)
@@ -283,6 +299,11 @@ def _operand(sign: str, value: object) -> Mask:
 def ahead_of(mask: Mask) -> Ahead:
     """`mask.ahead()`; of a subclass that says anew what its rows see, and not that, what is safe for any mask."""
     return mask.ahead() if speaks_for_itself(mask, "ahead") else Mask.ahead(mask)
+
+
+def ends_of(mask: Mask) -> Ends | None:
+    """`mask.ends()`; None of a subclass that says anew what its rows see, and not that."""
+    return mask.ends() if speaks_for_itself(mask, "ends") else None
 
 
 def _least(a: int | None, b: int | None) -> int | None:

@@ -10,10 +10,10 @@ import torch
 
 from fa4_prefixlm.errors import InputError
 from fa4_prefixlm.masks.atoms import Window, causal, same_span, window
-from fa4_prefixlm.masks.base import Mask
+from fa4_prefixlm.masks.base import Mask, ends_of
 from fa4_prefixlm.masks.closed_form import RowEdges, edges_of
 from fa4_prefixlm.masks.interval_lists import Intervals
-from fa4_prefixlm.masks.protocols import Ahead, Pairs, Reach, Rows
+from fa4_prefixlm.masks.protocols import Ahead, Ends, Pairs, Reach, Rows
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,9 @@ class PrefixLM(Mask):
 
     def ahead(self) -> Ahead:
         return self._ahead
+
+    def ends(self) -> Ends | None:
+        return ends_of(self.expression)
 
     def edges(self) -> RowEdges | None:
         return edges_of(self.expression)

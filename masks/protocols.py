@@ -113,6 +113,23 @@ class Ahead:
 
 
 @dataclass(frozen=True)
+class Ends:
+    """Where the intervals of rows may begin and end: at 0, at the end of the keys, at an edge of a span, and here.
+
+    Attributes:
+        of_row: so many tokens from the row's own position.
+        of_span: so many tokens from an edge of a span.
+    """
+
+    of_row: frozenset[int] = frozenset()
+    of_span: frozenset[int] = frozenset()
+
+    def joined(self, other: Ends) -> Ends:
+        """Those of two masks combined."""
+        return Ends(self.of_row | other.of_row, self.of_span | other.of_span)
+
+
+@dataclass(frozen=True)
 class Reach:
     """How far a row at position `p` can see: keys `[p - left, p + right)`.
 

@@ -18,7 +18,7 @@ from fa4_prefixlm.batch.ranges import Spans, SpanSets
 from fa4_prefixlm.device_checks import assert_on_device
 from fa4_prefixlm.errors import InputError
 from fa4_prefixlm.geometry.traits import MOST_INTERVALS, Traits, as_run, most_spans
-from fa4_prefixlm.masks.base import Mask
+from fa4_prefixlm.masks.base import Mask, ends_of
 from fa4_prefixlm.masks.interval_lists import EMPTY_HI, EMPTY_LO, END_OF_KEYS, Intervals, emptied
 
 
@@ -112,15 +112,35 @@ def measured(mask: Mask, spans: SpanSets, lengths: Lengths, asked: Traits) -> Tr
     if not mask.evaluated:
         spans = {name: dataclasses.replace(own, values=own.host_values()) for name, own in spans.items()}
         lengths = lengths.as_on_host()
-    bounds = row_bounds(mask, spans, lengths, tokens(lengths))
+    bounds = row_bounds(mask, spans, lengths, tokens(lengths) if mask.evaluated else _telling(mask, spans, lengths))
     seen = (bounds.lo < bounds.hi).sum(1)
     return dataclasses.replace(asked, intervals=max(1, int(seen.max()) if len(seen) else 1))
 
 
-def tokens(lengths: Lengths) -> Tokens:
-    """The places of the query tokens of a batch."""
+def _telling(mask: Mask, spans: SpanSets, lengths: Lengths) -> Tokens:
+    """Query tokens of which one sees as many intervals as any does: those at which an end may pass another."""
+    ends = ends_of(mask)
+    if ends is None:
+        return tokens(lengths)
+    rows: list[int] = []
+    seqlens_q, seqlens_k = lengths.on_host()
+    begins = (lengths.cu_seqlens_q.tolist(), *lengths.starts_on_host())
+    for index, (count, keys) in enumerate(zip(seqlens_q, seqlens_k, strict=True)):
+        first_row, position, first_key = (own[index] for own in begins)
+        edges = {edge for own in spans.values() for span in own.on_host()[index] for edge in span}
+        fixed = {0, first_key, first_key + keys} | {edge + by for edge in edges for by in ends.of_span | {0}}
+        at = {0, count - 1} | {
+            edge - by + near - position for edge in fixed for by in ends.of_row | {0} for near in (-1, 0, 1)
+        }
+        rows += (first_row + row for row in sorted(at) if 0 <= row < count)
+    return tokens(lengths, torch.tensor(rows, dtype=torch.int32, device="cpu"))
+
+
+def tokens(lengths: Lengths, row: torch.Tensor | None = None) -> Tokens:
+    """The places of the query tokens of a batch, or of these rows of its packed queries, int32 on its device."""
     cu_q, cu_k = lengths.cu_seqlens_q, lengths.cu_seqlens_k
-    row = torch.arange(lengths.total_q, device=lengths.device, dtype=torch.int32)
+    if row is None:
+        row = torch.arange(lengths.total_q, device=lengths.device, dtype=torch.int32)
     sequence = _sequence_of(row, cu_q)
     key_offset = cu_k.index_select(0, sequence)
     key_start = None if lengths.key_start is None else lengths.key_start.index_select(0, sequence)

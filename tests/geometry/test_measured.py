@@ -1,0 +1,77 @@
+"""How many intervals rows really see: counted at the few rows that tell, against all of them."""
+
+from __future__ import annotations
+
+import random
+from unittest import mock
+
+import pytest
+import torch
+
+import fa4_prefixlm as fp
+from fa4_prefixlm.geometry import intervals
+from fa4_prefixlm.geometry.traits import MOST_INTERVALS, traits
+from fa4_prefixlm.masks import causal, key_in, key_outside, one_block, prefix, query_in, same_span, window
+from fa4_prefixlm.masks.atoms import KeyIn
+from fa4_prefixlm.testing.batches import random_batch, random_spans
+from fa4_prefixlm.testing.stages import prepare
+
+
+def random_expression(rng: random.Random, depth: int = 3) -> fp.Mask:
+    if depth and rng.random() < 0.8:
+        left, right = random_expression(rng, depth - 1), random_expression(rng, depth - 1)
+        return left & right if rng.random() < 0.5 else left | right
+    name, near = rng.choice(["a", "b"]), rng.randint(1, 80)
+    return rng.choice(
+        [
+            *(causal, window(near), window(near, rng.randint(0, 40)), window(None, near), fp.PrefixLM(near)),
+            *(same_span(name), same_span(name, before=near), prefix(name), key_in(name), key_outside(name)),
+            *(query_in(name), one_block(name)),
+        ]
+    )
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_rows_that_tell_are_enough(seed: int) -> None:
+    rng = random.Random(seed)
+    measured = 0
+    while measured < 40:
+        mask, batch = random_expression(rng), random_batch(rng, longest=400)
+        spans = {name: tuple(random_spans(rng, keys) for _, keys in batch.seqlens) for name in mask.names}
+        try:
+            stage = prepare(batch, mask, spans)
+        except fp.InputError:  # spans that the chunk would have to hold whole
+            continue
+        asked = traits(mask, stage.spans, stage.sizes)
+        if asked.intervals <= MOST_INTERVALS:
+            continue
+        found = intervals.measured(mask, stage.spans, stage.sizes, asked)
+        with mock.patch.object(intervals, "ends_of", return_value=None):
+            assert found == intervals.measured(mask, stage.spans, stage.sizes, asked), (mask, batch)
+        measured += 1
+
+
+def test_few_rows_are_looked_at() -> None:
+    spans = {"image": [[(at, at + 256) for at in range(0, 8192, 1024)]] * 2}
+    cu = [0, 8192, 16384]
+    q = torch.empty(16384, 1, 16)
+    plan = fp.plan(
+        spans, like=(q, q, q), cu_seqlens_q=cu, cu_seqlens_k=cu, mask=causal & (window(1024) | key_in("image"))
+    )
+    rows = intervals._telling(plan.mask, plan.spans, plan.lengths)
+    assert 0 < len(rows.position) < 500
+
+
+class Odd(KeyIn):
+    """Says anew what its rows see, and not where its intervals end."""
+
+    def intervals(self, rows):  # type: ignore[no-untyped-def]
+        lo, hi = super().intervals(rows)
+        return lo, hi.where(rows.position.unsqueeze(1) % 7 == 3, 0)
+
+
+def test_a_subclass_that_does_not_say_where_intervals_end_is_counted_at_all_rows() -> None:
+    batch = random_batch(random.Random(3), longest=400)
+    stage = prepare(batch, causal & Odd("a"), {"a": tuple(((0, 3),) for _ in batch.seqlens)})
+    rows = intervals._telling(causal & Odd("a"), stage.spans, stage.sizes)
+    assert len(rows.position) == stage.sizes.total_q
