@@ -14,6 +14,7 @@ from fa4_prefixlm.batch.lengths import Lengths
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.batch.ranges import SpanSets
 from fa4_prefixlm.batch.tensors import CallSpec
+from fa4_prefixlm.device_checks import is_fake
 from fa4_prefixlm.fa4.builds.describe import Build
 from fa4_prefixlm.geometry.intervals import Bounds, Tokens, row_bounds, tokens
 from fa4_prefixlm.geometry.tiles import TileCounts
@@ -45,15 +46,28 @@ class MaskedBatch:
     build: Build | None = None
     in_one_launch: bool = False
 
+    @property
+    def on_gpu(self) -> bool:
+        """Kernels can be launched over its tensors."""
+        return self.spec.device.type == "cuda" and not is_fake(self.lengths.cu_seqlens_q)
+
     @functools.cached_property
     def where(self) -> Tokens:
         """Where each query token stands; computed when it is first looked at."""
+        if self.on_gpu:
+            from fa4_prefixlm.kernels.token_places import token_places
+
+            return token_places(self.lengths)
         return tokens(self.lengths)
 
     @functools.cached_property
     def bounds(self) -> Bounds:
         """The keys that each query row sees; computed when they are first looked at."""
         most = None if self.traits.custom else self.traits.intervals
+        if self.on_gpu:
+            from fa4_prefixlm.kernels.token_places import latest_span
+
+            return row_bounds(self.mask, self.spans, self.lengths, self.where, most, latest_span)
         return row_bounds(self.mask, self.spans, self.lengths, self.where, most)
 
     @property

@@ -20,7 +20,6 @@ from fa4_prefixlm.backends.rows import ANY_TILE, kernel_rows
 from fa4_prefixlm.batch.lengths import Lengths, as_one_sequence
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.batch.tensors import CallSpec
-from fa4_prefixlm.device_checks import is_fake
 from fa4_prefixlm.fa4.builds.describe import Build
 from fa4_prefixlm.geometry.intervals import Bounds, Tags
 from fa4_prefixlm.geometry.packed_row_tiles import packed_map, tagged_tiles, transposed
@@ -125,8 +124,7 @@ def flex_call(batch: MaskedBatch) -> FlexCall:
     """The state of a batch: its rows and blocks, padded. Nothing synchronises."""
     lengths = batch.lengths
     rows, keys = (max(LEAST_BLOCKS, ceil_div(total, BLOCK)) for total in (lengths.total_q, lengths.total_k))
-    in_one_launch = batch.spec.device.type == "cuda" and not is_fake(lengths.cu_seqlens_q)
-    make = tables_in_one_launch if in_one_launch else tables_by_torch
+    make = tables_in_one_launch if batch.on_gpu else tables_by_torch
     intervals, tables, key_tiles = make(batch, rows, keys)
     return FlexCall(batch.spec, lengths, rows, keys, key_tiles, intervals, tables)
 

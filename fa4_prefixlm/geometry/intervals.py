@@ -155,17 +155,25 @@ def tokens(lengths: Lengths, row: torch.Tensor | None = None) -> Tokens:
     )
 
 
-def row_bounds(mask: Mask, spans: SpanSets, lengths: Lengths, where: Tokens, most: int | None = None) -> Bounds:
+def row_bounds(
+    mask: Mask,
+    spans: SpanSets,
+    lengths: Lengths,
+    where: Tokens,
+    most: int | None = None,
+    latest: LatestSpan | None = None,
+) -> Bounds:
     """Evaluate `mask.intervals` for every query token of the batch, clipped to the keys of its sequence.
 
     Args:
         most: intervals that a row is known to see at most. Any past it must be empty, and are dropped.
+        latest: what finds the spans of tokens; None: `latest_span`.
 
     Raises:
         InputError: the mask gives intervals of a wrong shape, past the keys, or more than `most` (on a GPU the values
             are checked by an assertion on the device).
     """
-    rows = TokenRows(where, spans)
+    rows = TokenRows(where, spans, latest_span if latest is None else latest)
     base, tagged = as_run(mask, most_spans(spans))
     lo, hi = base.intervals(rows)
     if lo.shape != hi.shape or lo.ndim != 2 or lo.shape[0] != len(where.position):
@@ -223,17 +231,22 @@ def clipped(lo: torch.Tensor, hi: torch.Tensor, where: Tokens) -> Intervals:
     return emptied(lo.clamp(min=0), torch.minimum(hi, where.seqlen_k.unsqueeze(1)))
 
 
+# (spans of a set, each token's sequence, its position) -> as `latest_span`.
+LatestSpan = Callable[[Spans, torch.Tensor, torch.Tensor], Intervals]
+
+
 class TokenRows:
     """The `Rows` of a batch: the positions of its tokens, and the span that each one is in."""
 
-    def __init__(self, where: Tokens, spans: SpanSets) -> None:
+    def __init__(self, where: Tokens, spans: SpanSets, find: LatestSpan) -> None:
+        self.find = find
         self.position, self.seqlen_k, self.sequence = where.position, where.key_end, where.sequence
         self.spans = spans
         self._latest: dict[str, Intervals] = {}
 
     def latest_span(self, name: str) -> Intervals:
         if name not in self._latest:
-            self._latest[name] = latest_span(self.spans[name], self.sequence, self.position)
+            self._latest[name] = self.find(self.spans[name], self.sequence, self.position)
         return self._latest[name]
 
     def span_of(self, name: str) -> Intervals:
@@ -276,7 +289,7 @@ def _tags(name: str, rows: TokenRows, lengths: Lengths) -> Tags:
     position = key - cu_k.index_select(0, owner)
     if lengths.key_start is not None:
         position = position + lengths.key_start.index_select(0, owner)
-    key_inside = _containing(latest_span(rows.spans[name], owner, position), position)[1] > 0
+    key_inside = _containing(rows.find(rows.spans[name], owner, position), position)[1] > 0
     row_inside = rows.span_of(name)[1] > 0
     return Tags(torch.where(row_inside, rows.sequence, -1), torch.where(key_inside, owner, -2))
 

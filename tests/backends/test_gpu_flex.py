@@ -12,6 +12,7 @@ import fa4_prefixlm as fp
 from fa4_prefixlm.backends.flex import tables_by_torch
 from fa4_prefixlm.backends.flex_attend import compiled
 from fa4_prefixlm.batch.options import Options
+from fa4_prefixlm.geometry.intervals import row_bounds, tokens
 from fa4_prefixlm.masks import causal, one_block
 from fa4_prefixlm.masks.models.catalogue import CATALOGUE
 from fa4_prefixlm.testing.accuracy import exact_attention
@@ -92,6 +93,10 @@ def test_tables_are_those_of_the_torch_path() -> None:
             call, given = plan.prepared, plan._batch
             count, wanted, tiles = tables_by_torch(given, call.rows, call.keys)
             assert count == call.intervals
+            most = plan.traits.intervals
+            rows = row_bounds(mask, plan.spans, plan.lengths, tokens(plan.lengths), most)
+            assert torch.equal(given.bounds.lo, rows.lo)
+            assert torch.equal(given.bounds.hi, rows.hi)
             for name in ("ends", "row_tag", "key_tag", "counts", "full_counts"):
                 mine, theirs = getattr(call.tables, name), getattr(wanted, name)
                 assert mine is theirs is None or torch.equal(mine, theirs), (seed, mask, name)
