@@ -85,8 +85,9 @@ class Mask(abc.ABC):
         return ahead_of(self).whole(name)
 
     def ends(self) -> Ends | None:
-        """Where intervals may begin and end; None: anywhere. Between two rows at which an end may pass another, rows see
-        as many intervals, so that they are counted at few rows.
+        """Where intervals may begin and end; None: anywhere.
+
+        Between two rows at which an end may pass another, all see as many intervals: they are counted at few rows.
         """
         return None
 

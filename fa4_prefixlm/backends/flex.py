@@ -148,7 +148,7 @@ def tables_by_torch(batch: MaskedBatch, rows: int, keys: int) -> tuple[int, Tabl
 
 def tables_in_one_launch(batch: MaskedBatch, rows: int, keys: int) -> tuple[int, Tables, TileMap]:
     """The same by a kernel, from the rows of another one where the mask has a closed form."""
-    from fa4_prefixlm.kernels.block_tables import block_tables
+    from fa4_prefixlm.kernels.tile_lists import block_tables
 
     if batch.in_one_launch:
         both = kernel_rows(batch, *ANY_TILE).bounds

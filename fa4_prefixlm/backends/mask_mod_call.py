@@ -14,7 +14,7 @@ from fa4_prefixlm.fa4.builds.describe import Build
 from fa4_prefixlm.fa4.kernels.launch import MaskCode, masked_forward
 from fa4_prefixlm.fa4.kernels.tiles import Tile
 from fa4_prefixlm.geometry.block_lists import BlockLists
-from fa4_prefixlm.geometry.tiles import KeyTiles, TileCounts, count_tiles
+from fa4_prefixlm.geometry.tiles import TileCounts, count_tiles
 from fa4_prefixlm.geometry.traits import in_words
 
 # A PackGQA tile would cover fewer tokens than its block list does: the same work with more bookkeeping.
@@ -32,7 +32,6 @@ class MaskModCall(Prepared):
         lists: the block lists; None: every key tile is visited.
         lengths: the sequences as the kernel sees them: the batch's own (varlen), or all of it as one.
         varlen: a varlen call; False: one of a single sequence.
-        key_tiles: of each query tile.
         pack_gqa: FA4's PackGQA.
     """
 
@@ -42,7 +41,6 @@ class MaskModCall(Prepared):
     lists: BlockLists | None
     lengths: Lengths
     varlen: bool
-    key_tiles: KeyTiles
     pack_gqa: bool = PACK_GQA
 
     def run(
@@ -74,5 +72,5 @@ class MaskModCall(Prepared):
             ("memory", f"mask {aux / 2**20:.2f} MiB, block lists {lists / 2**20:.2f} MiB"),
         ]
 
-    def tile_counts(self) -> TileCounts:
-        return count_tiles(self.key_tiles, self.lengths, self.tile.block_m, self.tile.n)
+    def tile_counts(self) -> TileCounts | None:
+        return None if self.lists is None else count_tiles(self.lists, self.lengths, self.tile.block_m, self.tile.n)

@@ -11,11 +11,11 @@ import torch
 from fa4_prefixlm.backends.base import Backend, MaskedBatch
 from fa4_prefixlm.backends.fa4_verdicts import choose_tile, masked_refusal
 from fa4_prefixlm.backends.mask_mod_call import MaskModCall
-from fa4_prefixlm.batch.lengths import as_one_sequence
+from fa4_prefixlm.batch.lengths import Lengths, as_one_sequence
 from fa4_prefixlm.batch.tensors import CallSpec
 from fa4_prefixlm.fa4.builds.describe import Build
 from fa4_prefixlm.fa4.kernels.launch import mask_code
-from fa4_prefixlm.geometry.block_lists import packed_lists
+from fa4_prefixlm.geometry.block_lists import BlockLists, packed_lists
 from fa4_prefixlm.geometry.tiles import classify, query_tiles
 from fa4_prefixlm.geometry.traits import Traits
 
@@ -33,18 +33,25 @@ class Packed(Backend):
         return refusal
 
     def prepare(self, batch: MaskedBatch) -> MaskModCall:
-        whole, traits = as_one_sequence(batch.lengths), batch.traits
-        tile = choose_tile(batch.spec, traits, whole.max_seqlen_q)
-        bounds = batch.packed_bounds
-        where = batch.where._replace(sequence=torch.zeros_like(batch.where.sequence))
-        tiles = query_tiles(whole, tile.block_m)
-        key_tiles = classify(bounds, tiles, whole, where, tile.block_m, tile.n, banded=traits.banded)
+        whole = as_one_sequence(batch.lengths)
+        tile = choose_tile(batch.spec, batch.traits, whole.max_seqlen_q)
         return MaskModCall(
             build=batch.fa4(),
-            code=mask_code("packed", bounds),
+            code=mask_code("packed", batch.packed_bounds),
             tile=tile,
-            lists=packed_lists(key_tiles, batch.lengths, traits, tile.block_m, tile.n),
+            lists=_lists(batch, whole, tile.block_m, tile.n),
             lengths=whole,
             varlen=False,
-            key_tiles=key_tiles,
         )
+
+
+def _lists(batch: MaskedBatch, whole: Lengths, tile_m: int, tile_n: int) -> BlockLists:
+    traits = batch.traits
+    if batch.on_gpu and not traits.banded:
+        from fa4_prefixlm.kernels.tile_lists import packed_tile_lists
+
+        return packed_tile_lists(batch.bounds.lo, batch.bounds.hi, batch.lengths, tile_m, tile_n)
+    where = batch.where._replace(sequence=torch.zeros_like(batch.where.sequence))
+    tiles = query_tiles(whole, tile_m)
+    key_tiles = classify(batch.packed_bounds, tiles, whole, where, tile_m, tile_n, banded=traits.banded)
+    return packed_lists(key_tiles, batch.lengths, traits, tile_m, tile_n)

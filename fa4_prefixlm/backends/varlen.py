@@ -8,7 +8,7 @@ from fa4_prefixlm.backends.mask_mod_call import MaskModCall
 from fa4_prefixlm.batch.tensors import CallSpec
 from fa4_prefixlm.fa4.builds.describe import Build
 from fa4_prefixlm.fa4.kernels.launch import MaskCode, mask_code
-from fa4_prefixlm.geometry.block_lists import varlen_lists
+from fa4_prefixlm.geometry.block_lists import BlockLists, varlen_lists
 from fa4_prefixlm.geometry.tiles import classify, query_tiles
 from fa4_prefixlm.geometry.traits import Traits
 
@@ -33,8 +33,6 @@ class Varlen(Backend):
     def prepare(self, batch: MaskedBatch) -> MaskModCall:
         lengths, traits = batch.lengths, batch.traits
         tile = choose_tile(batch.spec, traits, lengths.max_seqlen_q)
-        tiles = query_tiles(lengths, tile.block_m)
-        key_tiles = classify(batch.bounds, tiles, lengths, batch.where, tile.block_m, tile.n, banded=traits.banded)
         own = batch.mask.custom_kernel
         return MaskModCall(
             build=batch.fa4(),
@@ -42,8 +40,18 @@ class Varlen(Backend):
             if own
             else mask_code("varlen", batch.bounds),
             tile=tile,
-            lists=varlen_lists(key_tiles, tiles, lengths, traits, tile.block_m, tile.n),
+            lists=_lists(batch, tile.block_m, tile.n),
             lengths=lengths,
             varlen=True,
-            key_tiles=key_tiles,
         )
+
+
+def _lists(batch: MaskedBatch, tile_m: int, tile_n: int) -> BlockLists:
+    bounds, lengths, traits = batch.bounds, batch.lengths, batch.traits
+    if batch.on_gpu and not traits.banded and not traits.tagged:
+        from fa4_prefixlm.kernels.tile_lists import varlen_tile_lists
+
+        return varlen_tile_lists(bounds.lo, bounds.hi, lengths, tile_m, tile_n)
+    tiles = query_tiles(lengths, tile_m)
+    key_tiles = classify(bounds, tiles, lengths, batch.where, tile_m, tile_n, banded=traits.banded)
+    return varlen_lists(key_tiles, tiles, lengths, traits, tile_m, tile_n)

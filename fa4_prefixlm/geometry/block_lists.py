@@ -45,6 +45,16 @@ class BlockLists:
     cu_entries: torch.Tensor | None
     block_size: tuple[int, int]
 
+    @property
+    def full(self) -> torch.Tensor:
+        """`(query_tiles,)`, how many are visited without a mask."""
+        return self.full_count.flatten()
+
+    @property
+    def partial(self) -> torch.Tensor:
+        """`(query_tiles,)`, how many are visited with one."""
+        return self.partial_count.flatten()
+
     def nbytes(self) -> int:
         """Bytes of device memory; a tensor that repeats itself (stride 0) counts once."""
         held = (self.partial_count, self.partial_idx, self.full_count, self.full_idx, self.cu_tiles, self.cu_entries)
@@ -53,7 +63,7 @@ class BlockLists:
 
 def varlen_bytes(lengths: Lengths, block_m: int, block_n: int) -> int:
     """Bytes that `varlen_lists` will allocate, known without looking at the device."""
-    entries = _varlen_entries(lengths, block_m, block_n)
+    entries = varlen_entries(lengths, block_m, block_n)
     return 4 * (2 * entries + 2 * count_query_tiles(lengths, block_m) + 2 * (lengths.batch + 1))
 
 
@@ -68,7 +78,7 @@ def varlen_lists(
     key_tiles: KeyTiles, tiles: QueryTiles, lengths: Lengths, traits: Traits, block_m: int, block_n: int
 ) -> BlockLists:
     """The block lists of a batch in the varlen layout."""
-    entries = _varlen_entries(lengths, block_m, block_n)
+    entries = varlen_entries(lengths, block_m, block_n)
     if entries > torch.iinfo(torch.int32).max:
         raise InputError("cu_seqlens_k", "block lists of fewer than 2**31 entries (varlen layout)", entries)
     stride = (lengths.cu_seqlens_k.long().diff() + block_n - 1) // block_n
@@ -154,7 +164,7 @@ class PackedWidth:
         return cls(min(across, everything), min(extent, per_sequence, everything), False)
 
 
-def _varlen_entries(lengths: Lengths, block_m: int, block_n: int) -> int:
+def varlen_entries(lengths: Lengths, block_m: int, block_n: int) -> int:
     """Entries of a varlen index list, an upper bound where the lengths are on the device."""
     if lengths.seqlens_q is not None and lengths.seqlens_k is not None:
         pairs = zip(lengths.seqlens_q, lengths.seqlens_k, strict=True)

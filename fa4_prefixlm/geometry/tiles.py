@@ -17,8 +17,8 @@ from fa4_prefixlm.geometry.intervals import Bounds, Tokens
 from fa4_prefixlm.masks.interval_lists import EMPTY_LO
 
 
-class KeyTiles(Protocol):
-    """Key tiles of each query tile.
+class CountedTiles(Protocol):
+    """How many key tiles each query tile visits.
 
     A full tile is visible to all rows of its query tile; a tile that is neither is visible to none.
 
@@ -32,6 +32,10 @@ class KeyTiles(Protocol):
 
     @property
     def partial(self) -> torch.Tensor: ...
+
+
+class KeyTiles(CountedTiles, Protocol):
+    """Key tiles of each query tile."""
 
     def full_matrix(self, columns: int) -> torch.Tensor:
         """`(query_tiles, columns)` int32: the full key tiles, ascending; entries past a row's count mean nothing."""
@@ -214,7 +218,7 @@ def classify(
     return tile_map(bounds, tiles, lengths, where, block_m, block_n)
 
 
-def count_tiles(tiles: KeyTiles, lengths: Lengths, block_m: int, block_n: int) -> TileCounts:
+def count_tiles(tiles: CountedTiles, lengths: Lengths, block_m: int, block_n: int) -> TileCounts:
     """How many tiles are visited and skipped. Synchronises."""
     full, partial = int(tiles.full.sum()), int(tiles.partial.sum())
     pairs = zip(*lengths.on_host(), strict=True)

@@ -9,10 +9,8 @@ import torch
 from torch._dynamo.utils import counters
 
 import fa4_prefixlm as fp
-from fa4_prefixlm.backends.flex import tables_by_torch
 from fa4_prefixlm.backends.flex_attend import compiled
 from fa4_prefixlm.batch.options import Options
-from fa4_prefixlm.geometry.intervals import row_bounds, tokens
 from fa4_prefixlm.masks import causal, one_block
 from fa4_prefixlm.masks.models.catalogue import CATALOGUE
 from fa4_prefixlm.testing.accuracy import exact_attention
@@ -75,38 +73,6 @@ def test_no_mask_of_the_catalogue_is_dense(name: str) -> None:
         plan = plan_of(q, k, v, mask, spans, batch)
         assert plan.choice.name != "reference"
         assert plan.choice.backward.name != "reference"
-
-
-def test_tables_are_those_of_the_torch_path() -> None:
-    """In every bit, whatever lies in the memory that a launch is given, and in a second launch."""
-    for seed in range(12):
-        rng = random.Random(seed)
-        batch = random_batch(rng, longest=1500)
-        q, k, v, _ = tensors_of(Kind((64, 64)), batch, 0)
-        for mask, spans in (
-            (fp.PrefixLM(rng.randint(1, 300)), {"image": batch.spans}),
-            (causal | one_block("image"), {"image": batch.spans}),
-            (MANY, many_spans(rng, batch, rng.randint(1, 30))),
-        ):
-            poison_free_memory()
-            plan = plan_of(q, k, v, mask, spans, batch, "flex")
-            call, given = plan.prepared, plan._batch
-            count, wanted, tiles = tables_by_torch(given, call.rows, call.keys)
-            assert count == call.intervals
-            most = plan.traits.intervals
-            rows = row_bounds(mask, plan.spans, plan.lengths, tokens(plan.lengths), most)
-            assert torch.equal(given.bounds.lo, rows.lo)
-            assert torch.equal(given.bounds.hi, rows.hi)
-            for name in ("ends", "row_tag", "key_tag", "counts", "full_counts"):
-                mine, theirs = getattr(call.tables, name), getattr(wanted, name)
-                assert mine is theirs is None or torch.equal(mine, theirs), (seed, mask, name)
-            for name in ("", "full_"):
-                number = getattr(wanted, f"{name}counts").unsqueeze(3)
-                theirs = getattr(wanted, f"{name}indices")
-                theirs = torch.where(torch.arange(call.keys, device="cuda") < number, theirs, 0)
-                assert torch.equal(getattr(call.tables, f"{name}indices"), theirs), (seed, mask, name)
-            assert torch.equal(call.key_tiles.is_full, tiles.is_full)
-            assert torch.equal(call.key_tiles.is_partial, tiles.is_partial)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,15 @@
-"""Tiles and masks that the kernels which fill rows are tried on."""
+"""Tiles and masks that kernels which plan are tried on, and what their lists are compared by."""
 
 from __future__ import annotations
 
+import itertools
 import random
+
+import torch
 
 from fa4_prefixlm import Mask, PrefixLM
 from fa4_prefixlm.batch.ranges import HostSpans
+from fa4_prefixlm.geometry.block_lists import BlockLists
 from fa4_prefixlm.masks import causal, everything, query_in, same_span, window
 from fa4_prefixlm.testing.batches import Batch, random_spans
 
@@ -43,3 +47,29 @@ def spans_of(rng: random.Random, batch: Batch, mask: Mask) -> dict[str, HostSpan
         name: batch.spans if index == 0 else tuple(random_spans(rng, keys) for _, keys in batch.seqlens)
         for index, name in enumerate(names)
     }
+
+
+def same_lists(made: BlockLists, wanted: BlockLists) -> None:
+    for name in ("partial", "full"):
+        counts, others = (getattr(own, f"{name}_count") for own in (made, wanted))
+        assert counts.dtype == others.dtype == torch.int32
+        assert torch.equal(counts, others), name
+        assert all(map(torch.equal, listed(made, name), listed(wanted, name))), name
+    for name in ("cu_tiles", "cu_entries"):
+        mine, theirs = getattr(made, name), getattr(wanted, name)
+        assert mine is theirs is None or torch.equal(mine, theirs), name
+    assert made.block_size == wanted.block_size
+
+
+def listed(lists: BlockLists, name: str) -> list[torch.Tensor]:
+    """The entries of each query tile that count."""
+    counts, entries = getattr(lists, f"{name}_count").flatten().tolist(), getattr(lists, f"{name}_idx")
+    if lists.cu_tiles is None or lists.cu_entries is None:
+        return [row[:count] for row, count in zip(entries[0, 0], counts, strict=True)]
+    found = []
+    cu_tiles, cu_entries = lists.cu_tiles.tolist(), lists.cu_entries.tolist()
+    for (first, end), (begin, stop) in zip(itertools.pairwise(cu_tiles), itertools.pairwise(cu_entries), strict=True):
+        for tile in range(first, end):
+            at = begin + (tile - first) * ((stop - begin) // (end - first))
+            found.append(entries[0, at : at + counts[tile]])
+    return found

@@ -1,4 +1,4 @@
-"""The launch that makes what `flex` reads, in Triton's interpreter on the CPU, against the torch path bit for bit.
+"""The launch that lists key tiles, in Triton's interpreter on the CPU, against the torch path bit for bit.
 
 Run in a process of its own, as `test_row_update.py` is.
 """
@@ -14,13 +14,15 @@ import torch
 import fa4_prefixlm as fp
 from fa4_prefixlm.masks import causal, key_in, one_block, window
 from fa4_prefixlm.testing.batches import UGLY, Batch, random_batch
-from tests.kernels.cases import MASKS, TWO_SETS, spans_of
+from tests.kernels.cases import MASKS, TWO_SETS, same_lists, spans_of
 from tests.kernels.triton_processes import INTERPRETED, compile_for_hopper, run_interpreted
 
 pytest.importorskip("triton", reason="triton is not installed")
 from fa4_prefixlm.backends.flex import BLOCK, LEAST_BLOCKS, tables_by_torch, tables_in_one_launch
-from fa4_prefixlm.geometry.tiles import ceil_div
-from fa4_prefixlm.kernels import block_tables
+from fa4_prefixlm.batch.lengths import as_one_sequence
+from fa4_prefixlm.geometry.block_lists import packed_lists, varlen_lists
+from fa4_prefixlm.geometry.tiles import ceil_div, query_tiles, tile_map
+from fa4_prefixlm.kernels import tile_lists
 from fa4_prefixlm.masks.interval_lists import EMPTY_LO
 from tests.kernels.test_plan_rows import masked_batch
 
@@ -52,7 +54,37 @@ def check(batch: Batch, mask: fp.Mask, spans: object = None, *, rows: bool = Fal
     assert torch.equal(tiles.is_partial, wanted_tiles.is_partial)
 
 
+def check_lists(batch: Batch, mask: fp.Mask, tile: tuple[int, int]) -> None:
+    """Of a mask without tags, each sequence by itself and the batch as one, in tiles that need not be powers of two."""
+    given = masked_batch(batch, mask)
+    lengths, bounds, traits = given.lengths, given.bounds, dataclasses.replace(given.traits, banded=False)
+    tiles = query_tiles(lengths, tile[0])
+    wanted = varlen_lists(tile_map(bounds, tiles, lengths, given.where, *tile), tiles, lengths, traits, *tile)
+    same_lists(tile_lists.varlen_tile_lists(bounds.lo, bounds.hi, lengths, *tile), wanted)
+    whole = as_one_sequence(lengths)
+    where = given.where._replace(sequence=torch.zeros_like(given.where.sequence))
+    seen = tile_map(given.packed_bounds, query_tiles(whole, tile[0]), whole, where, *tile)
+    wanted = packed_lists(seen, lengths, traits, *tile)
+    same_lists(tile_lists.packed_tile_lists(bounds.lo, bounds.hi, lengths, *tile), wanted)
+
+
 if INTERPRETED:
+
+    @pytest.mark.parametrize("tile", [(128, 128), (192, 80), (64, 96)], ids=str)
+    @pytest.mark.parametrize("mask", [MORE[0], MORE[1], MORE[3], fp.PrefixLM(30)], ids=str)
+    def test_lists_of_fa4(mask: fp.Mask, tile: tuple[int, int]) -> None:
+        rng = random.Random(f"{mask}{tile}")
+        for _ in range(4):
+            check_lists(random_batch(rng, longest=900), mask, tile)
+
+    @pytest.mark.parametrize("name", UGLY)
+    def test_lists_of_ugly_batches(name: str) -> None:
+        for mask in (MORE[0], MORE[3]):
+            check_lists(UGLY[name], mask, (128, 80))
+
+    def test_more_key_tiles_than_columns() -> None:
+        images = tuple((at, at + 90) for at in range(0, 5000, 250))
+        check_lists(Batch(((900, 5000), (0, 0), (300, 300)), (images, (), ())), MORE[0], (128, 64))
 
     @pytest.mark.parametrize("mask", [*MASKS, *TWO_SETS], ids=str)
     @pytest.mark.parametrize("rows", [True, False])
@@ -76,7 +108,7 @@ if INTERPRETED:
     def test_more_blocks_than_columns_and_more_intervals_than_are_compared() -> None:
         images = tuple((at, at + 90) for at in range(0, 5000, 250))
         batch = Batch(((900, 5000), (0, 0), (300, 300)), (images, (), ()))
-        assert block_tables.COLUMNS * BLOCK < 5300
+        assert tile_lists.COLUMNS * BLOCK < 5300
         for mask in (fp.PrefixLM(), *MORE):
             check(batch, mask)
 
@@ -86,10 +118,22 @@ else:
     def test_in_the_interpreter() -> None:
         run_interpreted(__file__)
 
-    @pytest.mark.parametrize("tagged", [True, False])
-    def test_it_compiles_for_hopper(tagged: bool) -> None:
-        names = ("lo", "hi", "cu_seqlens_q", "cu_seqlens_k", "ends", "counts", "indices", "full_counts", "full_indices")
-        pointers = dict.fromkeys(names, "*i32") | dict.fromkeys(("every", "some", "is_full", "is_partial"), "*i1")
-        constants = {"TAGGED": tagged, "EMPTY": EMPTY_LO, "BLOCK": BLOCK, "COLUMNS": block_tables.COLUMNS}
-        kernel = block_tables.block_tables_kernel
+    @pytest.mark.parametrize("kind", ["BY_SEQUENCE", "TAGGED", "MAPPED"])
+    @pytest.mark.parametrize("tile", [(128, 128), (192, 80)], ids=str)
+    def test_it_compiles_for_hopper(kind: str, tile: tuple[int, int]) -> None:
+        names = ("lo", "hi", "cu_seqlens_q", "cu_seqlens_k", "cu_tiles", "cu_entries")
+        names += ("ends", "counts", "indices", "full_counts", "full_indices")
+        maps = "*i1" if kind == "MAPPED" else "*i32"
+        pointers = dict.fromkeys(names, "*i32") | dict.fromkeys(("is_full", "is_partial"), maps)
+        pointers |= dict.fromkeys(("every", "some"), "*i1" if kind == "TAGGED" else maps)
+        constants: dict[str, object] = {name: name == kind for name in ("BY_SEQUENCE", "TAGGED", "MAPPED")}
+        rows = 1 << (tile[0] - 1).bit_length()
+        constants |= {
+            "EMPTY": EMPTY_LO,
+            "TILE_M": tile[0],
+            "TILE_N": tile[1],
+            "ROWS": rows,
+            "COLUMNS": tile_lists.COLUMNS,
+        }
+        kernel = tile_lists.tile_lists_kernel
         assert ".target sm_90" in compile_for_hopper(kernel, pointers, constants)

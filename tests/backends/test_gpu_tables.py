@@ -1,0 +1,92 @@
+"""What is planned in launches of our own on the GPU, against the torch path in every bit."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+import fa4_prefixlm as fp
+from fa4_prefixlm.backends.flex import tables_by_torch
+from fa4_prefixlm.batch.lengths import as_one_sequence
+from fa4_prefixlm.geometry.block_lists import packed_lists, varlen_lists
+from fa4_prefixlm.geometry.intervals import row_bounds, tokens
+from fa4_prefixlm.geometry.tiles import query_tiles, tile_map
+from fa4_prefixlm.masks import causal, key_in, one_block, prefix, window
+from fa4_prefixlm.testing.batches import Batch, random_batch, random_spans
+from fa4_prefixlm.testing.poison import poison_free_memory
+from tests.backends.gpu_calls import MANY, Kind, many_spans, tensors_of
+from tests.kernels.cases import same_lists
+
+pytestmark = pytest.mark.gpu
+
+FEW = causal & (window(60) | prefix("prompt") | key_in("image"))  # up to four intervals with two images
+
+
+def plan_of(batch: Batch, mask: fp.Mask, spans: dict[str, list], backend: str) -> fp.Plan:
+    q, k, v, _ = tensors_of(Kind((64, 64)), batch, 0)
+    poison_free_memory()
+    return fp.plan(spans, like=(q, k, v), mask=mask, backend=backend, cu_seqlens_q=batch.cu_q, cu_seqlens_k=batch.cu_k)
+
+
+def rows_by_torch(plan: fp.Plan):
+    """The bounds of the rows as the torch path has them, which the plan's own are in every bit."""
+    rows = row_bounds(plan.mask, plan.spans, plan.lengths, tokens(plan.lengths), plan.traits.intervals)
+    assert torch.equal(plan.bounds.lo, rows.lo)
+    assert torch.equal(plan.bounds.hi, rows.hi)
+    return rows
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_tables_of_flex(seed: int) -> None:
+    rng = random.Random(seed)
+    batch = random_batch(rng, longest=1500)
+    for mask, spans in (
+        (fp.PrefixLM(rng.randint(1, 300)), {"image": batch.spans}),
+        (causal | one_block("image"), {"image": batch.spans}),
+        (MANY, many_spans(rng, batch, rng.randint(1, 30))),
+    ):
+        plan = plan_of(batch, mask, spans, "flex")
+        rows_by_torch(plan)
+        call = plan.prepared
+        count, wanted, tiles = tables_by_torch(plan._batch, call.rows, call.keys)
+        assert count == call.intervals
+        for name in ("ends", "row_tag", "key_tag", "counts", "full_counts"):
+            mine, theirs = getattr(call.tables, name), getattr(wanted, name)
+            assert mine is theirs is None or torch.equal(mine, theirs), (mask, name)
+        for name in ("", "full_"):
+            number = getattr(wanted, f"{name}counts").unsqueeze(3)
+            theirs = getattr(wanted, f"{name}indices")
+            theirs = torch.where(torch.arange(call.keys, device="cuda") < number, theirs, 0)
+            assert torch.equal(getattr(call.tables, f"{name}indices"), theirs), (mask, name)
+        assert torch.equal(call.key_tiles.is_full, tiles.is_full)
+        assert torch.equal(call.key_tiles.is_partial, tiles.is_partial)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_lists_of_fa4(seed: int) -> None:
+    rng = random.Random(seed)
+    batch = random_batch(rng, longest=1500)
+    spans = {
+        "image": [random_spans(rng, keys)[:2] for _, keys in batch.seqlens],
+        "prompt": [((0, min(9, keys)),) if keys else () for _, keys in batch.seqlens],
+    }
+    for backend in ("varlen", "packed"):
+        plan = plan_of(batch, FEW, spans, backend)
+        bounds = rows_by_torch(plan)
+        call, lengths, traits = plan.prepared, plan.lengths, plan.traits
+        tile = call.lists.block_size
+        assert not traits.banded
+        if backend == "varlen":
+            tiles = query_tiles(lengths, tile[0])
+            seen = tile_map(bounds, tiles, lengths, tokens(lengths), *tile)
+            wanted = varlen_lists(seen, tiles, lengths, traits, *tile)
+        else:
+            where, whole = tokens(lengths), as_one_sequence(lengths)
+            shifted = bounds.shifted(where.key_offset)
+            where = where._replace(sequence=torch.zeros_like(where.sequence))
+            wanted = packed_lists(
+                tile_map(shifted, query_tiles(whole, tile[0]), whole, where, *tile), lengths, traits, *tile
+            )
+        same_lists(call.lists, wanted)
