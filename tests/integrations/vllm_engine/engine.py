@@ -31,8 +31,8 @@ MODES: dict[str, dict[str, Any]] = {
     "full": {"mode": 0, "cudagraph_mode": "FULL", "cudagraph_capture_sizes": [1, 2, 4, 8, 64, 256, 512, 1024]},
     "compile": {"cudagraph_capture_sizes": [1, 2, 4, 8, 64, 256]},
 }
-# What each round changes. The last two break the attention, to see that the comparison would notice.
-ROUNDS = ("together", "from the prefix cache", "one by one", "attention zeroed", "spans dropped")
+# What each round changes. The last three break the attention, to see that the comparison would notice.
+ROUNDS = ("together", "from the prefix cache", "one by one", "attention zeroed", "spans dropped", "soft cap dropped")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,14 +100,26 @@ def read_job(file: pathlib.Path) -> Job:
 
 
 def prompts(job: Job) -> dict[str, tuple[list[int], tuple[Any, ...]]]:
-    """(tokens, images) by name; a token of `IMAGE_TOKEN` is a place for an image."""
+    """(tokens, images) by name; a token of `IMAGE_TOKEN` is a place for an image.
+
+    vLLM puts PaliGemma's image and BOS before a prompt, and a newline after it.
+    """
     from tests.integrations.vllm_engine.models import FIRST_LETTER, IMAGE_TOKEN, image
 
     def text(seed: int, count: int) -> list[int]:
         return [FIRST_LETTER + (seed * 31 + index * 7) % 90 for index in range(count)]
 
-    place = [IMAGE_TOKEN[job.kind]]
     first, second, third, fourth = (image(index, job.image_size) for index in range(4))
+    if job.kind == "paligemma2":
+        return {
+            "text": ([2, *text(0, 40)], ()),
+            "an image": (text(1, 1), (first,)),
+            "an image and text": (text(2, 20), (second,)),
+            "long text": ([2, *text(6, 150)], ()),
+            "a window that begins in the image": (text(3, 60), (third,)),
+            "a window that begins behind the image": (text(7, 333), (fourth,)),
+        }
+    place = [IMAGE_TOKEN[job.kind]]
     small = tuple(image(9 + index, job.small_size) for index in range(6))
     return {
         "text": ([2, *text(0, 40)], ()),
@@ -175,7 +187,11 @@ def make_engine(job: Job, **settings: Any) -> Any:
     if job.cpu:
         compilation["custom_ops"] = ["none"]
         device = {"dtype": "float32", "block_size": 32}
-    images: dict[str, int] = {"image": 8} if job.kind == "gemma3" else {"image": 8, "video": 0, "audio": 0}
+    images: dict[str, int] = {
+        "gemma3": {"image": 8},
+        "gemma4": {"image": 8, "video": 0, "audio": 0},
+        "paligemma2": {"image": 1},
+    }[job.kind]
     arguments: dict[str, Any] = {
         "max_model_len": 2048,
         "max_num_seqs": 8,
@@ -220,8 +236,13 @@ def broken(what: str) -> Iterator[None]:
     def dropped(self: Any, placed: Any, **batch: Any) -> None:
         take(self, dataclasses.replace(placed, spans=None), **batch)
 
+    def uncapped(self: Any, layer: str, q: Any, kv_cache: Any, out: torch.Tensor, **options: Any) -> torch.Tensor:
+        return attention(self, layer, q, kv_cache, out, **{**options, "softcap": 0.0})
+
     if what == "attention zeroed":
         GroupPlans.attention = zeroed  # type: ignore[method-assign]
+    if what == "soft cap dropped":
+        GroupPlans.attention = uncapped  # type: ignore[method-assign]
     if what == "spans dropped":
         GroupPlans.take = dropped  # type: ignore[method-assign]
     try:

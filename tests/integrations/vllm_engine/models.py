@@ -1,4 +1,4 @@
-"""Random checkpoints of Gemma 3 and Gemma 4 with images, in the hub's form, made without the hub."""
+"""Random checkpoints of Gemma 3, Gemma 4 and PaliGemma 2 with images, in the hub's form, made without the hub."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 VOCABULARY = 128
-IMAGE_TOKEN = {"gemma3": 4, "gemma4": 6}  # of prompts: a place for an image
+# Of prompts: a place for an image. vLLM's PaliGemma has none, it puts its one image before the prompt.
+IMAGE_TOKEN = {"gemma3": 4, "gemma4": 6}
 FIRST_LETTER = 16
 _LETTERS = [chr(code) for code in range(32, 127)]
 _NEWLINES = ["\n" * count for count in range(1, 5)]
@@ -19,14 +20,14 @@ def make(kind: str, folder: pathlib.Path, *, dtype: torch.dtype = torch.float32,
     """Write a checkpoint.
 
     Args:
-        kind: "gemma3" or "gemma4".
+        kind: "gemma3", "gemma4" or "paligemma2".
         folder: made where it is not there.
         dtype: of the weights.
         shape: what is not as in the tiny model: layers (or `layer_types`), hidden, intermediate, heads, kv_heads,
             head_dim, window, of Gemma 3 image_size and image_tokens, of Gemma 4 global_head_dim, global_kv_heads,
-            kv_shared and soft_tokens.
+            kv_shared and soft_tokens, of PaliGemma 2 image_size and softcap.
     """
-    {"gemma3": _gemma3, "gemma4": _gemma4}[kind](folder, dtype, {**_TINY, **shape})
+    {"gemma3": _gemma3, "gemma4": _gemma4, "paligemma2": _paligemma2}[kind](folder, dtype, {**_TINY, **shape})
 
 
 def image(index: int, size: int) -> Any:
@@ -126,6 +127,41 @@ def _gemma4(folder: pathlib.Path, dtype: torch.dtype, shape: dict[str, Any]) -> 
         video_processor=_video_processor(),
         image_seq_length=soft,
     ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _paligemma2(folder: pathlib.Path, dtype: torch.dtype, shape: dict[str, Any]) -> None:
+    from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration, PaliGemmaProcessor
+
+    size, patch = shape.get("image_size", 140), 14
+    tokenizer, words = _tokenizer({"image_token": "<image>"})
+    config = PaliGemmaConfig(
+        text_config=_text(shape)
+        | {
+            "model_type": "gemma2",
+            "query_pre_attn_scalar": shape["head_dim"],
+            "attn_logit_softcapping": shape.get("softcap", 1.0),  # the hub's 50 would not show in a model this small
+            "final_logit_softcapping": None,  # vLLM caps PaliGemma's logits, transformers doesn't
+        },
+        vision_config={
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 1,
+            "image_size": size,
+            "patch_size": patch,
+            "vision_use_head": False,
+        },
+        hidden_size=shape["hidden"],
+        projection_dim=shape["hidden"],
+        image_token_index=words["<image>"],
+        architectures=["PaliGemmaForConditionalGeneration"],
+        dtype=str(dtype).removeprefix("torch."),
+    )
+    _save(PaliGemmaForConditionalGeneration(config), folder, dtype)
+    _rename(folder, "vision_tower.", "vision_tower.vision_model.")  # as for Gemma 3
+    images = _image_processor("siglip")(size={"height": size, "width": size}, image_seq_length=(size // patch) ** 2)
+    PaliGemmaProcessor(images, tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -33,7 +33,9 @@ def expected(
     model, processor = _model(folder, dtype, device)
     tokens = torch.tensor([ids], device=device)
     kinds = (tokens == model.config.image_token_id).long() * spans
-    name = "token_type_ids" if model.config.model_type == "gemma3" else "mm_token_type_ids"
+    if model.config.model_type == "paligemma":
+        kinds = 1 - kinds  # 0 sees itself both ways: the prompt too in transformers, only the image in vLLM
+    name = "mm_token_type_ids" if model.config.model_type == "gemma4" else "token_type_ids"
     given = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), name: kinds}
     if images:
         made = processor.image_processor(images=list(images), return_tensors="pt")
@@ -59,7 +61,7 @@ def said(output: Any) -> tuple[list[int], torch.Tensor, int]:
     return prompt + list(answer.token_ids), rows, first
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=8)
 def _model(folder: str, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
