@@ -11,6 +11,8 @@ from typing import Any
 
 from fa4_prefixlm.testing.tables import markdown
 
+# The attention of `transformers_models.py` that looks at no scores.
+FLOOR = "no attention"
 RESULTS = pathlib.Path(__file__).parent / "results"
 
 
@@ -50,13 +52,25 @@ def vllm_errors() -> str:
 
 
 def transformers_prefill() -> str:
-    """Milliseconds of a prefill, and the peak of memory, a row for each length."""
-    results = kept("h100-transformers")["results"]
-    names = list(dict.fromkeys(row["attention"] for row in results))
+    """Of the first stack that was run."""
+    return prefill_table(kept("h100-transformers")["results"])
+
+
+def prefill_table(results: list[dict[str, Any]]) -> str:
+    """Milliseconds of a prefill of the first stack, and the peak of memory, a row for each length.
+
+    The floor, a model without its attention, is the last column.
+    """
+    results = [row for row in results if (row["stack"], row["work"]) == (results[0]["stack"], "prefill")]
+    names = sorted(dict.fromkeys(row["attention"] for row in results), key=FLOOR.__eq__)
     by_length: dict[int, dict[str, str]] = {}
     for row in results:
-        by_length.setdefault(row["tokens"], {})[row["attention"]] = f"{row['ms']:.1f} ms, {row['peak_mib']:.0f} MiB"
-    return "\n".join(markdown(["tokens", *names], [[str(n), *(own[a] for a in names)] for n, own in by_length.items()]))
+        timed = row["ms"] is not None
+        cell = f"{row['ms']:.1f} ms, {row['peak_mib']:.0f} MiB" if timed else "not timed"
+        by_length.setdefault(row["tokens"], {})[row["attention"]] = cell
+    columns = [f"{name} (the floor)" if name == FLOOR else name for name in names]
+    rows = [[str(tokens), *(own.get(name, "") for name in names)] for tokens, own in by_length.items()]
+    return "\n".join(markdown(["tokens", *columns], rows))
 
 
 def training_steps() -> str:

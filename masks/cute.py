@@ -50,4 +50,6 @@ def from_cute(mask_mod: Callable[..., Any], *, aux_tensors: Sequence[torch.Tenso
     for name, function in (("mask_mod", mask_mod), ("twin", twin)):
         if not callable(function):
             raise InputError(name, "a function", type(function).__name__)
+    if not isinstance(aux_tensors, Sequence) or not all(isinstance(own, torch.Tensor) for own in aux_tensors):
+        raise InputError("aux_tensors", "a list of tensors", f"{aux_tensors!r} ({type(aux_tensors).__name__})")
     return CuteMask(twin, None, CustomKernel(mask_mod, tuple(aux_tensors)))

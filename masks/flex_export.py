@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sized
+from typing import NamedTuple, TypeGuard
 
 import torch
 
 from fa4_prefixlm.batch import lengths as lengths_module
 from fa4_prefixlm.batch import ranges as ranges_module
-from fa4_prefixlm.batch.ranges import NamedRanges, SpanSets
+from fa4_prefixlm.batch.ranges import NamedRanges, Ranges, SpanSets
+from fa4_prefixlm.errors import InputError
 from fa4_prefixlm.masks.protocols import MaskMod, SeesPairs
 
 
@@ -18,16 +19,31 @@ def to_flex(
 ) -> MaskMod:
     """`mask` as a `torch.nn.attention.flex_attention` mask_mod; see `Mask.flex`."""
     named = ranges_module.by_name(mask, ranges)
-    counts = {len(given) for given in named.values() if given is not None}
+    counts = {len(given) for given in named.values() if _has_length(given)}
     sizes = lengths_module.batched(max(counts, default=1), seqlen, seqlen, torch.device("cpu"))
     sets = ranges_module.parse(mask, ranges, sizes)
-    tables = {name: _table(sets, name, seqlen, torch.device(device)) for name in sets}
+    where = _known_device(device)
+    tables = {name: _table(sets, name, seqlen, where) for name in sets}
     offset = 0 if seqlen_q is None else lengths_module.first_query(seqlen_q, seqlen)
 
     def mask_mod(b: torch.Tensor, h: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor) -> torch.Tensor:
         return mask.visible(_IndexPairs(b, q_idx + offset, kv_idx, tables))
 
     return mask_mod
+
+
+def _has_length(given: Ranges) -> TypeGuard[Sized]:
+    """`len` takes it. What it does not take is refused where ranges are parsed."""
+    return given.ndim > 0 if isinstance(given, torch.Tensor) else isinstance(given, Sized)
+
+
+def _known_device(device: str | torch.device) -> torch.device:
+    try:
+        if isinstance(device, (str, torch.device)):
+            return torch.device(device)
+    except RuntimeError:  # not the name of one
+        pass
+    raise InputError("device", "a device, such as 'cpu'", repr(device))
 
 
 class _Table(NamedTuple):

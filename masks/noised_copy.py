@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fa4_prefixlm.batch.integers import whole_number
+from fa4_prefixlm.batch.integers import whole_number, whole_numbers
 from fa4_prefixlm.batch.ranges import LARGEST
 from fa4_prefixlm.errors import InputError
 from fa4_prefixlm.masks.base import Mask
@@ -53,8 +53,7 @@ def noised_and_clean(lengths: Sequence[int], *, first: str = NOISED) -> dict[str
     """
     if first not in (NOISED, CLEAN):
         raise InputError("first", f"{NOISED!r} or {CLEAN!r}", repr(first))
-    expected = "a number of tokens, at least 0"
-    known = [whole_number(f"lengths[{index}]", length, expected) for index, length in enumerate(lengths)]
+    known = whole_numbers("lengths", lengths, "a number of tokens, at least 0")
     halves: list[BatchSpans] = [
         [[(0, length)] if length else [] for length in known],
         [[(length, 2 * length)] if length else [] for length in known],

@@ -37,6 +37,7 @@ def in_documents(mask: Mask, name: str = "document") -> Mask:
     """
     if not isinstance(mask, Mask):
         raise InputError("mask", "a mask", type(mask).__name__)
+    own_document = same_span(name)  # which checks the name
     if name in mask.names:
         raise InputError("name", f"a name that {mask!r} does not read", repr(name))
-    return mask & same_span(name)
+    return mask & own_document

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fa4_prefixlm.errors import InputError
+from fa4_prefixlm.batch.integers import true_or_false
 from fa4_prefixlm.masks.atoms import Window, causal, same_span, window
 from fa4_prefixlm.masks.base import Mask, ends_of
 from fa4_prefixlm.masks.closed_form import RowEdges, edges_of
@@ -39,8 +39,7 @@ class PrefixLM(Mask):
             checked = window(self.window)
             assert isinstance(checked, Window)
             object.__setattr__(self, "window", checked.left)  # a Python int, whatever integer was given
-        if not isinstance(self.clamp, bool):
-            raise InputError("clamp", "True or False", repr(self.clamp))
+        true_or_false("clamp", self.clamp)
 
     @functools.cached_property
     def expression(self) -> Mask:

@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Collection, Sequence
 
 import torch
 
-from fa4_prefixlm.batch.integers import as_int32, whole_number
+from fa4_prefixlm.batch.integers import as_int32, true_or_false, whole_number
 from fa4_prefixlm.batch.lengths import CuSeqlens
+from fa4_prefixlm.batch.ranges import check_pairs
 from fa4_prefixlm.device_checks import assert_on_device, to_device
 from fa4_prefixlm.errors import InputError
 
@@ -48,9 +50,10 @@ def runs_of(
     Raises:
         InputError: `joined`, and a row has more than one run; or wrong `cu_seqlens`.
     """
-    _check(token_types, values, packed=cu_seqlens is not None)
+    types = _checked(token_types, values, packed=cu_seqlens is not None)
+    merge, joined = true_or_false("merge", merge), true_or_false("joined", joined)
     rows = _rows(token_types, cu_seqlens)
-    wanted = {int(value): int(value) if not merge else 0 for value in values}
+    wanted = {value: 0 if merge else value for value in types}
     result = [_runs([wanted.get(kind) for kind in row]) for row in rows]
     for index, spans in enumerate(result):
         if joined and len(spans) > 1:
@@ -82,14 +85,15 @@ def runs_on_device(
     Raises:
         InputError: an argument is wrong; nothing was launched.
     """
-    _check(token_types, values, packed=cu_seqlens is not None)
+    wanted = _checked(token_types, values, packed=cu_seqlens is not None)
+    merge = true_or_false("merge", merge)
     max_spans = whole_number("max_spans", max_spans, "a positive number of spans", least=1)
     device, types = token_types.device, token_types.flatten()
     begins = _begins(token_types, cu_seqlens)
     batch = len(begins) - 1
     token = torch.arange(len(types), device=device, dtype=torch.int32)
     sequence = torch.searchsorted(begins.narrow(0, 1, batch), token, right=True)  # `batch` is no sequence
-    is_start, is_end = _edges(_groups(types, values, merge).masked_fill(sequence == batch, -1), sequence)
+    is_start, is_end = _edges(_groups(types, wanted, merge).masked_fill(sequence == batch, -1), sequence)
     starts = torch.nn.functional.pad(is_start.cumsum(0), (1, 0))  # runs that began before each token
     nth = starts.narrow(0, 1, len(types)) - 1 - starts.take(begins.long().clamp(0, len(types))).take(sequence)
     fits = nth < max_spans
@@ -127,12 +131,41 @@ def drop_longer(spans: Sequence[Sequence[tuple[int, int]]], window: int) -> Batc
         spans: per sequence, half-open `(start, end)`.
         window: sliding window in tokens.
     """
-    if not isinstance(window, int) or isinstance(window, bool) or window < 1:
-        raise InputError("window", "a positive number of tokens", window)
-    return [[(start, end) for start, end in own if end - start <= window] for own in spans]
+    window = whole_number("window", window, "a positive number of tokens", least=1)
+    if not isinstance(spans, (Sequence, torch.Tensor)) or isinstance(spans, (str, bytes)) or _is_scalar(spans):
+        raise InputError("spans", "a list of spans per sequence", f"{spans!r} ({type(spans).__name__})")
+    checked = [check_pairs(f"spans[{index}]", own) for index, own in enumerate(spans)]
+    return [[(start, end) for start, end in own if end - start <= window] for own in checked]
 
 
-def _check(token_types: torch.Tensor, values: Collection[int], *, packed: bool) -> None:
+def without_padding(token_types: torch.Tensor, attention_mask: torch.Tensor, *, packed: bool) -> torch.Tensor:
+    """The token types with -1 where `attention_mask`, of the same shape, is 0."""
+    _check(token_types, packed=packed)
+    if not isinstance(attention_mask, torch.Tensor):
+        raise InputError("attention_mask", "a tensor of the shape of token_types", type(attention_mask).__name__)
+    if attention_mask.shape != token_types.shape:
+        raise InputError("attention_mask", f"shape {tuple(token_types.shape)}", tuple(attention_mask.shape))
+    return token_types.masked_fill(attention_mask == 0, -1)
+
+
+def _is_scalar(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim == 0
+
+
+def _checked(token_types: torch.Tensor, values: Collection[int], *, packed: bool) -> list[int]:
+    """The values as Python integers."""
+    _check(token_types, packed=packed)
+    if not isinstance(values, Collection) or isinstance(values, (str, bytes)) or _is_scalar(values):
+        raise InputError("values", "a collection of token types, such as {1}", f"{values!r} ({type(values).__name__})")
+    if len(values) == 0:
+        raise InputError("values", "at least one token type", values)
+    try:
+        return [operator.index(value) for value in values]
+    except TypeError:
+        raise InputError("values", "integers, the token types", values) from None
+
+
+def _check(token_types: torch.Tensor, *, packed: bool) -> None:
     if not isinstance(token_types, torch.Tensor):
         raise InputError("token_types", "an integer tensor (batch, seqlen)", type(token_types).__name__)
     kind = token_types.dtype
@@ -141,10 +174,6 @@ def _check(token_types: torch.Tensor, values: Collection[int], *, packed: bool) 
     if token_types.ndim != (1 if packed else 2):
         expected = "shape (total,) with cu_seqlens" if packed else "shape (batch, seqlen), or (total,) with cu_seqlens"
         raise InputError("token_types", expected, tuple(token_types.shape))
-    if not isinstance(values, Collection) or isinstance(values, str):
-        raise InputError("values", "a collection of token types, such as {1}", repr(values))
-    if len(values) == 0:
-        raise InputError("values", "at least one token type", values)
 
 
 def _packed_lengths(cu_seqlens: CuSeqlens, token_types: torch.Tensor) -> CuSeqlens:

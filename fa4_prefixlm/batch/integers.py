@@ -1,10 +1,14 @@
-"""Integers that a caller gives: numpy arrays and tensors of any integer dtype on the host, as int32 where they fit."""
+"""Integers that a caller gives: numpy arrays and tensors of any integer dtype on the host, as int32 where they fit.
+
+And the other plain values: real numbers, True or False.
+"""
 
 from __future__ import annotations
 
 import math
 import numbers
 import operator
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import torch
@@ -50,6 +54,21 @@ def whole_number(argument: str, value: Any, expected: str, *, least: int = 0) ->
     if number < least:
         raise InputError(argument, expected, number)
     return number
+
+
+def whole_numbers(argument: str, values: Any, expected: str) -> list[int]:
+    """Python integers of at least 0, of a list, an array or a tensor on the host; `expected` says what each is."""
+    unordered = isinstance(values, (str, bytes, Mapping, Set))
+    if unordered or not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0:
+        raise InputError(argument, "a list of integers", f"{values!r} ({type(values).__name__})")
+    return [whole_number(f"{argument}[{index}]", own, expected) for index, own in enumerate(values)]
+
+
+def true_or_false(argument: str, value: Any) -> bool:
+    """The value, which must be one of the two."""
+    if not isinstance(value, bool):
+        raise InputError(argument, "True or False", repr(value))
+    return value
 
 
 def finite_number(argument: str, value: Any, expected: str) -> float:

@@ -217,7 +217,7 @@ def check_pairs(argument: str, spans: object) -> SequenceSpans:
 
 
 def _pairs(argument: str, spans: object) -> SequenceSpans:
-    if not isinstance(spans, Iterable):
+    if not isinstance(spans, Iterable) or (isinstance(spans, torch.Tensor) and spans.ndim == 0):
         raise InputError(argument, "a list of pairs (start, end)", spans)
     if isinstance(spans, torch.Tensor):  # unused rows are (0, 0)
         spans = [pair for pair in spans.tolist() if pair != [0, 0]]

@@ -80,7 +80,7 @@ def run(
     if needs_grad or (wanted and not _through_torch(plan)):
         # Before the forward: what has no backward is refused, and the kernel of the forward waits for no table of it.
         gradients = _gradients(plan, spec, deterministic)
-    elif wanted and plan.choice.name == Flex.name:
+    elif plan.choice.name == Flex.name:  # torch compiles nothing within a transform
         autograd.refuse_transforms()
     if spec.batched:
         q = q.flatten(0, 1)

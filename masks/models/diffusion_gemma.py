@@ -31,6 +31,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from fa4_prefixlm.batch.integers import true_or_false
 from fa4_prefixlm.masks.atoms import causal, everything, same_span
 from fa4_prefixlm.masks.base import Mask
 from fa4_prefixlm.masks.models._like import variant
@@ -71,7 +72,7 @@ def encoder_global_layers(*, like: Like, canvas: bool = False) -> Mask:
         canvas: sequences with a canvas may be in the batch. The cache before a canvas is seen as by causal tokens.
     """
     mask = variant(like, {"transformers-generate": causal | same_span("image"), "transformers-forward": causal})
-    return mask | same_span("canvas") if canvas else mask
+    return mask | same_span("canvas") if true_or_false("canvas", canvas) else mask
 
 
 def encoder_local_layers(window: int, *, like: Like, canvas: bool = False) -> Mask:
@@ -84,4 +85,4 @@ def encoder_local_layers(window: int, *, like: Like, canvas: bool = False) -> Ma
     """
     near = causal & sliding_window(window)
     mask = variant(like, {"transformers-generate": near | same_span("image"), "transformers-forward": near})
-    return mask | canvas_local_layers(window) if canvas else mask
+    return mask | canvas_local_layers(window) if true_or_false("canvas", canvas) else mask

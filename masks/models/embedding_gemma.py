@@ -41,7 +41,7 @@ def local_layers(sliding_window: int, *, version: Literal[1, 2]) -> Mask:
             2 the tokens on each side (512).
         version: 1 or 2.
     """
-    if version not in (1, 2):
+    if type(version) is not int or version not in (1, 2):
         raise InputError("version", "1 or 2", repr(version))
     tokens = whole_number("sliding_window", sliding_window, "a positive number of tokens", least=1)
     each_side = tokens // 2 if version == 1 else tokens

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import torch
 
+from fa4_prefixlm.batch.integers import true_or_false
 from fa4_prefixlm.batch.lengths import CuSeqlens
 from fa4_prefixlm.masks.atoms import causal, one_block, same_span
 from fa4_prefixlm.masks.base import Mask
@@ -27,7 +28,7 @@ def all_layers(*, gaps: bool = False) -> Mask:
     Args:
         gaps: the prompt of a row may be several runs.
     """
-    return causal | (one_block("prefix") if gaps else same_span("prefix"))
+    return causal | (one_block("prefix") if true_or_false("gaps", gaps) else same_span("prefix"))
 
 
 def spans_from_token_types(
@@ -50,4 +51,5 @@ def spans_from_token_types(
     Raises:
         InputError: a row has several runs, and `gaps` is False (on a device, an assertion there).
     """
-    return read_spans(token_types, {1}, cu_seqlens=cu_seqlens, max_spans=max_spans, joined=not gaps)
+    joined = not true_or_false("gaps", gaps)
+    return read_spans(token_types, {1}, cu_seqlens=cu_seqlens, max_spans=max_spans, joined=joined)

@@ -27,12 +27,13 @@ from typing import Literal
 
 import torch
 
+from fa4_prefixlm.batch.integers import true_or_false
 from fa4_prefixlm.batch.lengths import CuSeqlens
 from fa4_prefixlm.masks.atoms import causal, one_block, same_span
 from fa4_prefixlm.masks.base import Mask
 from fa4_prefixlm.masks.models._like import variant
 from fa4_prefixlm.masks.models._window import sliding_window
-from fa4_prefixlm.masks.spans import BatchSpans, read_spans
+from fa4_prefixlm.masks.spans import BatchSpans, read_spans, without_padding
 
 
 def global_layers(*, like: Literal["transformers", "vllm"], gaps: bool = False) -> Mask:
@@ -80,10 +81,11 @@ def spans_from_token_types(
     Raises:
         InputError: a row has several runs, and `gaps` is False (on a device, an assertion there).
     """
+    joined = not true_or_false("gaps", gaps)
     if attention_mask is not None:
-        token_types = token_types.masked_fill(attention_mask == 0, -1)
-    return read_spans(token_types, {0}, cu_seqlens=cu_seqlens, max_spans=max_spans, joined=not gaps)
+        token_types = without_padding(token_types, attention_mask, packed=cu_seqlens is not None)
+    return read_spans(token_types, {0}, cu_seqlens=cu_seqlens, max_spans=max_spans, joined=joined)
 
 
 def _prefix(gaps: bool) -> Mask:
-    return one_block("prefix") if gaps else same_span("prefix")
+    return one_block("prefix") if true_or_false("gaps", gaps) else same_span("prefix")

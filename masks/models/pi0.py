@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import torch
 
-from fa4_prefixlm.batch.integers import whole_number
+from fa4_prefixlm.batch.integers import true_or_false, whole_number
+from fa4_prefixlm.errors import InputError
 from fa4_prefixlm.masks.atoms import causal, everything, key_in, same_span
 from fa4_prefixlm.masks.base import Mask
 from fa4_prefixlm.masks.spans import BatchSpans, runs_of
@@ -31,7 +32,7 @@ def prefix_layers(*, padding: bool = False) -> Mask:
     Args:
         padding: there is padding inside of the prefix, given as in `expert_layers`.
     """
-    return key_in("real") if padding else everything
+    return key_in("real") if true_or_false("padding", padding) else everything
 
 
 def expert_layers(*, padding: bool = False) -> Mask:
@@ -41,7 +42,7 @@ def expert_layers(*, padding: bool = False) -> Mask:
         padding: there is padding inside of the prefix, which the spans "real" leave out.
     """
     mask = causal | same_span("action")
-    return mask & key_in("real") if padding else mask
+    return mask & key_in("real") if true_or_false("padding", padding) else mask
 
 
 def ranges(attention_mask: torch.Tensor, actions: int) -> dict[str, BatchSpans]:
@@ -53,6 +54,10 @@ def ranges(attention_mask: torch.Tensor, actions: int) -> dict[str, BatchSpans]:
         actions: tokens of the actions; the state is one token before them.
     """
     actions = whole_number("actions", actions, "a positive number of tokens", least=1)
+    if not isinstance(attention_mask, torch.Tensor):
+        raise InputError("attention_mask", "a tensor (batch, prefix)", type(attention_mask).__name__)
+    if attention_mask.ndim != 2:
+        raise InputError("attention_mask", "shape (batch, prefix)", tuple(attention_mask.shape))
     whole = torch.nn.functional.pad(attention_mask != 0, (0, actions + 1), value=True)
     first = whole.shape[1] - actions
     return {"real": runs_of(whole, {1}), "action": [[(first, first + actions)]] * len(whole)}

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fa4_prefixlm.errors import InputError
+from fa4_prefixlm.batch.integers import whole_numbers
 from fa4_prefixlm.masks.atoms import causal, same_span
 from fa4_prefixlm.masks.base import Mask
 from fa4_prefixlm.masks.spans import BatchSpans
@@ -30,7 +30,5 @@ def spans_from_lengths(input_lengths: Sequence[int]) -> BatchSpans:
     Args:
         input_lengths: tokens of each input.
     """
-    for index, length in enumerate(input_lengths):
-        if not isinstance(length, int) or length < 0:
-            raise InputError(f"input_lengths[{index}]", "a number of tokens", length)
-    return [[(0, length)] if length else [] for length in input_lengths]
+    known = whole_numbers("input_lengths", input_lengths, "a number of tokens")
+    return [[(0, length)] if length else [] for length in known]

@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from fa4_prefixlm.batch.integers import whole_number
+from fa4_prefixlm.batch.integers import whole_number, whole_numbers
 from fa4_prefixlm.errors import InputError
 from fa4_prefixlm.masks.atoms import causal, everything, key_in, same_span, window
 from fa4_prefixlm.masks.base import Mask
@@ -48,7 +48,7 @@ def encoder_local_layers(sliding_window: int, *, version: Literal[1, 2]) -> Mask
         version: 1 or 2, which count it in two ways.
     """
     tokens = whole_number("sliding_window", sliding_window, "a positive number of tokens", least=1)
-    if version not in (1, 2):
+    if type(version) is not int or version not in (1, 2):
         raise InputError("version", "1 or 2", repr(version))
     return window(tokens + 1, tokens) if version == 1 else window((tokens + 1) // 2, tokens // 2)
 
@@ -90,12 +90,12 @@ def merged_ranges(encoder_lengths: Sequence[int], decoder_lengths: Sequence[int]
         encoder_lengths: tokens of the encoder, per sequence.
         decoder_lengths: tokens of the decoder, those to come included if the ranges are to stay for all steps.
     """
-    if len(encoder_lengths) != len(decoder_lengths):
-        raise InputError("decoder_lengths", f"{len(encoder_lengths)} numbers, one per sequence", len(decoder_lengths))
+    encoders = whole_numbers("encoder_lengths", encoder_lengths, "a number of tokens, at least 0")
+    decoders = whole_numbers("decoder_lengths", decoder_lengths, "a number of tokens, at least 0")
+    if len(encoders) != len(decoders):
+        raise InputError("decoder_lengths", f"{len(encoders)} numbers, one per sequence", len(decoders))
     ranges: dict[str, BatchSpans] = {"encoder": [], "decoder": []}
-    for index, (encoder, decoder) in enumerate(zip(encoder_lengths, decoder_lengths, strict=True)):
-        own = whole_number(f"encoder_lengths[{index}]", encoder, "a number of tokens, at least 0")
-        end = own + whole_number(f"decoder_lengths[{index}]", decoder, "a number of tokens, at least 0")
-        ranges["encoder"].append([(0, own)] if own else [])
-        ranges["decoder"].append([(own, end)] if end > own else [])
+    for encoder, decoder in zip(encoders, decoders, strict=True):
+        ranges["encoder"].append([(0, encoder)] if encoder else [])
+        ranges["decoder"].append([(encoder, encoder + decoder)] if decoder else [])
     return ranges

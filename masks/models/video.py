@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fa4_prefixlm.batch.integers import whole_number
+from fa4_prefixlm.batch.integers import whole_number, whole_numbers
 from fa4_prefixlm.masks.atoms import causal, same_span
 from fa4_prefixlm.masks.base import Mask
 from fa4_prefixlm.masks.noised_copy import block_diffusion, noised_and_clean
@@ -51,6 +51,5 @@ def frames(lengths: Sequence[int], frame: int) -> BatchSpans:
         frame: tokens of a frame.
     """
     frame = whole_number("frame", frame, "a positive number of tokens", least=1)
-    expected = "a number of tokens, at least 0"
-    known = [whole_number(f"lengths[{index}]", length, expected) for index, length in enumerate(lengths)]
+    known = whole_numbers("lengths", lengths, "a number of tokens, at least 0")
     return [[(start, min(start + frame, length)) for start in range(0, length, frame)] for length in known]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -108,6 +109,86 @@ def test_as_sdpa(name: str, pad: str, joined: bool, seed: int) -> None:
         assert (shown == expected).all()
     if pad != "holes" and not joined:
         assert not record.uses_several, "the usual case is one interval"
+
+
+def test_more_runs_on_the_way_than_a_row_has() -> None:
+    """Six images that see each other, packed by threes: an image is of six runs, of which a row sees three."""
+    ids = torch.full((BATCH, KEYS), -1)
+    for start in range(1, KEYS, 8):
+        ids[:, start : start + 4] = 0
+    documents = torch.arange(KEYS).ge(24).long().expand(BATCH, -1)
+    packed = masking_utils.packed_sequence_mask_function(documents)
+    bounds, _, expected = both(masking_utils.and_masks(gemma_global(ids, 0), packed))
+    assert runs_of(expected).max() == 3
+    record = masks.known(bounds, KEYS)
+    assert not record.seen.overflow
+    assert (masks.visible(record.in_several(), KEYS) == expected).all()
+
+
+def test_too_many_runs_on_the_way() -> None:
+    """The window leaves a run or two of 24: the bounds do not know that, and say so."""
+    ids = torch.full((BATCH, KEYS), -1)
+    ids[:, ::2] = 0
+    function = masking_utils.and_masks(
+        masking_utils.blockwise_overlay(ids), masking_utils.sliding_window_bidirectional_mask_function(2)
+    )
+    bounds, _, expected = both(function)
+    assert runs_of(expected).max() <= 4
+    record = masks.known(bounds, KEYS)
+    assert record.seen.overflow
+    assert (record.as_dense() == expected).all()
+
+
+def random_part(rng: random.Random, keys: int, depth: int) -> Callable[..., Any]:
+    """A mask function of functions of transformers."""
+    if depth == 0 or rng.random() < 0.2:
+        size, seed = rng.randint(1, keys), rng.randrange(2**31)
+        ids = block_ids(2, keys, seed, blocks=rng.randint(0, 8), joined=rng.random() < 0.5)
+        documents = torch.tensor([sorted(rng.randint(0, 3) for _ in range(keys)) for _ in range(2)])
+        real = torch.rand(2, keys, generator=torch.Generator().manual_seed(seed)) > 0.1
+        leaves = (
+            CAUSAL,
+            masking_utils.bidirectional_mask_function,
+            masking_utils.sliding_window_overlay(size),
+            masking_utils.sliding_window_bidirectional_overlay(size),
+            masking_utils.chunked_overlay(size, torch.tensor([0, rng.randint(0, 5)])),
+            masking_utils.blockwise_overlay(ids),
+            masking_utils.packed_sequence_mask_function(documents),
+            masking_utils.padding_mask_function(real),
+        )
+        return rng.choices(leaves, weights=(2, 1, 1, 1, 1, 4, 1, 1))[0]
+    if rng.random() < 0.1:
+        length = rng.randint(1, keys)
+        positions = torch.arange(keys).remainder(length).expand(2, -1)
+        documents = torch.arange(keys).div(length, rounding_mode="floor").expand(2, -1)
+        inner = masking_utils.remap_positions_for_packed_sequence(random_part(rng, keys, 1), positions)
+        return masking_utils.and_masks(inner, masking_utils.packed_sequence_mask_function(documents))
+    combine = rng.choice((masking_utils.and_masks, masking_utils.or_masks))
+    return combine(*(random_part(rng, keys, depth - 1) for _ in range(rng.randint(2, 3))))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_masks(seed: int) -> None:
+    """Never a wrong one; and what no row sees more than four runs of overflows on the way in one of a hundred."""
+    rng = random.Random(seed)
+    within, overflows = 0, 0
+    for _ in range(100):
+        last = rng.randint(30, 60)
+        first = rng.choice((0, 0, rng.randint(0, 9)))
+        keys = last - first
+        rows = rng.randint(masks.FEW_QUERIES + 1, keys)
+        more = {"batch_size": 2, "q_length": rows, "kv_length": keys, "kv_offset": first}
+        more["q_offset"] = first + rng.choice((keys - rows, rng.randint(0, keys - rows)))
+        pad = padding(rng.choice(("none", "left", "right", "holes")), 2, last, rng.randrange(2**31))
+        bounds, shown, expected = both(random_part(rng, last, 3), attention_mask=pad, **more)
+        record, few = masks.known(bounds, keys), not (runs_of(expected) > 4).any()
+        within += few
+        if record.seen.overflow:
+            overflows += few
+            assert (record.as_dense() == expected).all()
+        else:
+            assert (shown == expected).all()
+    assert overflows <= 0.03 * within
 
 
 @pytest.mark.parametrize("end", [0, 9, 40])

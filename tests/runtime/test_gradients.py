@@ -7,6 +7,8 @@ the way that they go on a GPU: through the autograd function, to the backward th
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -155,6 +157,22 @@ def test_transforms_are_refused(own_backward: None) -> None:
     plan = plan_of(BATCH, (q, k, v))
     with pytest.raises(fp.UnsupportedError, match=r"no torch\.func transform"):
         torch.func.grad(lambda q: fp.attention(q, k, v, plan).sum())(q)
+
+
+@pytest.mark.parametrize(
+    "transformed",
+    [
+        lambda call, q: torch.func.vmap(call)(torch.stack([q, q])),
+        lambda call, q: torch.func.jvp(call, (q,), (q,)),
+        lambda call, q: torch.func.vmap(lambda other: other + call(q))(torch.zeros(3)),
+    ],
+    ids=["vmap", "jvp", "vmap of another"],
+)
+def test_flex_refuses_transforms_without_a_gradient(transformed: Callable[..., Any]) -> None:
+    q, k, v = (own.detach().float() for own in leaves_of(BATCH))
+    plan = plan_of(BATCH, (q, k, v), backend="flex")
+    with pytest.raises(fp.UnsupportedError, match=r"^q, k, v: expected no torch\.func transform"):
+        transformed(lambda q: fp.attention(q, k, v, plan), q)
 
 
 def test_the_reference_takes_transforms_and_second_derivatives() -> None:

@@ -1,7 +1,8 @@
 """From what a mask function says to the bounds of each row: interval algebra, O(tokens), without synchronising.
 
-Rows are the queries of the whole batch, `(batch * q,)`. A row's keys are a list of at most `MOST_INTERVALS` intervals;
-a row that needs more is counted as such, and the bounds are then no good (`Rows.overflow`).
+Rows are the queries of the whole batch, `(batch * q,)`. A row's keys are a list of intervals: of a part of the mask at
+most `MOST_ON_THE_WAY`, of the whole `MOST_INTERVALS`. A row that needs more is counted as such, and the bounds are then
+no good (`Rows.overflow`).
 """
 
 from __future__ import annotations
@@ -28,9 +29,15 @@ from fa4_prefixlm.integrations.transformers.mask_functions import (
 )
 from fa4_prefixlm.masks.interval_lists import EMPTY_HI, EMPTY_LO, END_OF_KEYS, Intervals, emptied, normalised
 
+# Intervals of a row that a part of a mask may have. Other parts may take them away again, or join them.
+MOST_ON_THE_WAY = 16
+
 
 class Rows(NamedTuple):
-    """What the rows see: `lo`, `hi` int32 `(rows, K)`, and whether each has more intervals than fit, bool `(rows,)`."""
+    """What the rows see: `lo`, `hi` int32 `(rows, K)`, and whether each has more intervals than fit, bool `(rows,)`.
+
+    A row's intervals are disjoint and ascending, with empty ones, `(EMPTY_LO, EMPTY_HI)`, anywhere between.
+    """
 
     lo: torch.Tensor
     hi: torch.Tensor
@@ -73,10 +80,8 @@ def bounds_of(expression: Expression, grid: Grid) -> tuple[torch.Tensor, torch.T
     """
     found = _rows(expression, grid.position, grid, None)
     lo = (found.lo.clamp(min=grid.kv_offset) - grid.kv_offset).masked_fill(found.lo >= found.hi, EMPTY_LO)
-    lo, hi = emptied(lo, found.hi.clamp(max=grid.kv_end) - grid.kv_offset)
-    if lo.shape[1] > 1:
-        lo, hi = normalised(lo, hi)  # empty ones last
-    lo, hi, overflow = _most(lo, hi, found.overflow)
+    lo, hi = normalised(lo, found.hi.clamp(max=grid.kv_end) - grid.kv_offset)  # empty ones last
+    lo, hi, overflow = _most(lo, hi, found.overflow, MOST_INTERVALS)
     batch, rows = grid.position.shape
     return torch.cat([lo, hi], dim=1).view(batch, rows, -1), overflow.any()
 
@@ -133,37 +138,63 @@ def _one(lo: torch.Tensor, hi: torch.Tensor) -> Rows:
 
 
 def _met(parts: list[Rows]) -> Rows:
-    lo, hi, overflow = parts[0]
-    for part in parts[1:]:
-        most = lo.shape[1] + part.lo.shape[1] - 1
-        lo = torch.maximum(lo.unsqueeze(2), part.lo.unsqueeze(1)).flatten(1)
-        hi = torch.minimum(hi.unsqueeze(2), part.hi.unsqueeze(1)).flatten(1)
-        lo, hi = emptied(lo, hi) if lo.shape[1] == 1 else normalised(lo, hi)
-        # Two disjoint lists of k and l intervals meet in at most k + l - 1.
-        lo, hi, overflow = _most(lo[:, :most], hi[:, :most], overflow | part.overflow)
-    return Rows(lo, hi, overflow)
+    """What all of them show."""
+    overflow = torch.stack([part.overflow for part in parts]).any(0)
+    one, several = ([part for part in parts if (part.lo.shape[1] > 1) == more] for more in (False, True))
+    lo, hi, _ = (several or one).pop()
+    for part in one:
+        lo, hi = torch.maximum(lo, part.lo), torch.minimum(hi, part.hi)
+    lo, hi = emptied(lo, hi)
+    if several:
+        lo, hi = _in_all([(lo, hi), *((part.lo, part.hi) for part in several)])
+    return _most(lo, hi, overflow, MOST_ON_THE_WAY)
+
+
+def _in_all(parts: list[Intervals]) -> Intervals:
+    """The keys that are in an interval of each part: where intervals cover them as deep as there are parts."""
+    ends = [hi.masked_fill(lo >= hi, EMPTY_LO) for lo, hi in parts]
+    edges = torch.cat([*ends, *(lo for lo, _ in parts)], dim=1)  # at one key, what ends does so first
+    width = edges.shape[1] // 2
+    edges, order = edges.sort(dim=1, stable=True)
+    depth = torch.where(order < width, -1, 1).cumsum(1, dtype=torch.int32)
+    outside = depth != len(parts)
+    hi = torch.nn.functional.pad(edges[:, 1:], (0, 1)).masked_fill(outside, EMPTY_HI)
+    lo, order = edges.masked_fill(outside, EMPTY_LO).sort(dim=1)
+    most = width - len(parts) + 1  # two disjoint lists of k and l intervals meet in at most k + l - 1
+    return lo[:, :most], hi.gather(1, order)[:, :most]
 
 
 def _joined(parts: list[Rows]) -> Rows:
+    """What some of them show."""
     lo = torch.cat([part.lo for part in parts], dim=1)
     hi = torch.cat([part.hi for part in parts], dim=1)
     overflow = torch.stack([part.overflow for part in parts]).any(0)
-    return _most(*normalised(lo, hi), overflow)
+    return _most(*normalised(lo, hi), overflow, MOST_ON_THE_WAY)
 
 
-def _most(lo: torch.Tensor, hi: torch.Tensor, overflow: torch.Tensor) -> Rows:
-    """At most `MOST_INTERVALS` of each row."""
-    if lo.shape[1] <= MOST_INTERVALS:
+def _most(lo: torch.Tensor, hi: torch.Tensor, overflow: torch.Tensor, most: int) -> Rows:
+    """At most `most` of each row, of ascending ones, the empty ones last."""
+    if lo.shape[1] <= most:
         return Rows(lo, hi, overflow)
-    return Rows(lo[:, :MOST_INTERVALS], hi[:, :MOST_INTERVALS], overflow | (hi[:, MOST_INTERVALS:] > EMPTY_HI).any(1))
+    return Rows(lo[:, :most], hi[:, :most], overflow | (hi[:, most:] > EMPTY_HI).any(1))
 
 
 def _keys(real: torch.Tensor, position: torch.Tensor, grid: Grid) -> Rows:
     """The same keys for every row: the runs of True among those that are there."""
     here = real[:, grid.kv_offset : grid.kv_end].expand(position.shape[0], -1)
-    (lo, hi), more = first_runs(here, MOST_INTERVALS)
-    hi = torch.where(lo < hi, hi + grid.kv_offset, hi)
-    lo = torch.where(lo == EMPTY_LO, lo, lo + grid.kv_offset)
+    changes = here[:, 1:] != here[:, :-1]
+    begins = torch.nn.functional.pad(changes, (1, 0), value=True) & here
+    ends = torch.nn.functional.pad(changes, (0, 1), value=True) & here
+    run = begins.cumsum(1) - 1
+    key = torch.arange(grid.kv_offset, grid.kv_offset + here.shape[1], device=real.device, dtype=torch.int32)
+    # Where a run does not fit, and where nothing begins or ends, writes go to a column that is cut off.
+    lo, hi = (
+        torch.full((here.shape[0], MOST_ON_THE_WAY + 1), empty, dtype=torch.int32, device=real.device).scatter(
+            1, run.masked_fill(edge.logical_not(), MOST_ON_THE_WAY).clamp(max=MOST_ON_THE_WAY), keys.expand(here.shape)
+        )[:, :-1]
+        for empty, edge, keys in ((EMPTY_LO, begins, key), (EMPTY_HI, ends, key + 1))
+    )
+    more = run[:, -1] >= MOST_ON_THE_WAY
     return Rows(*(tensor.repeat_interleave(position.shape[1], 0) for tensor in (lo, hi, more)))
 
 
@@ -174,32 +205,35 @@ def _same_id(ids: torch.Tensor, position: torch.Tensor, *, negative: bool) -> Ro
     # Sorted by (id, position), each group of an id is a list of runs of neighbouring positions.
     order = ids.argsort(dim=1, stable=True)
     sorted_ids = ids.gather(1, order)
-    first = torch.zeros(batch, 1, dtype=torch.bool, device=ids.device).logical_not()
-    new_group = torch.cat([first, sorted_ids[:, 1:] != sorted_ids[:, :-1]], dim=1)
-    new_run = new_group | torch.cat([first, order[:, 1:] != order[:, :-1] + 1], dim=1)
-    last_of_run = torch.cat([new_run[:, 1:], first], dim=1)
-    group, run = new_group.cumsum(1) - 1, new_run.cumsum(1)
-    rank = run - torch.where(new_group, run, 0).cummax(1).values
-    # Where a run does not fit, and where nothing begins or ends, writes go to a column that is cut off.
-    room = width * MOST_INTERVALS
-    target = group * MOST_INTERVALS + rank
+    changes = sorted_ids[:, 1:] != sorted_ids[:, :-1]
+    breaks = changes | (order[:, 1:] != order[:, :-1] + 1)
+    new_group, new_run = (torch.nn.functional.pad(own, (1, 0), value=True) for own in (changes, breaks))
+    last_of_group, last_of_run = (torch.nn.functional.pad(own, (0, 1), value=True) for own in (changes, breaks))
+    run = new_run.cumsum(1) - 1
+    first = torch.where(new_group, run, 0).cummax(1).values
+    last = torch.where(last_of_group, run, width).flip(1).cummin(1).values.flip(1)
+    # The edges of all runs, and of each position the first and the last run of its group. Where nothing begins or ends,
+    # writes go to a column that nobody reads.
     lo, hi = (
-        torch.full((batch, room + 1), empty, dtype=torch.int32, device=ids.device)
-        .scatter(1, torch.where(here & (rank < MOST_INTERVALS), target, room), edge.to(torch.int32))[:, :room]
-        .reshape(batch, width, MOST_INTERVALS)
-        for empty, here, edge in ((EMPTY_LO, new_run, order), (EMPTY_HI, last_of_run, order + 1))
+        torch.zeros(batch, width + 1, dtype=torch.int32, device=ids.device).scatter(
+            1, run.masked_fill(here.logical_not(), width), edge.to(torch.int32)
+        )
+        for here, edge in ((new_run, order), (last_of_run, order + 1))
     )
-    most_rank = torch.zeros_like(group).scatter_reduce(1, group, rank, "amax")
-    group_of = torch.zeros_like(group).scatter(1, order, group)
     at = position.clamp(0, width - 1)
-    own = group_of.gather(1, at)
+    own_first, own_last = (torch.zeros_like(run).scatter(1, order, own).gather(1, at) for own in (first, last))
     seen = position < width
     if not negative:
         seen = seen & (ids.gather(1, at) >= 0)
-    wide = own.unsqueeze(2).expand(-1, -1, MOST_INTERVALS)
-    lo = lo.gather(1, wide).masked_fill(seen.logical_not().unsqueeze(2), EMPTY_LO)
-    hi = hi.gather(1, wide).masked_fill(seen.logical_not().unsqueeze(2), EMPTY_HI)
-    overflow = (most_rank.gather(1, own) >= MOST_INTERVALS) & seen
+    own_last = own_last.masked_fill(seen.logical_not(), -1)
+    own = own_first.unsqueeze(2) + torch.arange(MOST_ON_THE_WAY, device=ids.device)
+    unused = own > own_last.unsqueeze(2)
+    own = own.clamp(max=width).flatten(1)
+    lo, hi = (
+        edge.gather(1, own).view(unused.shape).masked_fill(unused, empty)
+        for edge, empty in ((lo, EMPTY_LO), (hi, EMPTY_HI))
+    )
+    overflow = own_last - own_first >= MOST_ON_THE_WAY
     return Rows(lo.flatten(0, 1), hi.flatten(0, 1), overflow.flatten())
 
 
@@ -214,7 +248,8 @@ def _in_documents(
     if documents is None:
         raise NotIntervals("positions that restart, without the documents that they belong to")
     own = positions.expand(position.shape[0], -1).gather(1, position)
-    lo, hi, overflow = _rows(inner, own, grid, None)
+    everywhere = Grid(position, 0, grid.kv_end)  # a document counts from 0, wherever the keys begin
+    lo, hi, overflow = _rows(inner, own, everywhere, None)
     by = (position - own).reshape(-1, 1).to(torch.int32)
     unbounded = hi == END_OF_KEYS
     hi = torch.where((lo < hi) & unbounded.logical_not(), hi + by, hi)
