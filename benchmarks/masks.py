@@ -162,14 +162,15 @@ def main() -> int:
                 path.run()
         return 0
     results: list[Result] = []
+    plans: list[dict[str, float | str]] = []
+    more = {"batch": BATCH, "tokens": TOKENS, "heads": HEADS, "head_dim": HEAD_DIM, "dtype": "bfloat16"}
     for work in works:
         results += measure(work.name, paths(work))
         show(results[-sum(own.workload == work.name for own in results) :])
-    plans = [plan_times(work) for work in works]
+        plans.append(plan_times(work))
+        if arguments.save:  # at once: a run that is cut off keeps what it had
+            save(arguments.save, results, **more, plan_tokens=PLAN_TOKENS, plan_ms=plans)
     show_plans(plans)
-    if arguments.save:
-        more = {"batch": BATCH, "tokens": TOKENS, "heads": HEADS, "head_dim": HEAD_DIM, "dtype": "bfloat16"}
-        save(arguments.save, results, **more, plan_tokens=PLAN_TOKENS, plan_ms=plans)
     return 0 if all(result.correct for result in results) else 1
 
 
