@@ -150,5 +150,5 @@ def many_spans(rng: random.Random, batch: Batch, most: int) -> dict[str, list]:
     for _, keys in batch.seqlens:
         starts = sorted(rng.sample(range(0, keys, 12), k=min(most, -(-keys // 12))))
         named["image"].append([(at, min(at + rng.randint(1, 11), keys)) for at in starts])
-        named["prompt"].append([(0, rng.randint(1, keys))])
+        named["prompt"].append([(0, rng.randint(1, keys))] if keys else [])
     return named

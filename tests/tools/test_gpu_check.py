@@ -139,9 +139,9 @@ def test_an_off_by_one_at_a_spans_end_is_caught(monkeypatch: pytest.MonkeyPatch,
     assert verdict_on(case, backend).status == "ok"
     right = base.row_bounds
 
-    def one_key_short(mask, spans, lengths, where, most=None):
+    def one_key_short(mask, spans, lengths, where, *more):
         """Rows of a span do not see its last key, which is their own for its last row, and stays."""
-        bounds = right(mask, spans, lengths, where, most)
+        bounds = right(mask, spans, lengths, where, *more)
         ahead = bounds.hi > where.position[:, None] + 1
         return dataclasses.replace(bounds, hi=bounds.hi - ahead.int())
 
@@ -155,14 +155,16 @@ def test_an_off_by_one_at_a_spans_end_is_caught(monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.parametrize("backend", ["native", "varlen", "packed"])
 @pytest.mark.parametrize("name", ["chunks, hd128", "chunks, hd256 window 50"])
 def test_rows_without_the_chunk_offset_are_caught(monkeypatch: pytest.MonkeyPatch, name: str, backend: str) -> None:
-    right = base.tokens
+    from fa4_prefixlm.kernels import token_places
+
+    right = token_places.token_places
 
     def from_the_first_query(lengths):
         where = right(lengths)
         cached = lengths.cu_seqlens_k.diff() - lengths.cu_seqlens_q.diff()
         return where._replace(position=where.position - cached.index_select(0, where.sequence))
 
-    monkeypatch.setattr(base, "tokens", from_the_first_query)
+    monkeypatch.setattr(token_places, "token_places", from_the_first_query)
     assert verdict_on(CASES[name], backend).status == "WRONG"
 
 
