@@ -83,14 +83,35 @@ def training_steps() -> str:
 
 
 def host_times() -> str:
-    """Median microseconds of the host, one column for each kept file and length."""
-    devices = {"H100": kept("h100-host-time"), "H200": kept("h200-host-time")}
-    cells: dict[str, list[str]] = {}
-    for content in devices.values():
-        for row in content["results"]:
-            cells.setdefault(row["name"], []).append(f"{row['host']:.0f}")
-    columns = [f"{name}, {tokens} tokens" for name in devices for tokens in (128, 131072)]
-    return "\n".join(markdown(["call", *columns], [[name, *own] for name, own in cells.items()]))
+    """Median microseconds of the host, one column for each kept file and length that it has."""
+    cells: dict[str, dict[str, str]] = {}
+    for device in ("H200", "H100"):
+        for row in kept(f"{device.lower()}-host-time")["results"]:
+            column = f"{device}, {row['tokens']} tokens"
+            cells.setdefault(row["name"], {})[column] = f"{row['host']:.0f}"
+    columns = list(dict.fromkeys(column for own in cells.values() for column in own))
+    rows = [[name, *(own.get(column, "") for column in columns)] for name, own in cells.items()]
+    return "\n".join(markdown(["call", *columns], rows))
+
+
+def flex_times() -> str:
+    """Milliseconds of `flex` beside FlexAttention's own block mask, a row for each mask and device."""
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for device in ("H100", "H200"):
+        for row in kept(f"{device.lower()}-masks")["results"]:
+            if "lex" in row["path"]:
+                rows.setdefault((row["workload"], device), {})[row["path"]] = f"{row['ms']:.3f}"
+    paths = ["flex", "FlexAttention, its own block mask"]
+    return "\n".join(
+        markdown(["mask", "GPU", *paths], [[*key, *(own[path] for path in paths)] for key, own in rows.items()])
+    )
+
+
+def mask_times() -> str:
+    """One mask on every backend that takes it."""
+    results = kept("h200-masks")["results"]
+    rows = [[row["path"], f"{row['ms']:.3f}", f"{row['tflops']:.0f}", f"{row['of_baseline']:.2f}"] for row in results]
+    return "\n".join(markdown(["backend", "ms", "TFLOP/s", "of FA4 causal"], rows))
 
 
 # The page that quotes each.
@@ -99,6 +120,7 @@ QUOTED = {
     "docs/transformers.md": (transformers_prefill,),
     "docs/training.md": (training_steps,),
     "docs/host_time.md": (host_times,),
+    "docs/other_kernels.md": (flex_times, mask_times),
 }
 
 if __name__ == "__main__":

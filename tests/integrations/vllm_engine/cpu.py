@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
+
+# The variable that holds the path of the backend's class, for the processes of the engine.
+BACKEND = "FA4_PREFIXLM_TESTS_CPU_BACKEND"
 
 _library: torch.library.Library | None = None
 
@@ -13,21 +18,18 @@ def environment(runner: str) -> dict[str, str]:
         "VLLM_TARGET_DEVICE": "cpu",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_USE_V2_MODEL_RUNNER": "1" if runner == "V2" else "0",
     }
     # The second runner's kernels are Triton's. With no device to see, vLLM takes Triton to be there without a driver.
     return own | ({"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if runner == "V2" else {})
 
 
-def prepare(backend: str) -> None:
-    """Define the operations, and have vLLM's CPU platform take a backend: it takes CPU_ATTN whatever is asked for.
-
-    Args:
-        backend: a class's path.
-    """
+def prepare() -> None:
+    """Define the operations, and have vLLM's CPU platform take `BACKEND`: it takes CPU_ATTN whatever is asked for."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    register_backend(AttentionBackendEnum.CPU_ATTN, backend)
+    register_backend(AttentionBackendEnum.CPU_ATTN, os.environ[BACKEND])
     _define()
 
 

@@ -175,7 +175,8 @@ def make_engine(job: Job, **settings: Any) -> Any:
     if job.cpu:
         from tests.integrations.vllm_engine import cpu
 
-        cpu.prepare(TRITON if job.backend == "TRITON_ATTN" else OWN)
+        os.environ[cpu.BACKEND] = TRITON if job.backend == "TRITON_ATTN" else OWN
+        cpu.prepare()
         if job.cpu == "V2":
             torch.cuda.get_device_capability = lambda device=None: (9, 0)  # vLLM's Triton cache writer asks for it
     from vllm import LLM
@@ -311,6 +312,12 @@ def main() -> None:
     job = read_job(pathlib.Path(sys.argv[1]))
     torch.save(run(job), job.result)
 
+
+if __name__ == "__mp_main__":  # a worker of a tensor parallel engine, which begins with this module
+    from tests.integrations.vllm_engine import cpu
+
+    if cpu.BACKEND in os.environ:
+        cpu.prepare()
 
 if __name__ == "__main__":
     main()

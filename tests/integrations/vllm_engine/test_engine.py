@@ -39,8 +39,12 @@ CASES = {
     ("gemma3-narrow", "V1"): (TOGETHER,),
     ("paligemma2-narrow", "V1"): (TOGETHER,),
 }
+# Tensor parallel: each process has half of the heads. Its counts are those of its own processes, and not seen here.
+RANKS = "two ranks"
+PARALLEL = {(name, RANKS): (TOGETHER, CACHED) for name in ("gemma3", "gemma4")}
 EXACT = [case for case in CASES if case[0] in LIMITS]
 RIGHT = [(*case, name) for case in EXACT for name in CASES[case] if name in ROUNDS[:3]]
+RIGHT += [(*case, name) for case, rounds in PARALLEL.items() for name in rounds]
 
 Answers = dict[str, tuple[list[int], torch.Tensor, int, int]]
 
@@ -78,7 +82,7 @@ def _right(folder: str, prompt: str, tokens: tuple[int, ...], spans: bool, job: 
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Ran]:
     folder: pathlib.Path = tmp_path_factory.mktemp("vllm")
     jobs = {}
-    for (name, runner), rounds in CASES.items():
+    for (name, runner), rounds in {**CASES, **PARALLEL}.items():
         if not (folder / name).exists():
             models.make(name.partition("-")[0], folder / name, **SHAPES[name])
         # Budgets below the longest prompts, so that they are prefilled in chunks.
@@ -86,7 +90,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Ran]:
             folder=str(folder / name),
             result=str(folder / f"{name}-{runner}.pt"),
             rounds=rounds,
-            cpu=runner,
+            cpu="V1" if runner == RANKS else runner,
+            tensor_parallel=2 if runner == RANKS else 1,
             small_size=96 if name == "gemma4" else 112,
             budget=160,
         )
@@ -110,6 +115,13 @@ def test_logprobs_are_those_of_transformers(
     assert max(errors.values()) < LIMITS[name], errors
     causal = own.errors(round_, spans=False)
     assert all((causal[prompt] > SEEN) == (prompt in own.with_images) for prompt in errors), causal
+
+
+@pytest.mark.parametrize("name", [name for name, _ in PARALLEL])
+def test_this_library_ran_it_on_two_ranks(ran: Callable[[str, str], Ran], name: str) -> None:
+    log = ran(name, RANKS).job.log.read_text()
+    assert "Worker_TP1" in log
+    assert "FA4_PREFIXLM: " in log.partition("Worker_TP0")[2]
 
 
 @pytest.mark.parametrize(("name", "runner"), EXACT, ids=map(" ".join, EXACT))
