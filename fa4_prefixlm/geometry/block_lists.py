@@ -63,7 +63,7 @@ class BlockLists:
 
 def varlen_bytes(lengths: Lengths, block_m: int, block_n: int) -> int:
     """Bytes that `varlen_lists` will allocate, known without looking at the device."""
-    entries = varlen_entries(lengths, block_m, block_n)
+    entries = _varlen_entries(lengths, block_m, block_n)
     return 4 * (2 * entries + 2 * count_query_tiles(lengths, block_m) + 2 * (lengths.batch + 1))
 
 
@@ -78,9 +78,7 @@ def varlen_lists(
     key_tiles: KeyTiles, tiles: QueryTiles, lengths: Lengths, traits: Traits, block_m: int, block_n: int
 ) -> BlockLists:
     """The block lists of a batch in the varlen layout."""
-    entries = varlen_entries(lengths, block_m, block_n)
-    if entries > torch.iinfo(torch.int32).max:
-        raise InputError("cu_seqlens_k", "block lists of fewer than 2**31 entries (varlen layout)", entries)
+    entries = countable_entries(lengths, block_m, block_n)
     stride = (lengths.cu_seqlens_k.long().diff() + block_n - 1) // block_n
     cu_entries = torch.nn.functional.pad((tiles.cu_tiles.long().diff() * stride).cumsum(0), (1, 0))
     local_row = torch.arange(len(tiles.sequence), device=stride.device) - tiles.cu_tiles.take(tiles.sequence)
@@ -164,7 +162,19 @@ class PackedWidth:
         return cls(min(across, everything), min(extent, per_sequence, everything), False)
 
 
-def varlen_entries(lengths: Lengths, block_m: int, block_n: int) -> int:
+def countable_entries(lengths: Lengths, block_m: int, block_n: int) -> int:
+    """Entries of a varlen index list, which kernels count in int32.
+
+    Raises:
+        InputError: they can't.
+    """
+    entries = _varlen_entries(lengths, block_m, block_n)
+    if entries > torch.iinfo(torch.int32).max:
+        raise InputError("cu_seqlens_k", "block lists of fewer than 2**31 entries (varlen layout)", entries)
+    return entries
+
+
+def _varlen_entries(lengths: Lengths, block_m: int, block_n: int) -> int:
     """Entries of a varlen index list, an upper bound where the lengths are on the device."""
     if lengths.seqlens_q is not None and lengths.seqlens_k is not None:
         pairs = zip(lengths.seqlens_q, lengths.seqlens_k, strict=True)

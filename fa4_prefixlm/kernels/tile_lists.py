@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from fa4_prefixlm.batch.lengths import Lengths
-from fa4_prefixlm.geometry.block_lists import BlockLists, varlen_entries
+from fa4_prefixlm.geometry.block_lists import BlockLists, countable_entries
 from fa4_prefixlm.geometry.tiles import ceil_div, count_query_tiles
 from fa4_prefixlm.kernels.launch import Launcher
 from fa4_prefixlm.masks.interval_lists import EMPTY_LO
@@ -114,9 +114,13 @@ def varlen_tile_lists(
     Args:
         lo, hi: as for `block_tables`.
         tagged: `(every, some)`, `(query tiles, key tiles of the longest sequence)` bool.
+
+    Raises:
+        InputError: more entries than kernels count.
     """
-    entries, tiles = varlen_entries(lengths, tile_m, tile_n), count_query_tiles(lengths, tile_m)
-    rows, keys = ((cu.diff() + (size - 1)) // size for cu, size in _sizes(lengths, tile_m, tile_n))
+    entries, tiles = countable_entries(lengths, tile_m, tile_n), count_query_tiles(lengths, tile_m)
+    rows = (lengths.cu_seqlens_q.diff() + (tile_m - 1)) // tile_m
+    keys = (lengths.cu_seqlens_k.diff() + (tile_n - 1)) // tile_n
     cu_tiles, cu_entries = (
         torch.nn.functional.pad(own.cumsum(0, dtype=torch.int32), (1, 0)) for own in (rows, rows * keys)
     )
@@ -133,10 +137,6 @@ def varlen_tile_lists(
     by = (cu_tiles, cu_entries)
     _launch(lo, hi, lengths, made, tiles=tiles, tile=(tile_m, tile_n), columns=columns, tagged=tagged, by_sequence=by)
     return BlockLists(*made[1:5], cu_tiles, cu_entries, (tile_m, tile_n))
-
-
-def _sizes(lengths: Lengths, tile_m: int, tile_n: int) -> tuple[tuple[torch.Tensor, int], tuple[torch.Tensor, int]]:
-    return (lengths.cu_seqlens_q, tile_m), (lengths.cu_seqlens_k, tile_n)
 
 
 def _empty(like: torch.Tensor, *shape: int) -> torch.Tensor:

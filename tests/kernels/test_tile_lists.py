@@ -114,6 +114,14 @@ if INTERPRETED:
 
 else:
 
+    def test_more_entries_than_kernels_count_are_refused() -> None:
+        given = masked_batch(Batch(((200, 300),), ((),)), MORE[0])
+        huge = dataclasses.replace(
+            given.lengths, seqlens_q=None, seqlens_k=None, total_q=2**20, max_seqlen_q=2**20, max_seqlen_k=2**30
+        )
+        with pytest.raises(fp.InputError, match=r"cu_seqlens_k: expected block lists of fewer than 2\*\*31 entries"):
+            tile_lists.varlen_tile_lists(given.bounds.lo, given.bounds.hi, huge, 128, 128)
+
     @pytest.mark.slow
     def test_in_the_interpreter() -> None:
         run_interpreted(__file__)
