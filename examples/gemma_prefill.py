@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import transformers
 
+import fa4_prefixlm.integrations.transformers  # noqa: F401 (registers "fa4_prefixlm")
+
 
 def tiny_gemma3() -> Any:
     """Gemma 3 with a tiny random configuration; 64 tokens an image."""

@@ -41,6 +41,20 @@ def test_prefill(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments", [["gemma_prefill.py", "--new-tokens", "1"], ["finetune_gemma.py", "--steps", "1"]]
+)
+def test_by_itself(arguments: str) -> None:
+    """In a process in which nothing else has registered this library with transformers."""
+    if arguments.startswith("finetune"):
+        pytest.importorskip("accelerate")
+    file, *options = arguments.split()
+    command = [sys.executable, EXAMPLES / file, *options]
+    done = subprocess.run(command, cwd=EXAMPLES.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.slow
 def test_finetune() -> None:
     """Packed rows, gradient checkpointing and Trainer: the losses of eager attention, and they fall."""
     pytest.importorskip("accelerate")
