@@ -10,7 +10,8 @@ import argparse
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -115,11 +116,16 @@ def show(results: list[Result]) -> None:
     print("\n".join(columns(rows, right=range(2, 7))), flush=True)
 
 
-def save(path: pathlib.Path, results: list[Result], **more: object) -> None:
-    """Write the results as JSON with the machine, the versions and the commit they came from."""
+def save(path: pathlib.Path, results: Sequence[Any], **more: object) -> None:
+    """Write results, dataclasses, as JSON with the machine, the versions and the commit they came from.
+
+    May be called again with more of them: the file is whole at any time.
+    """
     content = {**provenance(), **more, "results": [_rounded(dataclasses.asdict(result)) for result in results]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    beside = path.with_name(f"{path.name}.part")
+    beside.write_text(json.dumps(content, indent=1) + "\n")
+    beside.replace(path)
     print(f"wrote {path}")
 
 

@@ -17,7 +17,6 @@ import dataclasses
 import functools
 import gc
 import importlib.metadata
-import json
 import pathlib
 import sys
 import time
@@ -27,7 +26,8 @@ from typing import Any
 
 import torch
 import transformers
-from harness import BAND, provenance
+from engine_tables import FLOOR
+from harness import BAND, save
 
 import fa4_prefixlm.integrations.transformers  # noqa: F401 (registers "fa4_prefixlm")
 from fa4_prefixlm.testing.tables import columns
@@ -35,7 +35,6 @@ from fa4_prefixlm.testing.timing import time_in_rounds
 
 OURS = "fa4_prefixlm"
 ATTENTIONS = ("sdpa", "flex_attention", OURS)
-FLOOR = "no attention"
 IMAGES = 8
 ROUND_MS = 300.0
 # (tokens, faster than, by), of which the first row is a prefill of Gemma 3's widths.
@@ -320,15 +319,6 @@ def targets(results: list[Result]) -> list[str]:
     return lines
 
 
-def save(path: pathlib.Path, results: list[Result], about: dict[str, object]) -> None:
-    """Write all results so far. The file is whole at any time."""
-    content = {**about, "results": [dataclasses.asdict(result) for result in results]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.part")
-    beside.write_text(json.dumps(content, indent=1) + "\n")
-    beside.replace(path)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -347,8 +337,6 @@ def main() -> int:
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     sizes = [256] if arguments.tiny else sorted(arguments.tokens)
-    about: dict[str, object] = {"device": "cpu"} if device == "cpu" else provenance()
-    about["transformers"] = importlib.metadata.version("transformers")
     results: list[Result] = []
     for stack in TINY_STACKS if arguments.tiny else STACKS:
         if arguments.only not in stack.name:
@@ -361,11 +349,9 @@ def main() -> int:
                 show(measured)
                 results += measured
                 if arguments.save:
-                    save(arguments.save, results, about)
+                    save(arguments.save, results, transformers=importlib.metadata.version("transformers"))
     if not arguments.tiny:
         print("\n".join(targets(results)))
-    if arguments.save and results:
-        print(f"wrote {arguments.save}")
     wrong = [own for own in results if own.attention == OURS and own.ms is None]
     return 1 if wrong else 0
 

@@ -16,7 +16,7 @@ import torch._functorch.config as functorch_config
 
 from fa4_prefixlm.backends.base import Backend, MaskedBatch, Prepared
 from fa4_prefixlm.backends.flex_attend import BLOCK, LEAST_INT32, Form, Tables, compiled, free, power_of_two
-from fa4_prefixlm.backends.rows import ANY_TILE, kernel_rows
+from fa4_prefixlm.backends.rows import kernel_bounds
 from fa4_prefixlm.batch.lengths import Lengths, as_one_sequence
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.batch.tensors import CallSpec
@@ -150,11 +150,7 @@ def tables_in_one_launch(batch: MaskedBatch, rows: int, keys: int) -> tuple[int,
     """The same by a kernel, from the rows of another one where the mask has a closed form."""
     from fa4_prefixlm.kernels.tile_lists import block_tables
 
-    if batch.in_one_launch:
-        both = kernel_rows(batch, *ANY_TILE).bounds
-        bounds = Bounds(both.narrow(1, 0, 1), both.narrow(1, 1, 1))
-    else:
-        bounds = batch.bounds
+    bounds = kernel_bounds(batch)
     tags, tagged = bounds.tags, None
     if tags is not None:
         tags = _padded_tags(tags, rows * BLOCK, keys * BLOCK)

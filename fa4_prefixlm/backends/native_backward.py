@@ -12,17 +12,15 @@ import torch
 
 from fa4_prefixlm.backends.base import BackwardBackend, Gradients, MaskedBatch, Refusal
 from fa4_prefixlm.backends.fa4_verdicts import backward_call_refusal
-from fa4_prefixlm.backends.rows import ANY_TILE, kernel_rows
+from fa4_prefixlm.backends.rows import kernel_bounds
 from fa4_prefixlm.batch.forward_pass import ForwardPass, Grads
 from fa4_prefixlm.batch.lengths import Lengths
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.batch.tensors import CallSpec
-from fa4_prefixlm.device_checks import is_fake
 from fa4_prefixlm.fa4.builds.describe import BACKWARD_ARGUMENTS, Build
 from fa4_prefixlm.fa4.kernels.backward_tiles import BackwardTile, native_tile
 from fa4_prefixlm.fa4.kernels.launch import PADDING
 from fa4_prefixlm.fa4.kernels.native_backward_launch import KeyTables, native_backward
-from fa4_prefixlm.geometry.intervals import Bounds
 from fa4_prefixlm.geometry.key_bounds import KeyBounds, any_key_bounds, rises, rising_key_bounds
 from fa4_prefixlm.geometry.row_tiles import key_tile_ends, row_tiles, visitors_before
 from fa4_prefixlm.geometry.traits import Traits
@@ -99,12 +97,10 @@ def key_tables(batch: MaskedBatch, tile: BackwardTile, *, deterministic: bool) -
     """
     lengths = batch.lengths
     rising = batch.traits.intervals == 1 and rises(batch.traits.closed_form, lengths)
-    if rising and batch.spec.device.type == "cuda" and not is_fake(lengths.cu_seqlens_q):
+    if rising and batch.on_gpu:
         from fa4_prefixlm.kernels.key_tables import rising_key_tables
 
-        rows = kernel_rows(batch, *ANY_TILE).bounds if batch.in_one_launch else None
-        own = batch.bounds if rows is None else Bounds(rows.narrow(1, 0, 1), rows.narrow(1, 1, 1))
-        made = rising_key_tables(own, lengths, tile.m, tile.n, padding=PADDING, ordered=deterministic)
+        made = rising_key_tables(kernel_bounds(batch), lengths, tile.m, tile.n, padding=PADDING, ordered=deterministic)
         return KeyTables(made[0], made[1], 1, made[2])
     bounds = batch.bounds
     if rising:

@@ -16,6 +16,7 @@ from fa4_prefixlm.batch.tensors import CallSpec
 from fa4_prefixlm.fa4.builds.describe import Build
 from fa4_prefixlm.fa4.kernels.launch import mask_code
 from fa4_prefixlm.geometry.block_lists import BlockLists, packed_lists
+from fa4_prefixlm.geometry.intervals import Bounds
 from fa4_prefixlm.geometry.tiles import classify, query_tiles
 from fa4_prefixlm.geometry.traits import Traits
 
@@ -33,19 +34,20 @@ class Packed(Backend):
         return refusal
 
     def prepare(self, batch: MaskedBatch) -> MaskModCall:
-        whole = as_one_sequence(batch.lengths)
+        whole, bounds = as_one_sequence(batch.lengths), batch.packed_bounds
         tile = choose_tile(batch.spec, batch.traits, whole.max_seqlen_q)
         return MaskModCall(
             build=batch.fa4(),
-            code=mask_code("packed", batch.packed_bounds),
+            code=mask_code("packed", bounds),
             tile=tile,
-            lists=_lists(batch, whole, tile.block_m, tile.n),
+            lists=_lists(batch, bounds, whole, tile.block_m, tile.n),
             lengths=whole,
             varlen=False,
         )
 
 
-def _lists(batch: MaskedBatch, whole: Lengths, tile_m: int, tile_n: int) -> BlockLists:
+def _lists(batch: MaskedBatch, bounds: Bounds, whole: Lengths, tile_m: int, tile_n: int) -> BlockLists:
+    """bounds: counting the packed keys."""
     traits = batch.traits
     if batch.on_gpu and not traits.banded:
         from fa4_prefixlm.kernels.tile_lists import packed_tile_lists
@@ -53,5 +55,5 @@ def _lists(batch: MaskedBatch, whole: Lengths, tile_m: int, tile_n: int) -> Bloc
         return packed_tile_lists(batch.bounds.lo, batch.bounds.hi, batch.lengths, tile_m, tile_n)
     where = batch.where._replace(sequence=torch.zeros_like(batch.where.sequence))
     tiles = query_tiles(whole, tile_m)
-    key_tiles = classify(batch.packed_bounds, tiles, whole, where, tile_m, tile_n, banded=traits.banded)
+    key_tiles = classify(bounds, tiles, whole, where, tile_m, tile_n, banded=traits.banded)
     return packed_lists(key_tiles, batch.lengths, traits, tile_m, tile_n)

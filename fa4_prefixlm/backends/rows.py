@@ -15,6 +15,7 @@ from fa4_prefixlm.batch.lengths import Lengths
 from fa4_prefixlm.batch.tensors import CallSpec
 from fa4_prefixlm.device_checks import is_fake
 from fa4_prefixlm.fa4.kernels.launch import PADDING
+from fa4_prefixlm.geometry.intervals import Bounds
 from fa4_prefixlm.geometry.tiles import query_tiles, tile_runs, tile_slots
 from fa4_prefixlm.geometry.traits import Traits
 
@@ -39,6 +40,14 @@ def fills_in_one_launch(spec: CallSpec, traits: Traits, lengths: Lengths) -> boo
     if traits.closed_form is None or traits.intervals > 1 or lengths.more_queries or not lengths.is_bottom_right:
         return False
     return spec.device.type == "cuda" and lengths.key_start is None and not is_fake(lengths.cu_seqlens_q)
+
+
+def kernel_bounds(batch: MaskedBatch) -> Bounds:
+    """The bounds of the rows, from the one launch where the batch has it: then rows of padding follow them."""
+    if not batch.in_one_launch:
+        return batch.bounds
+    both = kernel_rows(batch, *ANY_TILE).bounds
+    return Bounds(both.narrow(1, 0, 1), both.narrow(1, 1, 1))
 
 
 def kernel_rows(batch: MaskedBatch, tokens: int, tile_n: int) -> KernelRows:

@@ -143,30 +143,20 @@ def choose(
         InputError: there is no such backend.
     """
     if lengths.total_q and name == "auto" and spec.page_size is None:
-        quick = _without_lists(spec.of_any_size, traits, build, backward)
-        if quick is not None:
-            return quick
+        kept = _kept_choice(spec.of_any_size, traits, build, backward)
+        if kept is not None:
+            return kept
     forward = _choose_forward(name, spec, traits, lengths, build)
     return Choice(forward, choose_backward(backward, spec, traits, build, forward=forward.name))
 
 
 @functools.lru_cache(maxsize=256)
-def _without_lists(spec: CallSpec, traits: Traits, build: Build | None, backward: str) -> Choice | None:
-    """What "auto" takes where it is none of the backends whose choice depends on the lengths; None if it is one.
-
-    The same for every batch of a kind, so that most plans find it here.
-    """
-    passed_over: dict[str, str] = {}
-    for name in BACKENDS:
-        if name == Varlen.name:
-            return None
-        reason = BACKENDS[name].refusal(spec, traits, build)
-        if reason is None:
-            return Choice(
-                Forward.after(passed_over, name), choose_backward(backward, spec, traits, build, forward=name)
-            )
-        passed_over[name] = reason
-    raise AssertionError("the reference runs every call")
+def _kept_choice(spec: CallSpec, traits: Traits, build: Build | None, backward: str) -> Choice | None:
+    """What "auto" takes, where it is the same for every batch of a kind; None where it depends on the lengths."""
+    forward = _first_that_runs(spec, traits, None, build)
+    if forward is None:
+        return None
+    return Choice(forward, choose_backward(backward, spec, traits, build, forward=forward.name))
 
 
 def _choose_forward(name: str, spec: CallSpec, traits: Traits, lengths: Lengths, build: Build | None) -> Forward:
@@ -175,16 +165,27 @@ def _choose_forward(name: str, spec: CallSpec, traits: Traits, lengths: Lengths,
     paged = spec.page_size is not None
     if lengths.total_q == 0:
         return Forward(Reference.name, "there are no queries", gathered=paged)
-    copied = dataclasses.replace(spec, page_size=None) if paged else spec
     if name != "auto":
+        copied = dataclasses.replace(spec, page_size=None)
         gathered = paged and (not BACKENDS[name].reads_pages or BACKENDS[name].refusal(spec, traits, build) is not None)
         refusal = BACKENDS[name].refusal(copied if gathered else spec, traits, build)
         if refusal is not None:
             raise UnsupportedError("backend", f"a backend that can run this call ({refusal})", repr(name))
         return Forward(name, BY_NAME, gathered=gathered)
+    first = _first_that_runs(spec, traits, lengths, build)
+    assert first is not None, "it has the lengths"
+    return first
+
+
+def _first_that_runs(spec: CallSpec, traits: Traits, lengths: Lengths | None, build: Build | None) -> Forward | None:
+    """The first backend that runs the call exactly. lengths: None: not known, and then None if it depends on them."""
+    paged = spec.page_size is not None
+    copied = dataclasses.replace(spec, page_size=None) if paged else spec
     passed_over: dict[str, str] = {}
     for preferred, gathered in IN_PAGES if paged else ((name, False) for name in BACKENDS):
         backend, as_called = BACKENDS[preferred], copied if gathered else spec
+        if lengths is None and backend.name == Varlen.name:
+            return None
         reason = backend.refusal(as_called, traits, build)
         if reason is None:
             reason = _unasked(backend, as_called, traits, lengths, build)
@@ -194,11 +195,13 @@ def _choose_forward(name: str, spec: CallSpec, traits: Traits, lengths: Lengths,
     raise AssertionError("the reference runs every call")
 
 
-def _unasked(backend: Backend, spec: CallSpec, traits: Traits, lengths: Lengths, build: Build | None) -> str | None:
+def _unasked(
+    backend: Backend, spec: CallSpec, traits: Traits, lengths: Lengths | None, build: Build | None
+) -> str | None:
     """Why a backend that can run the call is taken by name only; None if it is taken without."""
     if backend.name == Flex.name and spec.device.type == "cpu":
         return "on the CPU it computes every pair as well, and is there for tests"
-    return _too_large(spec, traits, lengths, build) if backend.name == Varlen.name else None
+    return _too_large(spec, traits, lengths, build) if lengths is not None and backend.name == Varlen.name else None
 
 
 def _too_large(spec: CallSpec, traits: Traits, lengths: Lengths, build: Build | None) -> str | None:

@@ -11,6 +11,7 @@ VOCABULARY = 128
 # Of prompts: a place for an image. vLLM's PaliGemma has none, it puts its one image before the prompt.
 IMAGE_TOKEN = {"gemma3": 4, "gemma4": 6}
 FIRST_LETTER = 16
+PATCH = 14
 _LETTERS = [chr(code) for code in range(32, 127)]
 _NEWLINES = ["\n" * count for count in range(1, 5)]
 _TINY = {"layers": 4, "hidden": 128, "heads": 4, "kv_heads": 2, "head_dim": 64, "window": 128}
@@ -47,15 +48,7 @@ def _gemma3(folder: pathlib.Path, dtype: torch.dtype, shape: dict[str, Any]) -> 
     tokenizer, words = _tokenizer(names)
     config = Gemma3Config(
         text_config=_text(shape) | {"query_pre_attn_scalar": shape["head_dim"]},
-        vision_config={
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": size,
-            "patch_size": 14,
-            "vision_use_head": False,
-        },
+        vision_config=_siglip(size),
         mm_tokens_per_image=tokens,
         boi_token_index=words[names["boi_token"]],
         eoi_token_index=words[names["eoi_token"]],
@@ -133,7 +126,7 @@ def _gemma4(folder: pathlib.Path, dtype: torch.dtype, shape: dict[str, Any]) -> 
 def _paligemma2(folder: pathlib.Path, dtype: torch.dtype, shape: dict[str, Any]) -> None:
     from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration, PaliGemmaProcessor
 
-    size, patch = shape.get("image_size", 140), 14
+    size = shape.get("image_size", 140)
     tokenizer, words = _tokenizer({"image_token": "<image>"})
     config = PaliGemmaConfig(
         text_config=_text(shape)
@@ -143,15 +136,7 @@ def _paligemma2(folder: pathlib.Path, dtype: torch.dtype, shape: dict[str, Any])
             "attn_logit_softcapping": shape.get("softcap", 1.0),  # the hub's 50 would not show in a model this small
             "final_logit_softcapping": None,  # vLLM caps PaliGemma's logits, transformers doesn't
         },
-        vision_config={
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": size,
-            "patch_size": patch,
-            "vision_use_head": False,
-        },
+        vision_config=_siglip(size),
         hidden_size=shape["hidden"],
         projection_dim=shape["hidden"],
         image_token_index=words["<image>"],
@@ -160,9 +145,22 @@ def _paligemma2(folder: pathlib.Path, dtype: torch.dtype, shape: dict[str, Any])
     )
     _save(PaliGemmaForConditionalGeneration(config), folder, dtype)
     _rename(folder, "vision_tower.", "vision_tower.vision_model.")  # as for Gemma 3
-    images = _image_processor("siglip")(size={"height": size, "width": size}, image_seq_length=(size // patch) ** 2)
+    images = _image_processor("siglip")(size={"height": size, "width": size}, image_seq_length=(size // PATCH) ** 2)
     PaliGemmaProcessor(images, tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _siglip(size: int) -> dict[str, Any]:
+    """The vision tower of images of so many pixels."""
+    return {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": size,
+        "patch_size": PATCH,
+        "vision_use_head": False,
+    }
 
 
 def _image_processor(kind: str) -> Any:
