@@ -41,9 +41,7 @@ def test_prefill(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "arguments", [["gemma_prefill.py", "--new-tokens", "1"], ["finetune_gemma.py", "--steps", "1"]]
-)
+@pytest.mark.parametrize("arguments", ["gemma_prefill.py --new-tokens 1", "finetune_gemma.py --steps 1"])
 def test_by_itself(arguments: str) -> None:
     """In a process in which nothing else has registered this library with transformers."""
     if arguments.startswith("finetune"):
