@@ -170,6 +170,10 @@ WORK: dict[str, Callable[[Any, dict[str, torch.Tensor]], torch.Tensor]] = {
 }
 
 
+def report(where: str, what: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {where}: {what}", file=sys.stderr, flush=True)
+
+
 def synchronise() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -228,6 +232,8 @@ def wall_clock(run: Callable[[], object], calls: int) -> float:
 
 def measure(stack: Stack, work: str, tokens: int, *, eager: bool, rounds: int, device: str) -> list[Result]:
     """Verify, then time in turn; last the floor, which is not verified."""
+    progress = functools.partial(report, f"{stack.name}, {work}, {tokens} tokens")
+    progress("float32")
     answer = exact(stack, work, tokens, eager, device)
     model, inputs = stack.model(device, torch.bfloat16), stack.inputs(tokens, device)
     if work == "training step":
@@ -241,6 +247,7 @@ def measure(stack: Stack, work: str, tokens: int, *, eager: bool, rounds: int, d
 
     torch._dynamo.reset()
     for name, result in results.items():
+        progress(f"compiling and verifying {name}")
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
@@ -262,6 +269,7 @@ def measure(stack: Stack, work: str, tokens: int, *, eager: bool, rounds: int, d
     results[FLOOR] = Result(stack.name, work, tokens, FLOOR, note="the floor: the model without its attention")
     run_with(FLOOR)
     timed.append(FLOOR)
+    progress(f"timing {', '.join(timed)}")
     calls = {name: functools.partial(run_with, name) for name in timed}
     clock = None if torch.cuda.is_available() else wall_clock
     timings = time_in_rounds(calls, rounds=rounds, round_ms=ROUND_MS, clock=clock)
@@ -344,7 +352,9 @@ def main() -> int:
             continue
         for work in arguments.work:
             for tokens in sizes:
-                measured = measure(stack, work, tokens, eager=tokens <= MOST_EAGER, rounds=arguments.rounds, device=device)
+                measured = measure(
+                    stack, work, tokens, eager=tokens <= MOST_EAGER, rounds=arguments.rounds, device=device
+                )
                 free()
                 show(measured)
                 results += measured

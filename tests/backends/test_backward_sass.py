@@ -31,6 +31,8 @@ KERNELS = {
     "hd96": Variant("native", 96, 96, heads=(4, 4), backward="native"),
     "hd128": Variant("native", 128, 128, backward="native"),
     "hd128 window": Variant("native", 128, 128, window=256, backward="native"),
+    "hd128, deterministic": Variant("native", 128, 128, backward="native", deterministic=True),
+    "hd128 window, deterministic": Variant("native", 128, 128, window=256, backward="native", deterministic=True),
     "hd192": Variant("native", 192, 192, backward="native"),
     "hd256": Variant("native", 256, 256, backward="native"),
     "hd256, deterministic": Variant("native", 256, 256, backward="native", deterministic=True),

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("transformers", minversion="5.23")
 
 import fa4_prefixlm.integrations.transformers  # noqa: F401
-from fa4_prefixlm.integrations.transformers import layer_attention
+from fa4_prefixlm.integrations.transformers import layer_attention, masks
 from tests.integrations.tiny_models import NAME, NAMES, WITH_WINDOW, inputs, model, types_of
 
 pytestmark = pytest.mark.gpu
@@ -95,6 +95,18 @@ def test_one_wait_a_forward() -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert sum("called a synchronizing" in str(own.message) for own in caught) <= 1
+
+
+def test_the_read_of_a_mask_does_not_wait_for_what_was_launched_after_it() -> None:
+    bounds = masks.mask(1, 64, 64, device="cuda")
+    assert bounds is not None
+    torch.cuda._sleep(2_000_000_000)  # cycles: a second
+    slept = torch.cuda.current_stream().record_event()
+    seen = masks.known(bounds, 64).seen
+    assert not slept.query()
+    assert seen is not None
+    assert seen.causal
+    torch.cuda.synchronize()
 
 
 def test_static_cache_generates_what_sdpa_does() -> None:

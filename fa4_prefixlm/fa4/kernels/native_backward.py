@@ -22,6 +22,7 @@ from cutlass import Boolean, Float32, Int32, const_expr
 
 from fa4_prefixlm.fa4.kernels.backward_step_256 import step_class
 from fa4_prefixlm.fa4.kernels.native import by_name
+from fa4_prefixlm.fa4.kernels.ordered_sums import storing_warp
 
 
 def key_intervals(module: str, bounds: Any, tiles: Any, order: Any | None) -> Any:
@@ -56,24 +57,14 @@ def kernel_class(module: str, step: str) -> type:
         """
 
         tiles: Any = None
-        order: Any = None
         keys: Any = None
-        current: Any = None
 
         def get_m_block_min_max(self, seqlen_info: Any, n_block: Any) -> Any:
             # FA4's padded offset, in key tiles, is the rule of `row_tiles`.
             slot = seqlen_info.padded_offset_k // self.tile_n + n_block
-            object.__setattr__(self, "current", (slot, n_block))
             if self.keys is not None:
                 self.keys.read(seqlen_info, n_block, slot)
             return self.tiles[slot, 0], self.tiles[slot, 3]
-
-        def get_n_block_min_max(self, seqlen_info: Any, m_block: Any, *_: Any) -> Any:
-            """Asked by the deterministic kernel alone: key tile `n` waits until (the second - 1 - n) have added."""
-            if cute.rank(self.order) == 1:
-                return Int32(0), self.order[seqlen_info.padded_offset_q // self.tile_m + m_block]
-            slot, n_block = self.current
-            return Int32(0), self.order[slot, m_block] + 1 + n_block
 
     class OwnKeys:
         """The rows that see each key that a thread holds, in registers; read once per key tile."""
@@ -195,8 +186,12 @@ def kernel_class(module: str, step: str) -> type:
 
         def dQaccum_store(self, *arguments: Any, **given: Any) -> None:
             given = by_name(upstream.dQaccum_store, arguments, given)
+            order = given["blocksparse_tensors"].full_block_cnt
             self._replace(given, None)
-            base.dQaccum_store(self, **given)
+            if const_expr(self.deterministic):
+                storing_warp(module)(self, order, given).run()
+            else:
+                base.dQaccum_store(self, **given)
 
         def mma(self, *arguments: Any, **given: Any) -> None:
             given = by_name(upstream.mma, arguments, given)
@@ -220,7 +215,6 @@ def kernel_class(module: str, step: str) -> type:
                 is_causal=False,
                 is_local=True,
                 tiles=lists.mask_block_idx,
-                order=lists.full_block_cnt,
                 keys=keys,
             )
             given["blocksparse_tensors"] = None

@@ -319,5 +319,6 @@ def _parts(build: Build) -> _BuildParts:
 
 @functools.cache
 def _own_source() -> str:
-    names = ("native.py", "native_backward.py", "backward_step_256.py", "native_backward_launch.py")
-    return hashlib.sha256(b"".join(pathlib.Path(__file__).with_name(name).read_bytes() for name in names)).hexdigest()
+    own = ("native", "native_backward", "ordered_sums", "backward_step_256", "native_backward_launch")
+    files = (pathlib.Path(__file__).with_name(f"{name}.py") for name in own)
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

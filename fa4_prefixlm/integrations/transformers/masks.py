@@ -64,13 +64,32 @@ class Seen:
     causal: bool
 
 
+class Reading:
+    """Numbers of the device on their way to the host.
+
+    Their copy begins when this is made, so whoever waits for them does not wait for what was launched since: a GPU that
+    still has a first layer's projections to do is not idle while the host makes that layer's plan.
+    """
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self.device = values.device
+        self.copy = values.to("cpu", non_blocking=True)
+        self.copied = torch.cuda.current_stream(values.device).record_event() if values.is_cuda else None
+
+    def numbers(self) -> list[int]:
+        """Waits for them."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.copy.tolist()
+
+
 @dataclass(eq=False)
 class Record:
     """What belongs to the bounds of one forward and one kind of layer.
 
     Attributes:
         kv_length: keys that the mask is for.
-        read: what `Seen` is made of, int64 `(6,)` on the device.
+        read: what `Seen` is made of.
         dense: makes SDPA's own mask, bool `(batch, 1, q, kv)`.
         general: makes bounds of several intervals, where those that it belongs to are of one; None: they are the same.
         several: what it made.
@@ -80,7 +99,7 @@ class Record:
     """
 
     kv_length: int
-    read: torch.Tensor
+    read: Reading
     dense: Callable[[], torch.Tensor]
     general: Callable[[], torch.Tensor] | None = None
     several: torch.Tensor | None = None
@@ -169,7 +188,8 @@ def mask(
 def known(bounds: torch.Tensor, kv_length: int) -> Record:
     """What belongs to `bounds`, with what was read of it.
 
-    Synchronises for the first of those that are not yet read, and once more for a mask of several intervals a row.
+    Waits for the device for the first of those that are not yet read, and once more for a mask of several intervals a
+    row.
 
     Args:
         bounds: as `mask` returned them, or some of their rows.
@@ -249,9 +269,9 @@ def _of_same_memory(bounds: torch.Tensor) -> Record | None:
 
 
 def read_back(waiting: list[Record]) -> None:
-    """Read what the records wait for, all at once: the one synchronisation of a forward."""
-    for own, values in zip(waiting, torch.stack([own.read for own in waiting]).tolist(), strict=True):
-        intervals, overflow, from_key_0, longest, end, causal = values
+    """Read what the records wait for, all at once: the one time that a forward waits for the device."""
+    for own in waiting:
+        intervals, overflow, from_key_0, longest, end, causal = own.read.numbers()
         own.seen = Seen(intervals, bool(overflow), bool(from_key_0), longest, end, bool(causal))
 
 
@@ -324,8 +344,8 @@ def _evaluated(sizes: Sizes) -> torch.Tensor:
     return _marked(bounds, overflow)
 
 
-def _to_read(bounds: torch.Tensor) -> torch.Tensor:
-    """What `Seen` is made of: int64 `(6,)`. bounds: `(batch, q, 2 * n)`."""
+def _to_read(bounds: torch.Tensor) -> Reading:
+    """What `Seen` is made of: six int64. bounds: `(batch, q, 2 * n)`."""
     lo, hi = bounds.chunk(2, dim=2)
     overflow = (lo == NO_GOOD).any()
     used = lo < hi
@@ -337,4 +357,4 @@ def _to_read(bounds: torch.Tensor) -> torch.Tensor:
     causal = (last == own_end) & (first == (own_end - longest).clamp(min=0)) & (used.sum(2) == 1)
     from_key_0 = (first.masked_fill(empty, 0) == 0).all()
     seen = (used.sum(2).amax(), overflow, from_key_0, longest, end, causal.all())
-    return torch.stack([value.to(torch.int64) for value in seen])
+    return Reading(torch.stack([value.to(torch.int64) for value in seen]))
