@@ -28,7 +28,7 @@ def storing_warp(module: str) -> type:
     barriers = importlib.import_module(f"{module}.named_barrier").NamedBarrierBwd
 
     class StoringWarp:
-        """kernel: what it belongs to. order: of writes to dQ, see `key_intervals`. given: as FA4 calls `dQaccum_store`."""
+        """kernel: what it belongs to. order: of writes, see `key_intervals`. given: as FA4 calls `dQaccum_store`."""
 
         def __init__(self, kernel: Any, order: Any, given: dict[str, Any]) -> None:
             self.kernel, self.order, self.given = kernel, order, given
