@@ -110,6 +110,8 @@ def test_rows_from_the_few_that_tell(seed: int) -> None:
         if plan.traits.tagged:
             continue
         again = dataclasses.replace(plan._batch)  # nothing of it is made yet
+        assert again.telling is not None
+        assert again.telling.bounds.count > 0  # evaluated, however many rows tell
         torch.cuda.set_sync_debug_mode("error")
         try:
             pieces, bounds = again._pieces(), again.bounds
@@ -129,15 +131,16 @@ def test_a_plan_launches_little_for_many_intervals() -> None:
     """A mask of many intervals a row is planned in few operations on the GPU: no row is evaluated there."""
     tokens = 4096
     q = torch.empty(tokens, 2, 64, dtype=torch.bfloat16, device="cuda")
+    cu = [0, tokens]
     images = {"image": [[(at, at + 64) for at in range(0, tokens, 512)]]}
     mask = causal & (window(256) | key_in("image"))
     counted = Counted()
     for _ in range(2):  # the first compiles
         counted = Counted()
         with counted:
-            plan = fp.plan(images, like=(q, q, q), cu_seqlens_q=[0, tokens], cu_seqlens_k=[0, tokens], mask=mask)
+            plan = fp.plan(images, like=(q, q, q), cu_seqlens_q=cu, cu_seqlens_k=cu, mask=mask, backend="flex")
     assert plan.traits.intervals > 4
-    assert counted.on_device < 40
+    assert counted.on_device < 60
 
 
 class Counted(TorchDispatchMode):
