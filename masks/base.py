@@ -87,7 +87,8 @@ class Mask(abc.ABC):
     def ends(self) -> Ends | None:
         """Where intervals may begin and end; None: anywhere.
 
-        Between two rows at which an end may pass another, all see as many intervals: they are counted at few rows.
+        A mask that says it is evaluated at few rows, on the host: those at which an end may pass another. Between them
+        all rows see as many intervals, and each end stays where it is or moves along with the row.
         """
         return None
 

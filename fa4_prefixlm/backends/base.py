@@ -14,9 +14,10 @@ from fa4_prefixlm.batch.lengths import Lengths
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.batch.ranges import SpanSets
 from fa4_prefixlm.batch.tensors import CallSpec
-from fa4_prefixlm.device_checks import is_fake
+from fa4_prefixlm.device_checks import is_capturing, is_fake
 from fa4_prefixlm.fa4.builds.describe import Build
 from fa4_prefixlm.geometry.intervals import Bounds, Tokens, row_bounds, tokens
+from fa4_prefixlm.geometry.telling_rows import Pieces, TellingRows
 from fa4_prefixlm.geometry.tiles import TileCounts
 from fa4_prefixlm.geometry.traits import Traits
 from fa4_prefixlm.masks.base import Mask
@@ -35,6 +36,7 @@ class MaskedBatch:
         keys: where the keys are, contiguous or in pages.
         build: the FA4 to run on; None: there is none.
         in_one_launch: `rows.kernel_rows` fills and checks what the kernel reads, in one launch, see there.
+        telling: rows that may tell what all see; None: all are looked at.
     """
 
     spec: CallSpec
@@ -45,6 +47,7 @@ class MaskedBatch:
     keys: Keys
     build: Build | None = None
     in_one_launch: bool = False
+    telling: TellingRows | None = None
 
     @property
     def on_gpu(self) -> bool:
@@ -63,12 +66,29 @@ class MaskedBatch:
     @functools.cached_property
     def bounds(self) -> Bounds:
         """The keys that each query row sees; computed when they are first looked at."""
+        pieces = self._pieces()
+        if pieces is not None:
+            if self.on_gpu:
+                from fa4_prefixlm.kernels.pieces import all_rows
+
+                return all_rows(pieces, self.lengths.total_q, self.lengths.device)
+            return pieces.bounds(self.lengths.total_q, self.lengths.device)
         most = None if self.traits.custom else self.traits.intervals
         if self.on_gpu:
             from fa4_prefixlm.kernels.token_places import latest_span
 
             return row_bounds(self.mask, self.spans, self.lengths, self.where, most, latest_span)
         return row_bounds(self.mask, self.spans, self.lengths, self.where, most)
+
+    def _pieces(self) -> Pieces | None:
+        """The bounds as few rows tell them; None where they do not."""
+        if self.telling is None or self.traits.tagged or self.traits.custom:
+            return None
+        if self.telling.lengths is not self.lengths:  # keys were left out of the batch, see `gathered`
+            return None
+        if self.on_gpu and is_capturing():  # a graph would copy them anew, out of memory that is others' by then
+            return None
+        return self.telling.pieces(self.traits.intervals)
 
     @property
     def packed_bounds(self) -> Bounds:

@@ -6,7 +6,6 @@ run on fake CUDA tensors too, where torch has no CUDA, so that kernels cross-com
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,8 +16,8 @@ from fa4_prefixlm.batch.lengths import Lengths
 from fa4_prefixlm.batch.ranges import Spans, SpanSets
 from fa4_prefixlm.device_checks import assert_on_device
 from fa4_prefixlm.errors import InputError
-from fa4_prefixlm.geometry.traits import MOST_INTERVALS, Traits, as_run, most_spans
-from fa4_prefixlm.masks.base import Mask, ends_of
+from fa4_prefixlm.geometry.traits import as_run, most_spans
+from fa4_prefixlm.masks.base import Mask
 from fa4_prefixlm.masks.interval_lists import EMPTY_HI, EMPTY_LO, END_OF_KEYS, Intervals, emptied
 
 
@@ -87,6 +86,7 @@ class Tokens(NamedTuple):
         seqlen_k: its number of keys.
         position: the token's own position.
         key_start: the position of its sequence's first key; None: 0 everywhere.
+        row: its row of the packed queries; None: these are all of them.
     """
 
     sequence: torch.Tensor
@@ -94,6 +94,11 @@ class Tokens(NamedTuple):
     seqlen_k: torch.Tensor
     position: torch.Tensor
     key_start: torch.Tensor | None = None
+    row: torch.Tensor | None = None
+
+    def row_of(self, index: int) -> int:
+        """The row of one of the tokens."""
+        return index if self.row is None else int(self.row[index])
 
     @property
     def key_end(self) -> torch.Tensor:
@@ -101,44 +106,9 @@ class Tokens(NamedTuple):
         return self.seqlen_k if self.key_start is None else self.seqlen_k + self.key_start
 
 
-def measured(mask: Mask, spans: SpanSets, lengths: Lengths, asked: Traits) -> Traits:
-    """`asked` with the intervals that rows really see, where the formula's bound is above what kernels take.
-
-    Only uses values that are on the host: nothing synchronises, unless evaluating the mask does.
-    """
-    known = lengths.seqlens_q is not None and all(own.host is not None for own in spans.values())
-    if asked.intervals <= MOST_INTERVALS or asked.custom or not (known or mask.evaluated):
-        return asked
-    if not mask.evaluated:
-        spans = {name: dataclasses.replace(own, values=own.host_values()) for name, own in spans.items()}
-        lengths = lengths.as_on_host()
-    bounds = row_bounds(mask, spans, lengths, tokens(lengths) if mask.evaluated else _telling(mask, spans, lengths))
-    seen = (bounds.lo < bounds.hi).sum(1)
-    return dataclasses.replace(asked, intervals=max(1, int(seen.max()) if len(seen) else 1))
-
-
-def _telling(mask: Mask, spans: SpanSets, lengths: Lengths) -> Tokens:
-    """Query tokens of which one sees as many intervals as any does: those at which an end may pass another."""
-    ends = ends_of(mask)
-    if ends is None:
-        return tokens(lengths)
-    rows: list[int] = []
-    seqlens_q, seqlens_k = lengths.on_host()
-    begins = (lengths.cu_seqlens_q.tolist(), *lengths.starts_on_host())
-    for index, (count, keys) in enumerate(zip(seqlens_q, seqlens_k, strict=True)):
-        first_row, position, first_key = (own[index] for own in begins)
-        edges = {edge for own in spans.values() for span in own.on_host()[index] for edge in span}
-        fixed = {0, first_key, first_key + keys} | {edge + by for edge in edges for by in ends.of_span | {0}}
-        at = {0, count - 1} | {
-            edge - by + near - position for edge in fixed for by in ends.of_row | {0} for near in (-1, 0, 1)
-        }
-        rows += (first_row + row for row in sorted(at) if 0 <= row < count)
-    return tokens(lengths, torch.tensor(rows, dtype=torch.int32, device="cpu"))
-
-
 def tokens(lengths: Lengths, row: torch.Tensor | None = None) -> Tokens:
     """The places of the query tokens of a batch, or of these rows of its packed queries, int32 on its device."""
-    cu_q, cu_k = lengths.cu_seqlens_q, lengths.cu_seqlens_k
+    cu_q, cu_k, given = lengths.cu_seqlens_q, lengths.cu_seqlens_k, row
     if row is None:
         row = torch.arange(lengths.total_q, device=lengths.device, dtype=torch.int32)
     sequence = _sequence_of(row, cu_q)
@@ -152,6 +122,7 @@ def tokens(lengths: Lengths, row: torch.Tensor | None = None) -> Tokens:
         cu_k.index_select(0, sequence + 1) - key_offset,
         row + base.index_select(0, sequence),
         key_start,
+        given,
     )
 
 
@@ -182,15 +153,22 @@ def row_bounds(
     if lengths.is_bottom_right and lengths.key_start is None:  # else there may be keys that are not here
         _check_within_keys(mask, lo, hi, where)
     lo, hi = clipped(lo.to(torch.int32), hi.to(torch.int32), where)
-    if most is not None and most < lo.shape[1]:
-        past = hi.narrow(1, most, hi.shape[1] - most) > EMPTY_HI
+    bounds = Bounds(lo, hi, None if tagged is None else _tags(tagged, rows, lengths))
+    return bounds if most is None else at_most(most, mask, bounds, where)
 
-        def expected(row: int) -> str:
-            return f"at most {most} intervals for row {row}, as {mask!r} counts"
 
-        _require(past.logical_not().all(1), expected, lo, hi, "a row sees more intervals than the mask counts")
-        lo, hi = lo.narrow(1, 0, most), hi.narrow(1, 0, most)
-    return Bounds(lo, hi, None if tagged is None else _tags(tagged, rows, lengths))
+def at_most(most: int, mask: Mask, bounds: Bounds, where: Tokens) -> Bounds:
+    """The bounds as `most` intervals a row; any past them must be empty, see `row_bounds`."""
+    lo, hi = bounds.lo, bounds.hi
+    if most >= bounds.count:
+        return bounds
+    past = hi.narrow(1, most, bounds.count - most) > EMPTY_HI
+
+    def expected(index: int) -> str:
+        return f"at most {most} intervals for row {where.row_of(index)}, as {mask!r} counts"
+
+    _require(past.logical_not().all(1), expected, lo, hi, "a row sees more intervals than the mask counts")
+    return Bounds(lo.narrow(1, 0, most), hi.narrow(1, 0, most), bounds.tags)
 
 
 def _check_within_keys(mask: Mask, lo: torch.Tensor, hi: torch.Tensor, where: Tokens) -> None:
@@ -198,8 +176,8 @@ def _check_within_keys(mask: Mask, lo: torch.Tensor, hi: torch.Tensor, where: To
     fine = (hi <= where.key_end.unsqueeze(1)) | (hi == END_OF_KEYS) | (lo >= hi)
     fine &= (lo >= 0) | (lo >= hi)
 
-    def expected(row: int) -> str:
-        return f"keys within [0, {int(where.key_end[row])}) for row {row} from {mask!r}"
+    def expected(index: int) -> str:
+        return f"keys within [0, {int(where.key_end[index])}) for row {where.row_of(index)} from {mask!r}"
 
     _require(fine.all(1), expected, lo, hi, "a row sees keys outside of its sequence")
 
@@ -208,9 +186,9 @@ def _require(fine: torch.Tensor, expected: Callable[[int], str], lo: torch.Tenso
     """Refuse intervals unless every row is fine; on a GPU by an assertion that does not synchronise.
 
     Args:
-        fine: `(total_q,)` bool.
-        expected: what a row should have been, given its index.
-        lo, hi: `(total_q, K)` int32, for the message.
+        fine: bool, one of each row.
+        expected: what a row should have been, given its index in `fine`.
+        lo, hi: int32, K of each row, for the message.
         what: what is wrong, for the assertion on the device.
     """
     if fine.device.type != "cpu":

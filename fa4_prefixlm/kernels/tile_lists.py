@@ -19,7 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fa4_prefixlm.batch.lengths import Lengths
+from fa4_prefixlm.batch.lengths import Lengths, cumulative
+from fa4_prefixlm.device_checks import integers_to_device
 from fa4_prefixlm.geometry.block_lists import BlockLists, countable_entries
 from fa4_prefixlm.geometry.tiles import ceil_div, count_query_tiles
 from fa4_prefixlm.kernels.launch import Launcher
@@ -119,11 +120,7 @@ def varlen_tile_lists(
         InputError: more entries than kernels count.
     """
     entries, tiles = countable_entries(lengths, tile_m, tile_n), count_query_tiles(lengths, tile_m)
-    rows = (lengths.cu_seqlens_q.diff() + (tile_m - 1)) // tile_m
-    keys = (lengths.cu_seqlens_k.diff() + (tile_n - 1)) // tile_n
-    cu_tiles, cu_entries = (
-        torch.nn.functional.pad(own.cumsum(0, dtype=torch.int32), (1, 0)) for own in (rows, rows * keys)
-    )
+    cu_tiles, cu_entries = _begins(lengths, tile_m, tile_n)
     made = BlockTables(
         ends=_empty(lo, 0),
         counts=_empty(lo, 1, tiles),
@@ -137,6 +134,21 @@ def varlen_tile_lists(
     by = (cu_tiles, cu_entries)
     _launch(lo, hi, lengths, made, tiles=tiles, tile=(tile_m, tile_n), columns=columns, tagged=tagged, by_sequence=by)
     return BlockLists(*made[1:5], cu_tiles, cu_entries, (tile_m, tile_n))
+
+
+def _begins(lengths: Lengths, tile_m: int, tile_n: int) -> Matrices:
+    """`(batch + 1,)` int32 on the device each: where the query tiles of each sequence begin, and its entries."""
+    if lengths.seqlens_q is not None and lengths.seqlens_k is not None:
+        tiles = [ceil_div(count, tile_m) for count in lengths.seqlens_q]
+        entries = [own * ceil_div(count, tile_n) for own, count in zip(tiles, lengths.seqlens_k, strict=True)]
+        cu_tiles, cu_entries = integers_to_device([cumulative(tiles), cumulative(entries)], lengths.device)
+        return cu_tiles, cu_entries
+    rows = (lengths.cu_seqlens_q.diff() + (tile_m - 1)) // tile_m
+    keys = (lengths.cu_seqlens_k.diff() + (tile_n - 1)) // tile_n
+    cu_tiles, cu_entries = (
+        torch.nn.functional.pad(own.cumsum(0, dtype=torch.int32), (1, 0)) for own in (rows, rows * keys)
+    )
+    return cu_tiles, cu_entries
 
 
 def _empty(like: torch.Tensor, *shape: int) -> torch.Tensor:

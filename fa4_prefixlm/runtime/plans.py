@@ -17,7 +17,8 @@ from fa4_prefixlm.batch.tensors import QKV, CallSpec, describe
 from fa4_prefixlm.errors import InputError
 from fa4_prefixlm.fa4.builds import locate
 from fa4_prefixlm.fa4.builds.describe import Build
-from fa4_prefixlm.geometry import intervals
+from fa4_prefixlm.geometry.intervals import Bounds
+from fa4_prefixlm.geometry.telling_rows import TellingRows, measured
 from fa4_prefixlm.geometry.tiles import TileCounts
 from fa4_prefixlm.geometry.traits import Traits, in_words, traits
 from fa4_prefixlm.masks.base import Mask
@@ -73,7 +74,7 @@ class Plan(CallablePlan):
         return self._batch.traits
 
     @property
-    def bounds(self) -> intervals.Bounds:
+    def bounds(self) -> Bounds:
         return self._batch.bounds
 
     @property
@@ -237,10 +238,12 @@ def plan_for(
     sizes = arguments.lengths(spec, more_queries=not mask.uses_position)
     spans = parse_ranges(mask, arguments.ranges, sizes, arguments.max_range)
     sizes, spans, keys = arguments.on_device(spec, sizes, spans)
-    found = intervals.measured(mask, spans, sizes, traits(mask, spans, sizes))
+    telling = TellingRows(mask, spans, sizes)
+    found = measured(traits(mask, spans, sizes), telling)
     choice = choose(backend, spec, found, sizes, build, backward)
     warn_of_fallback(choice, spec, found, sizes, build)
-    batch = MaskedBatch(spec, mask, spans, sizes, found, keys, build, _in_one_launch(choice, spec, found, sizes))
+    in_one_launch = _in_one_launch(choice, spec, found, sizes)
+    batch = MaskedBatch(spec, mask, spans, sizes, found, keys, build, in_one_launch, telling)
     if not batch.in_one_launch:
         sizes.assert_valid()
         for own in spans.values():

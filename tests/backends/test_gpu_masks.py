@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import fa4_prefixlm as fp
-from fa4_prefixlm.geometry.intervals import measured as measured_traits
+from fa4_prefixlm.geometry.telling_rows import TellingRows
+from fa4_prefixlm.geometry.telling_rows import measured as measured_traits
 from fa4_prefixlm.geometry.traits import MOST_INTERVALS
 from fa4_prefixlm.masks import causal, everything, from_cute, from_flex, key_in, one_block, prefix, same_span, window
 from fa4_prefixlm.masks.models.catalogue import CATALOGUE
@@ -117,7 +118,7 @@ def test_catalogue(name: str, gpu_report) -> None:
             }
             ran = check(entry.mask, batch, spans, kind, case, gpu_report, name)
             counted = prepare(batch, entry.mask, spans)
-            seen = measured_traits(entry.mask, counted.spans, counted.sizes, counted.traits)
+            seen = measured_traits(counted.traits, TellingRows(entry.mask, counted.spans, counted.sizes))
             assert ("varlen" in ran) == (seen.tagged or seen.intervals <= MOST_INTERVALS)
 
 

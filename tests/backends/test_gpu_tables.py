@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fa4_prefixlm as fp
 from fa4_prefixlm.backends.flex import tables_by_torch
@@ -17,6 +20,7 @@ from fa4_prefixlm.masks import causal, key_in, one_block, prefix, window
 from fa4_prefixlm.testing.batches import Batch, random_batch, random_spans
 from fa4_prefixlm.testing.poison import poison_free_memory
 from tests.backends.gpu_calls import MANY, Kind, many_spans, tensors_of
+from tests.geometry.test_measured import random_expression
 from tests.kernels.cases import same_lists
 
 pytestmark = pytest.mark.gpu
@@ -90,3 +94,64 @@ def test_lists_of_fa4(seed: int) -> None:
                 tile_map(shifted, query_tiles(whole, tile[0]), whole, where, *tile), lengths, traits, *tile
             )
         same_lists(call.lists, wanted)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_rows_from_the_few_that_tell(seed: int) -> None:
+    """In one copy and one launch, without a synchronisation, against evaluating the mask at every row on the GPU."""
+    rng, count = random.Random(seed), 0
+    while count < 20:
+        mask, batch = random_expression(rng), random_batch(rng, longest=1500)
+        spans = {name: [list(random_spans(rng, keys)) for _, keys in batch.seqlens] for name in mask.names}
+        try:
+            plan = plan_of(batch, mask, spans, "reference")
+        except fp.InputError:  # spans that the chunk would have to hold whole
+            continue
+        if plan.traits.tagged:
+            continue
+        again = dataclasses.replace(plan._batch)  # nothing of it is made yet
+        assert again.telling is not None
+        assert again.telling.bounds.count > 0  # evaluated, however many rows tell
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            pieces, bounds = again._pieces(), again.bounds
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert pieces is not None
+        rows = rows_by_torch(plan)
+        assert torch.equal(bounds.lo, rows.lo)
+        assert torch.equal(bounds.hi, rows.hi)
+        without = dataclasses.replace(plan._batch, telling=None).bounds
+        assert torch.equal(bounds.lo, without.lo)
+        assert torch.equal(bounds.hi, without.hi)
+        count += 1
+
+
+def test_a_plan_launches_little_for_many_intervals() -> None:
+    """A mask of many intervals a row is planned in few operations on the GPU: no row is evaluated there."""
+    tokens = 4096
+    q = torch.empty(tokens, 2, 64, dtype=torch.bfloat16, device="cuda")
+    cu = [0, tokens]
+    images = {"image": [[(at, at + 64) for at in range(0, tokens, 512)]]}
+    mask = causal & (window(256) | key_in("image"))
+    counted = Counted()
+    for _ in range(2):  # the first compiles
+        counted = Counted()
+        with counted:
+            plan = fp.plan(images, like=(q, q, q), cu_seqlens_q=cu, cu_seqlens_k=cu, mask=mask, backend="flex")
+    assert plan.traits.intervals > 4
+    assert counted.on_device < 60
+
+
+class Counted(TorchDispatchMode):
+    """Counts operations that make or take a tensor on the GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.on_device = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        made = [own for own in tree_leaves((result, args)) if isinstance(own, torch.Tensor)]
+        self.on_device += any(own.is_cuda for own in made)
+        return result

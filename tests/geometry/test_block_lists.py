@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from fa4_prefixlm import PrefixLM
 from fa4_prefixlm.batch import lengths
 from fa4_prefixlm.geometry import block_lists as blocks
-from fa4_prefixlm.geometry import intervals
 from fa4_prefixlm.geometry import tiles as tiling
+from fa4_prefixlm.geometry.traits import Traits
 from fa4_prefixlm.masks.base import Mask
 from fa4_prefixlm.masks.protocols import Reach
 from fa4_prefixlm.testing.batches import UGLY, Batch, masks_for, random_batch, random_mask
@@ -125,7 +125,7 @@ def list_bytes(tokens: int, mask: Mask, layout: str, batch: int = 1, longest: in
     sizes = lengths.batched(batch, tokens, tokens, torch.device("cpu"))
     if layout == "varlen":
         return blocks.varlen_bytes(sizes, 128, 128)
-    traits = intervals.Traits(1, False, True, mask.reach({"image": longest}))
+    traits = Traits(1, False, True, mask.reach({"image": longest}))
     return blocks.packed_bytes(sizes, traits, 128, 128)
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import fa4_prefixlm as fp
-from fa4_prefixlm.geometry import intervals
+from fa4_prefixlm.geometry import telling_rows
+from fa4_prefixlm.geometry.telling_rows import TellingRows, measured
 from fa4_prefixlm.geometry.traits import MOST_INTERVALS, traits
 from fa4_prefixlm.masks import causal, key_in, key_outside, one_block, prefix, query_in, same_span, window
 from fa4_prefixlm.masks.atoms import KeyIn
@@ -34,8 +35,8 @@ def random_expression(rng: random.Random, depth: int = 3) -> fp.Mask:
 @pytest.mark.parametrize("seed", range(8))
 def test_the_rows_that_tell_are_enough(seed: int) -> None:
     rng = random.Random(seed)
-    measured = 0
-    while measured < 40:
+    count = 0
+    while count < 40:
         mask, batch = random_expression(rng), random_batch(rng, longest=400)
         spans = {name: tuple(random_spans(rng, keys) for _, keys in batch.seqlens) for name in mask.names}
         try:
@@ -45,10 +46,10 @@ def test_the_rows_that_tell_are_enough(seed: int) -> None:
         asked = traits(mask, stage.spans, stage.sizes)
         if asked.intervals <= MOST_INTERVALS:
             continue
-        found = intervals.measured(mask, stage.spans, stage.sizes, asked)
-        with mock.patch.object(intervals, "ends_of", return_value=None):
-            assert found == intervals.measured(mask, stage.spans, stage.sizes, asked), (mask, batch)
-        measured += 1
+        found = measured(asked, TellingRows(mask, stage.spans, stage.sizes))
+        with mock.patch.object(telling_rows, "ends_of", return_value=None):
+            assert found == measured(asked, TellingRows(mask, stage.spans, stage.sizes)), (mask, batch)
+        count += 1
 
 
 def test_few_rows_are_looked_at() -> None:
@@ -58,7 +59,7 @@ def test_few_rows_are_looked_at() -> None:
     plan = fp.plan(
         spans, like=(q, q, q), cu_seqlens_q=cu, cu_seqlens_k=cu, mask=causal & (window(1024) | key_in("image"))
     )
-    rows = intervals._telling(plan.mask, plan.spans, plan.lengths)
+    rows = TellingRows(plan.mask, plan.spans, plan.lengths).where
     assert 0 < len(rows.position) < 500
 
 
@@ -73,5 +74,6 @@ class Odd(KeyIn):
 def test_a_subclass_that_does_not_say_where_intervals_end_is_counted_at_all_rows() -> None:
     batch = random_batch(random.Random(3), longest=400)
     stage = prepare(batch, causal & Odd("a"), {"a": tuple(((0, 3),) for _ in batch.seqlens)})
-    rows = intervals._telling(causal & Odd("a"), stage.spans, stage.sizes)
-    assert len(rows.position) == stage.sizes.total_q
+    telling = TellingRows(causal & Odd("a"), stage.spans, stage.sizes)
+    assert len(telling.where.position) == stage.sizes.total_q
+    assert telling.pieces(9) is None

@@ -58,9 +58,10 @@ def check_lists(batch: Batch, mask: fp.Mask, tile: tuple[int, int]) -> None:
     """Of a mask without tags, each sequence by itself and the batch as one, in tiles that need not be powers of two."""
     given = masked_batch(batch, mask)
     lengths, bounds, traits = given.lengths, given.bounds, dataclasses.replace(given.traits, banded=False)
-    tiles = query_tiles(lengths, tile[0])
-    wanted = varlen_lists(tile_map(bounds, tiles, lengths, given.where, *tile), tiles, lengths, traits, *tile)
-    same_lists(tile_lists.varlen_tile_lists(bounds.lo, bounds.hi, lengths, *tile), wanted)
+    for own in (lengths, dataclasses.replace(lengths, seqlens_q=None, seqlens_k=None)):  # known to the host, and not
+        tiles = query_tiles(own, tile[0])
+        wanted = varlen_lists(tile_map(bounds, tiles, own, given.where, *tile), tiles, own, traits, *tile)
+        same_lists(tile_lists.varlen_tile_lists(bounds.lo, bounds.hi, own, *tile), wanted)
     whole = as_one_sequence(lengths)
     where = given.where._replace(sequence=torch.zeros_like(given.where.sequence))
     seen = tile_map(given.packed_bounds, query_tiles(whole, tile[0]), whole, where, *tile)

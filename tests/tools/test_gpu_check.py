@@ -19,6 +19,7 @@ from fa4_prefixlm.backends import select as backends
 from fa4_prefixlm.fa4.builds import locate
 from fa4_prefixlm.fa4.builds.defects import CAUSAL_KEPT, PAGED_LISTS, SM90_LIST_STRIDE
 from fa4_prefixlm.fa4.builds.describe import Build
+from fa4_prefixlm.geometry.telling_rows import TellingRows
 from fa4_prefixlm.runtime import plans
 from fa4_prefixlm.tools.check import command, judge, workers
 from fa4_prefixlm.tools.check.cases import CASES, Case
@@ -129,6 +130,7 @@ def test_what_the_bare_build_does_is_what_its_source_tells(name: str, build: Bui
 def _rows_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows come of the torch operations, which a test can make wrong, and not of one launch."""
     monkeypatch.setattr(plans, "fills_in_one_launch", lambda *_: False)
+    monkeypatch.setattr(TellingRows, "pieces", lambda *_: None)
 
 
 @pytest.mark.usefixtures("_rows_by_torch")
