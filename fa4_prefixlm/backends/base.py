@@ -84,8 +84,9 @@ class MaskedBatch:
         """The bounds as few rows tell them; None where they do not."""
         if self.telling is None or self.traits.tagged or self.traits.custom:
             return None
-        if self.telling.lengths is not self.lengths:  # keys were left out of the batch, see `gathered`
-            return None
+        told = self.telling.mask, self.telling.spans, self.telling.lengths
+        if any(own is not other for own, other in zip(told, (self.mask, self.spans, self.lengths), strict=True)):
+            return None  # another batch made of this one: keys were left out, see `gathered`
         if self.on_gpu and is_capturing():  # a graph would copy them anew, out of memory that is others' by then
             return None
         return self.telling.pieces(self.traits.intervals)

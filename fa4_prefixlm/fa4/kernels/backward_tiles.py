@@ -18,6 +18,8 @@ class BackwardTile:
         dq_by_one: one warp group computes all of dQ.
         skip_full: query tiles all of whose rows see all keys of the key tile are not masked. It costs a branch, which
             windows earn back, and without which ptxas serialises the products of head dims up to 64.
+        by_heads: CTAs take a key tile of several heads before the next key tile, of as many as the L2 cache holds; else
+            all key tiles of a head before the next head. FA4 does so where the sums of dQ have an order.
         fold: a CTA takes all query heads of its key head, one after the other, and sums dK and dV of them in registers,
             not in float32 in memory. Only for steps other than FA4's.
         step: which class computes one query tile, see `native_backward.kernel_class`.
@@ -33,6 +35,7 @@ class BackwardTile:
     atoms: tuple[int, int, int] = (1, 2, 1)
     dq_by_one: bool = False
     skip_full: bool = True
+    by_heads: bool = False
     fold: bool = False
     step: str = "fa4"
 
@@ -54,12 +57,13 @@ def native_tile(head_dim: int, head_dim_v: int, *, windowed: bool, deterministic
     windowed: rows see few keys, so the mask is a larger part of the work.
     deterministic: the sums of dQ have an order.
     """
+    by_heads = not deterministic
     if head_dim <= 64:
-        return BackwardTile(128, 128, atoms=(1, 2, 2))
+        return BackwardTile(128, 128, atoms=(1, 2, 2), by_heads=by_heads)
     if head_dim <= 96:
-        return BackwardTile(64, 128, dq_by_one=True)
+        return BackwardTile(64, 128, dq_by_one=True, by_heads=by_heads)
     if head_dim <= 128:
-        return BackwardTile(64, 128, skip_full=windowed)
+        return BackwardTile(64, 128, skip_full=windowed, by_heads=by_heads)
     if head_dim <= 192:
         stages_do = 2 if head_dim_v <= 128 else 1
         return BackwardTile(64, 96, stages_do=stages_do, stages_pds=1, swap_sdp=False, swap_dkv=True)

@@ -36,6 +36,19 @@ def key_intervals(module: str, bounds: Any, tiles: Any, order: Any | None) -> An
     return lists(mask_block_cnt=bounds, mask_block_idx=tiles, full_block_cnt=order)
 
 
+def by_heads(make_scheduler: Any, head_dim: int, head_dim_v: int) -> Any:
+    """FA4's scheduler of varlen tiles, with the order that it has for the deterministic kernel, but longest first.
+
+    make_scheduler: `functools.partial(create, parameters)`, as the kernel gets it.
+    """
+    (parameters,) = make_scheduler.args
+    decoder = parameters.decoder
+    # As it counts there what has to fit the L2 cache: Q and dO in 2 bytes, and the float32 sums of dQ.
+    fitting = decoder.max_kvblock_in_l2 * (head_dim + head_dim_v) // (3 * head_dim + head_dim_v)
+    decoder = dataclasses.replace(decoder, head_swizzle=True, max_kvblock_in_l2=fitting)
+    return functools.partial(make_scheduler.func, dataclasses.replace(parameters, decoder=decoder))
+
+
 @functools.cache
 def kernel_class(module: str, step: str) -> type:
     """The kernel for the build imported as `module`. step: what computes a query tile, "fa4" is the build's own."""
@@ -161,18 +174,26 @@ def kernel_class(module: str, step: str) -> type:
         return bits
 
     class PrefixLMBackwardSm90(base):
-        """intervals: of rows that see a key, K. skip_full: see `BackwardTile`. folded: query heads that a CTA takes."""
+        """intervals: of rows that see a key, K. skip_full, by_heads, folded: see `BackwardTile`."""
 
         # FA4 sets it where it finds something in the place of its block lists; `key_intervals` are none.
         use_block_sparsity = property(lambda self: False, lambda self, value: None)
 
         def __init__(
-            self, *arguments: Any, intervals: int, skip_full: bool, softcap: float, folded: int, **options: Any
+            self,
+            *arguments: Any,
+            intervals: int,
+            skip_full: bool,
+            by_heads: bool,
+            softcap: float,
+            folded: int,
+            **options: Any,
         ) -> None:
             super().__init__(*arguments, **options)
-            self.intervals, self.skip_full, self.softcap, self.folded = intervals, skip_full, softcap, folded
+            self.intervals, self.skip_full, self.by_heads = intervals, skip_full, by_heads
+            self.softcap, self.folded = softcap, folded
             # As the kernels before and after it round, whose sums it adds to (FA4's rounds to 16 where they do to 32).
-            head_dim, head_dim_v = arguments[1:3]
+            head_dim, head_dim_v = self.head_dims = arguments[1:3]
             multiple = 64 if self.dKV_swapAB else 32
             self.tile_hdim = -(-head_dim // multiple) * multiple
             self.tile_hdimv = -(-head_dim_v // multiple) * multiple
@@ -218,5 +239,7 @@ def kernel_class(module: str, step: str) -> type:
                 keys=keys,
             )
             given["blocksparse_tensors"] = None
+            if self.by_heads:
+                given["TileSchedulerCls"] = by_heads(given["TileSchedulerCls"], *self.head_dims)
 
     return PrefixLMBackwardSm90

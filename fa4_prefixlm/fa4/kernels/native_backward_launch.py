@@ -267,6 +267,7 @@ def _compile(parts: _BuildParts, tile: BackwardTile, softcap: float, tensors: di
         dQ_single_wg=tile.dq_by_one,
         intervals=tables.intervals,
         skip_full=tile.skip_full,
+        by_heads=tile.by_heads,
         softcap=softcap,
         folded=q.shape[0] if tile.fold else 1,
     )

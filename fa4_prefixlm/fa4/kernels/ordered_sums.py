@@ -2,9 +2,9 @@
 
 Key tiles add to a query tile in turns, which a counter in global memory says. One step of FA4's own storing warp is a
 chain: the tile is added, the add has ended, the counter is raised, and only then may the product warps write the next
-tile and is the next turn looked up. At 64 query rows a tile that chain is longer than the products it should hide
-behind. Here the product warps go on once the tile has left shared memory, the next turn is read while the tile
-before it is still being made, and the rest of the chain runs beside the products.
+tile, and are the next turn and its counter looked at. At 64 query rows a tile that chain is longer than the products it
+should hide behind. Here the product warps go on once the tile has left shared memory, the next turn is read a tile
+ahead, and its counter is looked at while the add ends.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import const_expr
-from quack import copy_utils
+from cutlass import Int32, const_expr
 
 WARP = 32
 
@@ -26,6 +25,7 @@ def storing_warp(module: str) -> type:
     """The class for the build imported as `module`."""
     barrier = importlib.import_module(f"{module}.barrier")
     barriers = importlib.import_module(f"{module}.named_barrier").NamedBarrierBwd
+    copy_utils = importlib.import_module("quack.copy_utils")
 
     class StoringWarp:
         """kernel: what it belongs to. order: of writes, see `key_intervals`. given: as FA4 calls `dQaccum_store`."""
@@ -57,11 +57,11 @@ def storing_warp(module: str) -> type:
             counters = self.given["mdQ_semaphore"][None, 0, head, batch]
             for part in cutlass.range_constexpr(self.parts):
                 self._give_room(part)
-            turn = self._turn(seqlen, n_block, first)
+            turn, seen = self._turn(seqlen, n_block, first), Int32(-1)
             for m_block in cutlass.range(first, end, unroll=1):
-                counter = counters.iterator + cute.crd2idx((m_block,), counters.layout)
-                barrier.wait_eq(counter, self.lane, 0, turn)
-                turn = self._turn(seqlen, n_block, cutlass.min(m_block + 1, end - 1))
+                self._wait(self._counter(counters, m_block), turn, seen)
+                following = cutlass.min(m_block + 1, end - 1)
+                turn = self._turn(seqlen, n_block, following)
                 for part in cutlass.range_constexpr(self.parts):
                     self._meet(part, barriers.dQFullWG0, cute.arch.barrier)
                     own = size // self.parts
@@ -76,8 +76,22 @@ def storing_warp(module: str) -> type:
                     for part in cutlass.range_constexpr(self.parts):
                         cute.arch.cp_async_bulk_wait_group(self.parts - 1 - part, read=True)
                         self._give_room(part)
+                    # Most often it is this tile's turn there already: looking takes as long as the add does to end.
+                    if self.lane == 0:
+                        seen = barrier.ld_acquire(self._counter(counters, following))
                 cute.arch.cp_async_bulk_wait_group(0, read=False)
-                barrier.arrive_inc(counter, self.lane, 0, 1)
+                barrier.arrive_inc(self._counter(counters, m_block), self.lane, 0, 1)
+
+        def _counter(self, counters: Any, m_block: Any) -> Any:
+            return counters.iterator + cute.crd2idx((m_block,), counters.layout)
+
+        @cute.jit
+        def _wait(self, counter: Any, turn: Any, seen: Any) -> None:
+            """seen: what the counter was at an earlier look."""
+            if self.lane == 0:
+                now = seen
+                while now != turn:
+                    now = barrier.ld_acquire(counter)
 
         def _turn(self, seqlen: Any, n_block: Any, m_block: Any) -> Any:
             """How many key tiles add to the query tile before this one."""
