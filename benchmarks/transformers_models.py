@@ -230,15 +230,17 @@ def wall_clock(run: Callable[[], object], calls: int) -> float:
     return (time.perf_counter() - begin) * 1e3 / calls
 
 
-def measure(stack: Stack, work: str, tokens: int, *, eager: bool, rounds: int, device: str) -> list[Result]:
-    """Verify, then time in turn; last the floor, which is not verified."""
+def measure(
+    stack: Stack, work: str, tokens: int, attentions: list[str], *, eager: bool, rounds: int, device: str
+) -> list[Result]:
+    """Verify, then time in turn; last the floor, which is not verified. attentions: sdpa among them."""
     progress = functools.partial(report, f"{stack.name}, {work}, {tokens} tokens")
     progress("float32")
     answer = exact(stack, work, tokens, eager, device)
     model, inputs = stack.model(device, torch.bfloat16), stack.inputs(tokens, device)
     if work == "training step":
         model.train()
-    results = {name: Result(stack.name, work, tokens, name) for name in ATTENTIONS}
+    results = {name: Result(stack.name, work, tokens, name) for name in attentions}
 
     def run_with(name: str) -> torch.Tensor:
         if model.config._attn_implementation != name:
@@ -321,7 +323,7 @@ def targets(results: list[Result]) -> list[str]:
             lines.append(line if best is None else f"{line}, at best {best:.2f}x (no attention at all)")
     peaks = {(own.stack, own.work, own.tokens, own.attention): own.peak_mib for own in results}
     for (stack, work, tokens, attention), peak in peaks.items():
-        flex = peaks[stack, work, tokens, "flex_attention"]
+        flex = peaks.get((stack, work, tokens, "flex_attention"))
         if attention == OURS and peak is not None and flex is not None:
             word = "reached" if peak <= 1.01 * flex else "MISSED"
             lines.append(f"{word}: {peak:.0f} MiB, flex {flex:.0f} ({stack}, {work}, {tokens})")
@@ -336,6 +338,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 16384, 32768])
     parser.add_argument("--only", default="", metavar="TEXT", help="only stacks whose name holds TEXT")
     parser.add_argument("--work", nargs="+", choices=list(WORK), default=["prefill"])
+    parser.add_argument("--without", choices=ATTENTIONS[1:], nargs="+", default=[], help="flex compiles for minutes")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, on a CPU too; its times mean nothing")
     arguments = parser.parse_args()
@@ -346,15 +349,15 @@ def main() -> int:
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     sizes = [256] if arguments.tiny else sorted(arguments.tokens)
+    attentions = [name for name in ATTENTIONS if name not in arguments.without]
     results: list[Result] = []
     for stack in TINY_STACKS if arguments.tiny else STACKS:
         if arguments.only not in stack.name:
             continue
         for work in arguments.work:
             for tokens in sizes:
-                measured = measure(
-                    stack, work, tokens, eager=tokens <= MOST_EAGER, rounds=arguments.rounds, device=device
-                )
+                eager, rounds = tokens <= MOST_EAGER, arguments.rounds
+                measured = measure(stack, work, tokens, attentions, eager=eager, rounds=rounds, device=device)
                 free()
                 show(measured)
                 results += measured
