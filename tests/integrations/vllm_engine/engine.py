@@ -183,7 +183,7 @@ def make_engine(job: Job, **settings: Any) -> Any:
 
     compilation = dict(MODES[job.mode])
     attention = {"flash_attn_version": 4} if job.backend == "FLASH_ATTN" else {}
-    device: dict[str, Any] = {"dtype": "bfloat16", "kv_cache_memory_bytes": 1 << 30, "gpu_memory_utilization": 0.08}
+    device: dict[str, Any] = {"dtype": "bfloat16", "kv_cache_memory_bytes": 1 << 30, "gpu_memory_utilization": 0.04}
     device["kernel_config"] = {"enable_jit_warmup": False}  # of kernels that no test uses
     if job.cpu:
         compilation["custom_ops"] = ["none"]
