@@ -61,7 +61,8 @@ def case(seed: int) -> tuple[Kind, Batch, fp.Mask, str, bool]:
     backward = "packed" if rng.random() < 0.25 else "native"
     ordered = backward == "native" and rng.random() < 0.25 and kind.dims in ((64, 64), (128, 128))
     if kind == KINDS[0] and rng.random() < 0.2:
-        mask, ordered = rng.choice(WIDE_MASKS), False
+        mask, ordered = rng.choice(WIDE_MASKS), rng.random() < 0.4
+        backward = "native" if ordered else backward
         batch = Batch(batch.seqlens, tuple(((0, min(30, keys)),) * bool(keys) for _, keys in batch.seqlens))
     return kind, batch, mask, backward, ordered
 
