@@ -83,11 +83,11 @@ def test_benchmark_keeps_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyP
     module, file = benchmark("transformers_models"), tmp_path / "results.json"
     done: list[str] = []
 
-    def measure(stack: Any, work: str, tokens: int, **rest: Any) -> list[Any]:
+    def measure(stack: Any, work: str, tokens: int, attentions: list[str], **rest: Any) -> list[Any]:
         if done:
             raise KeyboardInterrupt
         done.append(work)
-        return [module.Result(stack.name, work, tokens, name, ms=1.0, spread=0.0) for name in module.ATTENTIONS]
+        return [module.Result(stack.name, work, tokens, name, ms=1.0, spread=0.0) for name in attentions]
 
     monkeypatch.setattr(module, "measure", measure)
     monkeypatch.setattr(sys, "argv", ["x", "--tiny", "--work", "prefill", "training step", "--save", str(file)])
