@@ -16,7 +16,7 @@ import torch._functorch.config as functorch_config
 
 from fa4_prefixlm.backends.base import Backend, MaskedBatch, Prepared
 from fa4_prefixlm.backends.flex_attend import BLOCK, LEAST_INT32, Form, Tables, compiled, free, power_of_two
-from fa4_prefixlm.backends.flex_rule import Rule, rule_for
+from fa4_prefixlm.backends.flex_rule import MOST_AS_FAST, Rule, rule_for
 from fa4_prefixlm.backends.flex_rule_tables import rule_tables
 from fa4_prefixlm.backends.rows import kernel_bounds
 from fa4_prefixlm.batch.lengths import Lengths, as_one_sequence
@@ -130,7 +130,8 @@ def flex_call(batch: MaskedBatch) -> FlexCall:
     """The state of a batch: its rows and blocks, padded. Nothing synchronises."""
     lengths = batch.lengths
     rows, keys = (max(LEAST_BLOCKS, ceil_div(total, BLOCK)) for total in (lengths.total_q, lengths.total_k))
-    rule = None if batch.traits.tagged else rule_for(batch.mask, batch.traits.intervals)
+    few = batch.traits.tagged or batch.traits.intervals <= MOST_AS_FAST
+    rule = None if few else rule_for(batch.mask, batch.bounds.count)
     make = tables_in_one_launch if batch.on_gpu else tables_by_torch
     intervals, tables, key_tiles = make(batch, rows, keys, rule)
     return FlexCall(batch.spec, lengths, rows, keys, key_tiles, intervals, rule, tables)

@@ -29,8 +29,8 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 class Tables(NamedTuple):
     """A mask over one padded sequence of `rows` blocks of queries and `keys` blocks of keys; int32 on the device.
 
-    Row `i` sees key `j` where one of its intervals holds it, or where `row_tag[i] == key_tag[j]`. Where there is a rule,
-    it does if the key is of its sequence and the rule says so.
+    Row `i` sees key `j` where one of its intervals holds it, or where `row_tag[i] == key_tag[j]`. Where there is a
+    rule, it does if the key is of its sequence and the rule says so.
 
     Attributes:
         ends: `(2 * K, rows, BLOCK)`, of each interval in turn where it begins and its width, both with the sign bit
@@ -176,7 +176,7 @@ def attend(
         `(out, lse)`: `(rows * BLOCK, heads, head_dim_v)`, and `(heads, rows * BLOCK)` in natural units.
     """
     q, k, v = (own.flatten(0, 1).transpose(0, 1).unsqueeze(0) for own in (q, k, v))
-    seen = _seen(form, tables)
+    seen = seen_by(form, tables)
     row_tag, key_tag = (None if tag is None else tag.flatten() for tag in (tables.row_tag, tables.key_tag))
 
     def mask_mod(b: torch.Tensor, h: torch.Tensor, row: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
@@ -233,13 +233,15 @@ def with_sink(out: torch.Tensor, lse: torch.Tensor, sink: torch.Tensor) -> Pair:
     return (out * share.T.unsqueeze(2)).to(out.dtype), torch.where(blind, sink.expand_as(total), total)
 
 
-def _seen(form: Form, tables: Tables) -> Seen:
+def seen_by(form: Form, tables: Tables) -> Seen:
+    """What the kernel asks: whether a row sees a key, beside tags. Both by their place in the padded batch."""
     if form.searched:
         return _searched(tables.ends, form.ends)
+    edges = tables.ends.flatten(1).unbind(0)
     if form.rule is None:
-        return _compared(tables.ends, form.ends)
-    in_sequence, of_rows = _compared(tables.ends, 2), tables.ends[2:].flatten(1).unbind(0)
-    told = by_rule(form.rule, of_rows, () if tables.of_keys is None else tables.of_keys.flatten(1).unbind(0))
+        return _compared(edges)
+    in_sequence = _compared(edges[:2])
+    told = by_rule(form.rule, edges[2:], () if tables.of_keys is None else tables.of_keys.flatten(1).unbind(0))
 
     def seen(row: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return in_sequence(row, key) & told(row, key)
@@ -247,14 +249,12 @@ def _seen(form: Form, tables: Tables) -> Seen:
     return seen
 
 
-def _compared(ends: torch.Tensor, count: int) -> Seen:
-    edges = [own.flatten() for own in ends.unbind(0)]
-
+def _compared(edges: tuple[torch.Tensor, ...]) -> Seen:
     def seen(row: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         # As unsigned numbers, key - begin < width: in 32 bits it wraps around for keys before the interval.
         key = key.to(torch.int32)
         found = key - edges[0][row] < edges[1][row]
-        for n in range(2, count, 2):
+        for n in range(2, len(edges), 2):
             found = found | (key - edges[n][row] < edges[n + 1][row])
         return found
 
