@@ -13,7 +13,7 @@ from fa4_prefixlm.backends.base import MaskedBatch
 from fa4_prefixlm.backends.flex_attend import BLOCK, LEAST_INT32, free
 from fa4_prefixlm.backends.flex_rule import NO_KEY, NO_ROW, Rule
 from fa4_prefixlm.geometry.intervals import Tokens
-from fa4_prefixlm.masks.interval_lists import Intervals
+from fa4_prefixlm.masks.interval_lists import EMPTY_HI, Intervals
 
 
 def rule_tables(batch: MaskedBatch, rule: Rule, rows: int, keys: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -47,14 +47,14 @@ class _Places:
         """Where the span begins that holds the token; `NO_ROW`: none does."""
         if name not in self._owners:
             start, end = self._latest_span(name)
-            self._owners[name] = torch.where(self.where.position < end, start + self.shift, NO_ROW)
+            self._owners[name] = (start + self.shift).masked_fill(self.where.position >= end, NO_ROW)
         return self._owners[name]
 
     def latest_end(self, name: str) -> torch.Tensor:
         """Where the last span ends, among the keys, that begins at or before the token; `NO_ROW`: none does."""
         _, end = self._latest_span(name)
         among_keys = torch.minimum(end, self.where.key_end)  # those to come are not here: any position fits int32
-        return torch.where(end > 0, among_keys + self.shift, NO_ROW)
+        return (among_keys + self.shift).masked_fill(end == EMPTY_HI, NO_ROW)
 
     def _latest_span(self, name: str) -> Intervals:
         if name not in self._latest:
