@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fa4_prefixlm.batch.ranges import LARGEST
 from fa4_prefixlm.masks.atoms import Causal, KeyIn, KeyOutside, OneBlock, Prefix, QueryIn, SameSpan, Window
 from fa4_prefixlm.masks.base import And, Mask, Or
 from fa4_prefixlm.masks.noised_copy import BlockDiffusion
@@ -27,8 +28,6 @@ MOST_AS_FAST = 4
 # Of a row in no span, and of a key: before all places, and not the same, so that neither is in a span of the other.
 NO_ROW = torch.iinfo(torch.int32).min
 NO_KEY = NO_ROW + 1
-# No sequence is as long, and int32 holds a place less this.
-WIDEST = 2**30
 
 Seen = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -126,7 +125,7 @@ def by_rule(rule: Rule, of_rows: tuple[torch.Tensor, ...], of_keys: tuple[torch.
 
 
 # What these say of a pair is all tensor operations, and depends on how far tokens are apart, not on where they stand.
-_PLAIN = frozenset({Causal, Window, Prefix, QueryIn, KeyIn, KeyOutside, OneBlock})
+_PLAIN = frozenset({Causal, Window, SameSpan, Prefix, QueryIn, KeyIn, KeyOutside, OneBlock})
 
 
 def _spelled(mask: Mask) -> Mask | None:
@@ -137,10 +136,8 @@ def _spelled(mask: Mask) -> Mask | None:
         return None if left is None or right is None else kind(left, right)
     if isinstance(mask, PrefixLM) and kind is PrefixLM:
         return _spelled(mask.expression)
-    if isinstance(mask, SameSpan) and kind is SameSpan:
-        return dataclasses.replace(mask, before=min(mask.before, WIDEST))
     if isinstance(mask, BlockDiffusion) and kind is BlockDiffusion:
-        return dataclasses.replace(mask, block=min(mask.block, WIDEST))
+        return dataclasses.replace(mask, block=min(mask.block, LARGEST))
     return mask if kind in _PLAIN else None
 
 

@@ -156,6 +156,38 @@ def test_more_queries_than_keys() -> None:
         torch.testing.assert_close(plan(q, k, k), fp.attention(q, k, k, spans, mask=mask, backend="reference"))
 
 
+def test_queries_and_keys_of_other_sequences_in_as_many_tokens() -> None:
+    """Whose totals are alike, not their lengths; and whose lengths are, but not where they stand."""
+    batch = Batch(((30, 90), (90, 30)), ((), ()))
+    plan, _ = plan_of(batch, SEEN, {"seen": [[(at, at + 4) for at in range(0, 90, 9)], [(3, 20)]]})
+    assert plan.prepared.rule is not None
+    found = told(plan.prepared)
+    assert torch.equal(found, wanted_of(plan._batch, found))
+    mask, whole = causal & (one_block("image") | SEEN), Batch(((200, 200), (64, 64)), ((), ()))
+    given = masked_batch(whole, mask, spans=spans_for_the_rule(mask, whole))
+    lengths = dataclasses.replace(given.lengths, query_start=torch.tensor([40, 9], dtype=torch.int32))
+    given = dataclasses.replace(given, lengths=lengths)
+    call = flex_call(given)
+    assert call.rule is not None
+    found = told(call)
+    assert torch.equal(found, wanted_of(given, found))
+
+
+def test_a_span_that_ends_where_int32_does() -> None:
+    """As only the device may know it: its end among the packed keys would be past that."""
+    mask, batch = prefix("image") & key_outside("seen"), Batch(((90, 90), (200, 200)), ((), ()))
+    given = masked_batch(
+        batch, mask, spans={"image": [[(0, 9)], [(50, 60)]], "seen": [[], [(9 * n, 9 * n + 4) for n in range(20)]]}
+    )
+    image = dataclasses.replace(given.spans["image"], values=torch.tensor([[[0, 9]], [[50, 2**31 - 1]]]).int())
+    given = on_device_only(dataclasses.replace(given, spans={**given.spans, "image": image}))
+    call = flex_call(given)
+    assert call.rule is not None
+    found = told(call)
+    assert found[150:290].any()
+    assert torch.equal(found, wanted_of(given, found))
+
+
 def test_several_clean_copies() -> None:
     for mask, spans in ((block_diffusion(8), COPIES), (block_diffusion(2**40) & SEEN, {**COPIES, "seen": CLEAN})):
         given = masked_batch(SEVERAL_COPIES, mask, spans=spans)
