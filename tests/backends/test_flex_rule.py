@@ -310,3 +310,23 @@ def test_spans_that_only_the_device_knows() -> None:
     call = flex_call(unknown)
     assert call.rule is not None
     assert call.intervals == given.traits.intervals
+
+
+def test_keys_in_pages() -> None:
+    """Which are gathered, and of which only an upper bound may be known."""
+    batch, mask = Batch(((20, 160), (30, 30)), ((), ())), causal & (window(20) | SEEN)
+    spans = {"seen": [[(at, at + 5) for at in range(0, 160, 16)], [(3, 9)]]}
+    plan, (q, k, v) = plan_of(batch, mask, spans)
+    pages = batch.in_pages(k, v, 16, seed=1)
+    paged = fp.plan(
+        spans,
+        like=(q, pages.k, pages.v),
+        cu_seqlens_q=batch.cu_q,
+        seqused_k=torch.tensor(batch.as_seqlens[1], dtype=torch.int32),
+        page_table=pages.table,
+        mask=mask,
+        backend="flex",
+    )
+    assert paged.choice.gathered
+    assert "told by the mask's own rule" in str(paged)
+    torch.testing.assert_close(paged(q, pages.k, pages.v), plan(q, k, v), rtol=1e-5, atol=1e-5)
