@@ -154,6 +154,7 @@ class _Noted(dict[str, torch.Tensor]):
 
 @functools.lru_cache(maxsize=256)
 def _rule(mask: Mask) -> Rule:
-    row_owner, latest_end, key_owner, nowhere = _Noted(), _Noted(), _Noted(), torch.zeros((), dtype=torch.int32)
-    mask.visible(RulePairs(nowhere, nowhere, row_owner, latest_end, key_owner))
+    row_owner, latest_end, key_owner = _Noted(), _Noted(), _Noted()
+    anywhere = _Noted()["any"]
+    mask.visible(RulePairs(anywhere, anywhere, row_owner, latest_end, key_owner))
     return Rule(mask, *(tuple(sorted(own)) for own in (row_owner, latest_end, key_owner)))

@@ -171,7 +171,7 @@ def test_new_ranges_and_lengths_compile_nothing() -> None:
         step(batch, OWN, many_spans(rng, batch, rng.randint(3, 6)))
     # In short sequences spans touch, so a batch may have the number of intervals of another form.
     assert counters["stats"]["unique_graphs"] - before == compiled.cache_info().misses - forms
-    assert compiled.cache_info().misses - forms <= 6
+    assert compiled.cache_info().misses - forms <= 4
 
 
 def test_a_serving_plan_that_no_kernel_updates_gathers_for_flex() -> None:
