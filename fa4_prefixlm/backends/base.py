@@ -16,7 +16,7 @@ from fa4_prefixlm.batch.ranges import SpanSets
 from fa4_prefixlm.batch.tensors import CallSpec
 from fa4_prefixlm.device_checks import is_capturing, is_fake
 from fa4_prefixlm.fa4.builds.describe import Build
-from fa4_prefixlm.geometry.intervals import Bounds, Tokens, row_bounds, tokens
+from fa4_prefixlm.geometry.intervals import Bounds, LatestSpan, Tokens, latest_span, row_bounds, tokens
 from fa4_prefixlm.geometry.telling_rows import Pieces, TellingRows
 from fa4_prefixlm.geometry.tiles import TileCounts
 from fa4_prefixlm.geometry.traits import Traits
@@ -74,11 +74,16 @@ class MaskedBatch:
                 return all_rows(pieces, self.lengths.total_q, self.lengths.device)
             return pieces.bounds(self.lengths.total_q, self.lengths.device)
         most = None if self.traits.custom else self.traits.intervals
-        if self.on_gpu:
-            from fa4_prefixlm.kernels.token_places import latest_span
+        return row_bounds(self.mask, self.spans, self.lengths, self.where, most, self.find_latest)
 
-            return row_bounds(self.mask, self.spans, self.lengths, self.where, most, latest_span)
-        return row_bounds(self.mask, self.spans, self.lengths, self.where, most)
+    @property
+    def find_latest(self) -> LatestSpan:
+        """What finds the spans of its tokens."""
+        if self.on_gpu:
+            from fa4_prefixlm.kernels import token_places
+
+            return token_places.latest_span
+        return latest_span
 
     def _pieces(self) -> Pieces | None:
         """The bounds as few rows tell them; None where they do not."""

@@ -16,6 +16,8 @@ import torch._functorch.config as functorch_config
 
 from fa4_prefixlm.backends.base import Backend, MaskedBatch, Prepared
 from fa4_prefixlm.backends.flex_attend import BLOCK, LEAST_INT32, Form, Tables, compiled, free, power_of_two
+from fa4_prefixlm.backends.flex_rule import MOST_AS_FAST, Rule, rule_for
+from fa4_prefixlm.backends.flex_rule_tables import rule_tables
 from fa4_prefixlm.backends.rows import kernel_bounds
 from fa4_prefixlm.batch.lengths import Lengths, as_one_sequence
 from fa4_prefixlm.batch.options import Options
@@ -46,6 +48,7 @@ class FlexCall(Prepared):
         rows, keys: blocks of queries and of keys, of the batch as one padded sequence.
         key_tiles: of each block of queries.
         intervals: of a row.
+        rule: tells what rows see, in the place of their intervals; None: those do.
         tables: the mask as the forward reads it.
     """
 
@@ -55,6 +58,7 @@ class FlexCall(Prepared):
     keys: int
     key_tiles: TileMap
     intervals: int
+    rule: Rule | None
     tables: Tables
 
     @functools.cached_property
@@ -91,9 +95,10 @@ class FlexCall(Prepared):
 
     def describe(self) -> list[tuple[str, str]]:
         words = in_words(self.intervals, tagged=self.tables.row_tag is not None)
+        told = "" if self.rule is None else ", told by the mask's own rule"
         how = "its dense form, every pair of tokens" if self.spec.device.type == "cpu" else f"blocks of {BLOCK}x{BLOCK}"
         return [
-            ("kernel", f"torch {torch.__version__} on {self.spec.device}, {how}, {words}"),
+            ("kernel", f"torch {torch.__version__} on {self.spec.device}, {how}, {words}{told}"),
             ("memory", f"mask and blocks {self.tables.nbytes() / 2**20:.2f} MiB"),
         ]
 
@@ -103,7 +108,7 @@ class FlexCall(Prepared):
         return TileCounts(full, partial, max(0, blocks - full - partial))
 
     def _form(self, options: Options, with_grad: bool) -> Form:
-        spec, ends, searched = self.spec, self.tables.ends, is_searched(self.intervals)
+        spec, ends, searched = self.spec, self.tables.ends, self.rule is None and is_searched(self.intervals)
         return Form(
             device=spec.device.type,
             arch=spec.arch,
@@ -117,6 +122,7 @@ class FlexCall(Prepared):
             softcap=options.softcap,
             sink=options.learnable_sink is not None,
             with_grad=with_grad,
+            rule=self.rule,
         )
 
 
@@ -124,29 +130,41 @@ def flex_call(batch: MaskedBatch) -> FlexCall:
     """The state of a batch: its rows and blocks, padded. Nothing synchronises."""
     lengths = batch.lengths
     rows, keys = (max(LEAST_BLOCKS, ceil_div(total, BLOCK)) for total in (lengths.total_q, lengths.total_k))
+    few = batch.traits.tagged or batch.traits.intervals <= MOST_AS_FAST
+    rule = None if few else rule_for(batch.mask, batch.bounds.count)
     make = tables_in_one_launch if batch.on_gpu else tables_by_torch
-    intervals, tables, key_tiles = make(batch, rows, keys)
-    return FlexCall(batch.spec, lengths, rows, keys, key_tiles, intervals, tables)
+    intervals, tables, key_tiles = make(batch, rows, keys, rule)
+    return FlexCall(batch.spec, lengths, rows, keys, key_tiles, intervals, rule, tables)
 
 
-def tables_by_torch(batch: MaskedBatch, rows: int, keys: int) -> tuple[int, Tables, TileMap]:
-    """(intervals of a row, the tables, the blocks as a map). rows, keys: in blocks."""
+def tables_by_torch(batch: MaskedBatch, rows: int, keys: int, rule: Rule | None = None) -> tuple[int, Tables, TileMap]:
+    """(intervals of a row, the tables, the blocks as a map).
+
+    Args:
+        batch: the batch.
+        rows, keys: in blocks.
+        rule: what tells which keys rows see; None: their intervals.
+    """
     bounds = _padded(batch.packed_bounds, rows * BLOCK, keys * BLOCK)
     whole = as_one_sequence(dataclasses.replace(batch.lengths, total_q=rows * BLOCK, total_k=keys * BLOCK))
     key_tiles = packed_map(bounds, whole, batch.lengths.batch, BLOCK, BLOCK)
+    ends, of_keys = (_ends(bounds), None) if rule is None else rule_tables(batch, rule, rows, keys)
     tables = Tables(
-        ends=_ends(bounds),
+        ends=ends,
         row_tag=None if bounds.tags is None else _tags(bounds.tags.row_tag),
         key_tag=None if bounds.tags is None else _tags(bounds.tags.key_tag),
         counts=_counts(key_tiles.partial),
         indices=_indices(key_tiles.partial_matrix(keys)),
         full_counts=_counts(key_tiles.full),
         full_indices=_indices(key_tiles.full_matrix(keys)),
+        of_keys=of_keys,
     )
     return bounds.count, tables, key_tiles
 
 
-def tables_in_one_launch(batch: MaskedBatch, rows: int, keys: int) -> tuple[int, Tables, TileMap]:
+def tables_in_one_launch(
+    batch: MaskedBatch, rows: int, keys: int, rule: Rule | None = None
+) -> tuple[int, Tables, TileMap]:
     """The same by a kernel, from the rows of another one where the mask has a closed form."""
     from fa4_prefixlm.kernels.tile_lists import block_tables
 
@@ -156,6 +174,7 @@ def tables_in_one_launch(batch: MaskedBatch, rows: int, keys: int) -> tuple[int,
         tags = _padded_tags(tags, rows * BLOCK, keys * BLOCK)
         tagged = tagged_tiles(tags, batch.lengths.batch, keys * BLOCK, BLOCK, BLOCK)
     count = bounds.count
+    compared = rule is None and not is_searched(count)
     made = block_tables(
         bounds.lo,
         bounds.hi,
@@ -163,19 +182,25 @@ def tables_in_one_launch(batch: MaskedBatch, rows: int, keys: int) -> tuple[int,
         rows=rows,
         keys=keys,
         block=BLOCK,
-        intervals=0 if is_searched(count) else rounded_up(count),
+        intervals=rounded_up(count) if compared else 0,
         tagged=tagged,
     )
+    of_keys = None
+    if rule is not None:
+        ends, of_keys = rule_tables(batch, rule, rows, keys)
+    elif compared:
+        ends = free(made.ends, 1)
+    else:
+        ends = _ends(_padded(batch.packed_bounds, rows * BLOCK, keys * BLOCK))
     tables = Tables(
-        ends=_ends(_padded(batch.packed_bounds, rows * BLOCK, keys * BLOCK))
-        if is_searched(count)
-        else free(made.ends, 1),
+        ends=ends,
         row_tag=None if tags is None else _tags(tags.row_tag),
         key_tag=None if tags is None else _tags(tags.key_tag),
         counts=free(made.counts, 2),
         indices=free(made.indices, 2, 3),
         full_counts=free(made.full_counts, 2),
         full_indices=free(made.full_indices, 2, 3),
+        of_keys=of_keys,
     )
     return count, tables, TileMap(made.is_full, made.is_partial)
 

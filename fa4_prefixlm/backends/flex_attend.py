@@ -1,8 +1,9 @@
 """The compiled function of `flex` and its backward: torch's FlexAttention over tables of ours, for any batch.
 
 What changes from batch to batch is tensors: which block of keys a block of queries visits, and where the keys of a row
-begin and end. Tokens are padded to whole blocks and come as (blocks, tokens of a block), so that the length is known to
-be a multiple of the block while the number of blocks is free: one compiled form runs every length.
+begin and end, or what the mask's own rule reads of each token (`flex_rule`). Tokens are padded to whole blocks and come
+as (blocks, tokens of a block), so that the length is known to be a multiple of the block while the number of blocks is
+free: one compiled form runs every length.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+from fa4_prefixlm.backends.flex_rule import Rule, Seen, by_rule
+
 BLOCK = 128
 LEAST_INT32 = torch.iinfo(torch.int32).min
 
@@ -26,17 +29,21 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 class Tables(NamedTuple):
     """A mask over one padded sequence of `rows` blocks of queries and `keys` blocks of keys; int32 on the device.
 
-    Row `i` sees key `j` where one of its intervals holds it, or where `row_tag[i] == key_tag[j]`.
+    Row `i` sees key `j` where one of its intervals holds it, or where `row_tag[i] == key_tag[j]`. Where there is a
+    rule, it does if the key is of its sequence and the rule says so.
 
     Attributes:
         ends: `(2 * K, rows, BLOCK)`, of each interval in turn where it begins and its width, both with the sign bit
             flipped, so that a single comparison tells (`_compared`). Where `Form.searched`, `(rows, BLOCK, n)`: where
-            intervals begin and end, ascending, n a power of two above `2 * K`, the rest past every key.
+            intervals begin and end, ascending, n a power of two above `2 * K`, the rest past every key. Where
+            `Form.rule`, `(3 + n, rows, BLOCK)`: the keys of the row's sequence as one interval, then what `by_rule`
+            takes of rows.
         row_tag, key_tag: `(rows, BLOCK)`, `(keys, BLOCK)`; None: no tags.
         counts, indices: of the partial blocks of keys, `(1, 1, rows)` and `(1, 1, rows, keys)`.
         full_counts, full_indices: of those that need no mask.
         row_counts, row_indices, full_row_counts, full_row_indices: of each block of keys the blocks of queries, for
             the backward; None without it.
+        of_keys: `(n, keys, BLOCK)`, what `by_rule` takes of keys; None: nothing.
     """
 
     ends: torch.Tensor
@@ -50,6 +57,7 @@ class Tables(NamedTuple):
     row_indices: torch.Tensor | None = None
     full_row_counts: torch.Tensor | None = None
     full_row_indices: torch.Tensor | None = None
+    of_keys: torch.Tensor | None = None
 
     def nbytes(self) -> int:
         return sum(own.nbytes for own in self if own is not None)
@@ -69,6 +77,7 @@ class Form:
         softmax_scale, softcap: constants of the kernel.
         sink: there are sinks.
         with_grad: its result has a backward.
+        rule: tells whether a row sees a key of its sequence; None: the ends tell.
     """
 
     device: str
@@ -83,6 +92,7 @@ class Form:
     softcap: float
     sink: bool
     with_grad: bool
+    rule: Rule | None = None
 
 
 # KiB a block of threads, of the architectures that have much of it.
@@ -166,7 +176,7 @@ def attend(
         `(out, lse)`: `(rows * BLOCK, heads, head_dim_v)`, and `(heads, rows * BLOCK)` in natural units.
     """
     q, k, v = (own.flatten(0, 1).transpose(0, 1).unsqueeze(0) for own in (q, k, v))
-    seen = _searched(tables.ends, form.ends) if form.searched else _compared(tables.ends, form.ends)
+    seen = seen_by(form, tables)
     row_tag, key_tag = (None if tag is None else tag.flatten() for tag in (tables.row_tag, tables.key_tag))
 
     def mask_mod(b: torch.Tensor, h: torch.Tensor, row: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
@@ -223,17 +233,28 @@ def with_sink(out: torch.Tensor, lse: torch.Tensor, sink: torch.Tensor) -> Pair:
     return (out * share.T.unsqueeze(2)).to(out.dtype), torch.where(blind, sink.expand_as(total), total)
 
 
-Seen = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+def seen_by(form: Form, tables: Tables) -> Seen:
+    """What the kernel asks: whether a row sees a key, beside tags. Both by their place in the padded batch."""
+    if form.searched:
+        return _searched(tables.ends, form.ends)
+    edges = tables.ends.flatten(1).unbind(0)
+    if form.rule is None:
+        return _compared(edges)
+    in_sequence = _compared(edges[:2])
+    told = by_rule(form.rule, edges[2:], () if tables.of_keys is None else tables.of_keys.flatten(1).unbind(0))
+
+    def seen(row: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return in_sequence(row, key) & told(row, key)
+
+    return seen
 
 
-def _compared(ends: torch.Tensor, count: int) -> Seen:
-    edges = [own.flatten() for own in ends.unbind(0)]
-
+def _compared(edges: tuple[torch.Tensor, ...]) -> Seen:
     def seen(row: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         # As unsigned numbers, key - begin < width: in 32 bits it wraps around for keys before the interval.
         key = key.to(torch.int32)
         found = key - edges[0][row] < edges[1][row]
-        for n in range(2, count, 2):
+        for n in range(2, len(edges), 2):
             found = found | (key - edges[n][row] < edges[n + 1][row])
         return found
 

@@ -10,6 +10,7 @@ import torch
 import fa4_prefixlm as fp
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.masks import causal, key_in, prefix, window
+from fa4_prefixlm.masks.base import And
 from fa4_prefixlm.testing.accuracy import exact_attention
 from fa4_prefixlm.testing.bands import Errors
 from fa4_prefixlm.testing.batches import Batch
@@ -142,6 +143,13 @@ def measured(found: Errors, band: Errors) -> dict[str, float]:
 
 
 MANY = causal & (window(60) | key_in("image") | prefix("prompt"))
+
+
+class Somebodys(And):
+    """Another's class, which may say anything: on `flex` its rows' intervals tell, and never its rule."""
+
+
+OWN = Somebodys(causal, window(60) | key_in("image") | prefix("prompt"))
 
 
 def many_spans(rng: random.Random, batch: Batch, most: int) -> dict[str, list]:

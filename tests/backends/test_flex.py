@@ -18,6 +18,7 @@ from fa4_prefixlm.backends.flex import is_searched
 from fa4_prefixlm.backends.flex_attend import BLOCK, Form, blocks_that_fit, with_sink
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.masks import causal, key_in, one_block, prefix, same_span, window
+from fa4_prefixlm.masks.base import And
 from fa4_prefixlm.testing.accuracy import exact_attention
 from fa4_prefixlm.testing.batches import UGLY, Batch, masks_for, random_batch, random_mask
 from fa4_prefixlm.testing.empty_rows import Blind, ChainedBlind
@@ -25,6 +26,13 @@ from fa4_prefixlm.testing.poison import nan_output
 
 TWO = Batch(((600, 600), (70, 90)), ())
 MANY = causal & (key_in("image") | window(20))
+
+
+class Somebodys(And):
+    """Another's class, which may say anything: its rows' intervals tell, not its rule."""
+
+
+OWN = Somebodys(causal, key_in("image") | window(20))
 SINKS = torch.tensor([0.5, -1.0, 2.0, -math.inf])
 
 
@@ -77,10 +85,12 @@ def test_ugly_batches(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 4, 5, 7, 8, 15, 16, 31])
 def test_any_number_of_intervals(count: int) -> None:
-    """Compared one by one, then searched; 32 intervals have as many ends as a power of two."""
-    plan = check(TWO, MANY, images(count))
+    """Compared one by one, then searched, or told by the mask; 32 intervals have as many ends as a power of two."""
+    plan = check(TWO, OWN, images(count))
+    assert plan.prepared.rule is None
     assert plan.bounds.count == count + 1
     assert is_searched(plan.bounds.count) == (count >= 16)
+    assert (check(TWO, MANY, images(count)).prepared.rule is None) == (count < 4)
     check(TWO, causal | one_block("image"), images(count))
 
 
@@ -160,7 +170,7 @@ def test_the_blocks_hold_what_is_seen_and_full_ones_are_seen_whole() -> None:
     rng = random.Random(1)
     cases = [(random_batch(rng), random_mask(rng), None) for _ in range(10)]
     cases += [(batch, mask, None) for batch in UGLY.values() for mask in masks_for(batch)]
-    cases += [(TWO, mask, images(n)) for n in (3, 12) for mask in (MANY, causal | one_block("image"))]
+    cases += [(TWO, mask, images(n)) for n in (3, 12) for mask in (MANY, OWN, causal | one_block("image"))]
     for batch, mask, spans in cases:
         plan, _ = plan_of(batch, mask, spans, heads=(1, 1))
         seen = dense_of(plan)
@@ -201,15 +211,17 @@ def listed(counts: torch.Tensor, indices: torch.Tensor, like: torch.Tensor) -> t
 @pytest.mark.slow
 def test_new_ranges_and_lengths_compile_nothing() -> None:
     dims = (16, 40)  # of no other test
+    check(TWO, OWN, images(5), dims=dims)
     check(TWO, MANY, images(5), dims=dims)
     check(TWO, fp.PrefixLM(30), {"image": [[(4, 90)], []]}, dims=dims)
     before = counters["stats"]["unique_graphs"]
     rng = random.Random(2)
     for _ in range(6):
         check(random_batch(rng, empty=False), fp.PrefixLM(rng.randint(1, 300)), dims=dims)
-        check(TWO, MANY, images(rng.randint(4, 5)), dims=dims)
+        check(TWO, OWN, images(rng.randint(4, 5)), dims=dims)
+        check(TWO, MANY, images(rng.randint(4, 40)), dims=dims)
     assert counters["stats"]["unique_graphs"] == before
-    check(TWO, MANY, images(12), dims=dims)  # the count of intervals is rounded up to an even one
+    check(TWO, OWN, images(12), dims=dims)  # the count of intervals is rounded up to an even one
     assert counters["stats"]["unique_graphs"] == before + 1
 
 
@@ -265,11 +277,13 @@ def test_gradients_on_the_cpu_are_those_of_the_reference() -> None:
 
 
 def test_print_says_what_runs() -> None:
-    plan, _ = plan_of(TWO, MANY, images(6))
-    text = str(plan)
-    assert "backend  flex: torch's FlexAttention" in text
-    assert "7 intervals a row" in text
-    assert "partial" in text
+    for mask, told in ((MANY, True), (OWN, False)):
+        plan, _ = plan_of(TWO, mask, images(6))
+        text = str(plan)
+        assert "backend  flex: torch's FlexAttention" in text
+        assert "7 intervals a row" in text
+        assert ("told by the mask's own rule" in text) == told
+        assert "partial" in text
 
 
 @pytest.mark.slow

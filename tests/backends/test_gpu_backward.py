@@ -21,7 +21,7 @@ from fa4_prefixlm.backends.causal_backward import CausalGradients
 from fa4_prefixlm.batch.forward_pass import ForwardPass
 from fa4_prefixlm.geometry.key_bounds import rising_key_bounds
 from fa4_prefixlm.geometry.row_tiles import key_tile_ends, row_tiles
-from fa4_prefixlm.masks import causal, everything, key_in, one_block, prefix, same_span, window
+from fa4_prefixlm.masks import causal, everything, key_in, key_outside, one_block, prefix, query_in, same_span, window
 from fa4_prefixlm.testing.accuracy import Gradients
 from fa4_prefixlm.testing.batches import UGLY, Batch, masks_for, random_batch, random_mask
 from fa4_prefixlm.testing.empty_rows import Blind
@@ -238,6 +238,25 @@ def test_flex_after_its_own_forward_and_after_another(gpu_report) -> None:
     ):
         for forward in forwards:
             judged(kind, batch, mask, "flex", 8, gpu_report, backend=forward)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        causal & key_outside("image") | same_span("image", before=9),
+        prefix("image") & key_outside("image"),
+        query_in("image") & key_in("image") | causal & window(5),
+        fp.PrefixLM(100) & key_in("image"),
+    ],
+    ids=str,
+)
+def test_flex_by_the_rule_of_a_mask(mask: fp.Mask, gpu_report) -> None:
+    """More intervals a row than are compared; chunks, and a sequence of few spans."""
+    spans = tuple((at, at + 7) for at in range(0, 592, 16)), ((0, 9), (20, 25)), ((100, 180),)
+    batch, kind = Batch(((600, 600), (40, 90), (1, 200)), spans), Kind((64, 64), with_lse=True)
+    for forward in ("flex", "auto"):
+        assert plan_of(inputs_of(kind, batch, 8), batch, mask, "flex", "flex").prepared.rule is not None
+        judged(kind, batch, mask, "flex", 8, gpu_report, backend=forward)
 
 
 def test_flex_is_deterministic() -> None:

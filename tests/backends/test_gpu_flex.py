@@ -11,13 +11,13 @@ from torch._dynamo.utils import counters
 import fa4_prefixlm as fp
 from fa4_prefixlm.backends.flex_attend import compiled
 from fa4_prefixlm.batch.options import Options
-from fa4_prefixlm.masks import causal, one_block
+from fa4_prefixlm.masks import causal, key_in, key_outside, one_block, prefix, query_in, same_span, window
 from fa4_prefixlm.masks.models.catalogue import CATALOGUE
 from fa4_prefixlm.testing.accuracy import exact_attention
 from fa4_prefixlm.testing.batches import Batch, random_batch
 from fa4_prefixlm.testing.empty_rows import Blind
 from fa4_prefixlm.testing.poison import nan_output, poison_free_memory
-from tests.backends.gpu_calls import MANY, Kind, causal_band, limit, many_spans, measured, tensors_of
+from tests.backends.gpu_calls import MANY, OWN, Kind, causal_band, limit, many_spans, measured, tensors_of
 from tests.exactness import assert_within, errors
 
 pytestmark = pytest.mark.gpu
@@ -33,23 +33,71 @@ def plan_of(q, k, v, mask, spans, batch: Batch, backend: str = "auto") -> fp.Pla
     return fp.plan(spans, like=(q, k, v), mask=mask, backend=backend, **where)
 
 
+@pytest.mark.parametrize("mask", [MANY, OWN], ids=["by its rule", "by intervals"])
 @pytest.mark.parametrize("most", [3, 6, 7, 30], ids=lambda most: f"{most + 2} intervals")
-def test_many_intervals(most: int, gpu_report) -> None:
-    """5 to 9 intervals a row, and 32; compared up to 16, searched beyond. Taken by default, without a warning."""
+def test_many_intervals(most: int, mask: fp.Mask, gpu_report) -> None:
+    """5 to 9 intervals a row, and 32; told by the mask's own rule, or compared up to 16 and searched beyond."""
     kind = Kind((128, 128))
     for seed in range(3):
         rng = random.Random(f"{most}{seed}")
         batch = random_batch(rng, longest=900, empty=False)
         q, k, v, options = tensors_of(kind, batch, seed)
         spans = many_spans(rng, batch, most)
-        exact, exact_lse = exact_of(q, k, v, MANY, spans, batch, options)
+        exact, exact_lse = exact_of(q, k, v, mask, spans, batch, options)
         band = causal_band(q, k, v, batch, 60, options)
-        plan = plan_of(q, k, v, MANY, spans, batch, "flex")
+        plan = plan_of(q, k, v, mask, spans, batch, "flex")
+        told_by_rule = mask is MANY and plan.prepared.intervals > 4  # in short sequences spans touch
+        assert (plan.prepared.rule is not None) == told_by_rule
         poison_free_memory()
         out, lse = fp.attention(q, k, v, plan, out=nan_output(q, 128), return_lse=True)
         found = errors(out, exact, lse, exact_lse)
         gpu_report(kind=str(kind), seed=seed, backend="flex", mask=f"{most + 2} intervals", **measured(found, band))
         assert_within(found, limit("flex", kind, band, 2.6e-3), f"{most}, seed {seed}, {batch}, {spans}")
+
+
+RULES = [
+    key_in("image"),
+    causal & key_outside("image"),
+    window(None, 40) & key_outside("image"),
+    causal & key_in("image") | same_span("prompt", before=29),
+    prefix("prompt") & key_outside("image") & same_span("document"),
+    query_in("prompt") & key_in("image") | causal & window(5),
+    causal & (one_block("prompt") | key_in("image")),
+    fp.PrefixLM(100, clamp=False) | causal & key_in("image"),
+]
+
+
+def several_spans(rng: random.Random, batch: Batch, mask: fp.Mask) -> dict[str, list]:
+    """Many small images, a prompt, and a document that is all of a sequence."""
+    named: dict[str, list] = {"image": [], "prompt": [], "document": []}
+    for _, keys in batch.seqlens:
+        named["image"].append([(at, min(at + rng.randint(1, 11), keys)) for at in range(0, keys, 24)])
+        named["prompt"].append([(0, min(400, keys))])
+        named["document"].append([(0, keys)])
+    return {name: named[name] for name in mask.names}
+
+
+@pytest.mark.parametrize("mask", RULES, ids=str)
+def test_the_rules_of_masks(mask: fp.Mask, gpu_report) -> None:
+    """Every atom and several sets, packed and in chunks; new ranges and lengths compile nothing."""
+    kind, compilations = Kind((64, 64)), []
+    for seed in range(4):
+        rng = random.Random(f"{mask}{seed}")
+        seqlens = ((900, 900), *random_batch(rng, longest=900, empty=False).seqlens)
+        batch = Batch(seqlens, ((),) * len(seqlens))
+        q, k, v, options = tensors_of(kind, batch, seed)
+        spans = several_spans(rng, batch, mask)
+        plan = plan_of(q, k, v, mask, spans, batch, "flex")
+        assert plan.prepared.rule is not None
+        poison_free_memory()
+        out, lse = fp.attention(q, k, v, plan, out=nan_output(q, 64), return_lse=True)
+        compilations.append(counters["stats"]["unique_graphs"])
+        exact, exact_lse = exact_of(q, k, v, mask, spans, batch, options)
+        band = causal_band(q, k, v, batch, 60, options)
+        found = errors(out, exact, lse, exact_lse)
+        gpu_report(kind=str(kind), seed=seed, backend="flex", mask=str(mask), **measured(found, band))
+        assert_within(found, limit("flex", kind, band, 2.6e-3), f"{mask}, seed {seed}, {batch}, {spans}")
+    assert len(set(compilations)) == 1
 
 
 def test_a_mask_of_more_intervals_than_fa4_takes_is_not_dense(recwarn: pytest.WarningsRecorder) -> None:
@@ -114,11 +162,13 @@ def test_new_ranges_and_lengths_compile_nothing() -> None:
     first = random_batch(rng, empty=False)
     step(first, fp.PrefixLM(30), first.spans)
     step(first, MANY, many_spans(rng, first, 3))
+    step(first, OWN, many_spans(rng, first, 3))
     before, forms = counters["stats"]["unique_graphs"], compiled.cache_info().misses
     for _ in range(5):
         batch = random_batch(rng, longest=1500, empty=False)
         step(batch, fp.PrefixLM(rng.randint(1, 300)), batch.spans)
-        step(batch, MANY, many_spans(rng, batch, rng.randint(3, 6)))
+        step(batch, MANY, many_spans(rng, batch, rng.randint(3, 30)))
+        step(batch, OWN, many_spans(rng, batch, rng.randint(3, 6)))
     # In short sequences spans touch, so a batch may have the number of intervals of another form.
     assert counters["stats"]["unique_graphs"] - before == compiled.cache_info().misses - forms
     assert compiled.cache_info().misses - forms <= 4

@@ -19,7 +19,7 @@ from fa4_prefixlm.geometry.tiles import query_tiles, tile_map
 from fa4_prefixlm.masks import causal, key_in, one_block, prefix, window
 from fa4_prefixlm.testing.batches import Batch, random_batch, random_spans
 from fa4_prefixlm.testing.poison import poison_free_memory
-from tests.backends.gpu_calls import MANY, Kind, many_spans, tensors_of
+from tests.backends.gpu_calls import MANY, OWN, Kind, many_spans, tensors_of
 from tests.geometry.test_measured import random_expression
 from tests.kernels.cases import same_lists
 
@@ -50,13 +50,14 @@ def test_tables_of_flex(seed: int) -> None:
         (fp.PrefixLM(rng.randint(1, 300)), {"image": batch.spans}),
         (causal | one_block("image"), {"image": batch.spans}),
         (MANY, many_spans(rng, batch, rng.randint(1, 30))),
+        (OWN, many_spans(rng, batch, rng.randint(1, 30))),
     ):
         plan = plan_of(batch, mask, spans, "flex")
         rows_by_torch(plan)
         call = plan.prepared
-        count, wanted, tiles = tables_by_torch(plan._batch, call.rows, call.keys)
+        count, wanted, tiles = tables_by_torch(plan._batch, call.rows, call.keys, call.rule)
         assert count == call.intervals
-        for name in ("ends", "row_tag", "key_tag", "counts", "full_counts"):
+        for name in ("ends", "of_keys", "row_tag", "key_tag", "counts", "full_counts"):
             mine, theirs = getattr(call.tables, name), getattr(wanted, name)
             assert mine is theirs is None or torch.equal(mine, theirs), (mask, name)
         for name in ("", "full_"):
