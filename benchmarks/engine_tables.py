@@ -37,7 +37,15 @@ def vllm_times() -> str:
 
 def vllm_errors() -> str:
     """The largest error of a logprob, a row for each model and mode of CUDA graphs, a column for each backend."""
-    results = kept("h100-vllm-exactness")["results"]
+    return error_table(kept("h100-vllm-exactness")["results"])
+
+
+def vllm_tensor_parallel() -> str:
+    """The same on two GPUs."""
+    return error_table(kept("h200-vllm-tensor-parallel")["results"])
+
+
+def error_table(results: list[dict[str, Any]]) -> str:
     backends = list(dict.fromkeys(row["backend"] for row in results))
     errors: dict[tuple[str, str], dict[str, str]] = {}
     for row in results:
@@ -129,7 +137,7 @@ def mask_plans() -> str:
 
 # The page that quotes each.
 QUOTED = {
-    "docs/vllm.md": (vllm_times, vllm_errors),
+    "docs/vllm.md": (vllm_times, vllm_errors, vllm_tensor_parallel),
     "docs/transformers.md": (transformers_prefill,),
     "docs/training.md": (backward_times, training_steps),
     "docs/host_time.md": (host_times,),
