@@ -73,7 +73,7 @@ class Reading:
 
     def __init__(self, values: torch.Tensor) -> None:
         self.device = values.device
-        self.copy = values.to("cpu", non_blocking=True)
+        self.copy = values.to("cpu", non_blocking=values.is_cuda)  # elsewhere there is no event to wait for
         self.copied = torch.cuda.current_stream(values.device).record_event() if values.is_cuda else None
 
     def numbers(self) -> list[int]:
