@@ -46,7 +46,9 @@ BACKWARD_PARTS: dict[str, frozenset[str] | None] = {
     "block_info.py": frozenset({"BlockInfo"}),
     "seqlen_info.py": frozenset({"SeqlenInfoQK"}),
     "block_sparsity.py": frozenset({"BlockSparseTensors"}),
-    "tile_scheduler.py": frozenset({"SingleTileVarlenScheduler"}),
+    "tile_scheduler.py": frozenset({"SingleTileVarlenScheduler", "VarlenDecoder"}),
+    "barrier.py": frozenset({"arrive_inc", "ld_acquire", "red_release"}),
+    "named_barrier.py": frozenset({"NamedBarrierBwd"}),
     "mask.py": PARTS["mask.py"],
     "interface.py": frozenset(
         {
@@ -60,7 +62,7 @@ BACKWARD_PARTS: dict[str, frozenset[str] | None] = {
     ),
 }
 
-KNOWN_BACKWARD = {"b202037cde1ae934": "flash-attn-4 4.0.0b36"}
+KNOWN_BACKWARD = {"5a37cae5e83dc379": "flash-attn-4 4.0.0b36"}
 
 
 def backward_refusal(folder: pathlib.Path, name: str) -> str | None:
