@@ -254,10 +254,13 @@ class KeyIn(_Named):
         return max(1, _require(self.name, spans))
 
     def intervals(self, rows: Rows) -> Intervals:
+        return normalised(*self.unordered_intervals(rows))
+
+    def unordered_intervals(self, rows: Rows) -> Intervals:
         start, end = rows.spans_of(self.name)
         if start.shape[1] == 0:  # no spans are one empty interval
             start, end = (torch.nn.functional.pad(edge, (0, 1)) for edge in (start, end))
-        return normalised(start, end)
+        return start, end
 
     def ahead(self) -> Ahead:
         return Ahead(everywhere=self.names)

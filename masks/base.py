@@ -61,6 +61,13 @@ class Mask(abc.ABC):
         sequence's keys; any other key outside of them is an error.
         """
 
+    def unordered_intervals(self, rows: Rows) -> Intervals:
+        """As `intervals`, but in any order; they may overlap, and empty ones are anywhere.
+
+        `&` and `|` put theirs together of these, so that only the whole mask's are put in order.
+        """
+        return self.intervals(rows)
+
     @abc.abstractmethod
     def visible(self, pairs: Pairs) -> torch.Tensor:
         """Boolean, in the shape that the pairs broadcast to."""
@@ -218,13 +225,19 @@ class And(_Two):
         return self.left.count(spans) + self.right.count(spans) - 1
 
     def intervals(self, rows: Rows) -> Intervals:
-        lo_a, hi_a = self.left.intervals(rows)
-        lo_b, hi_b = self.right.intervals(rows)
+        lo, hi = self.unordered_intervals(rows)
+        return emptied(lo, hi) if lo.shape[1] == 1 else normalised(lo, hi)
+
+    def unordered_intervals(self, rows: Rows) -> Intervals:
+        (lo_a, hi_a), (lo_b, hi_b) = (unordered_of(part, rows) for part in (self.left, self.right))
+        if min(lo_a.shape[1], lo_b.shape[1]) == 1:
+            return torch.maximum(lo_a, lo_b), torch.minimum(hi_a, hi_b)
+        (lo_a, hi_a), (lo_b, hi_b) = normalised(lo_a, hi_a), normalised(lo_b, hi_b)
         lo = torch.maximum(lo_a.unsqueeze(2), lo_b.unsqueeze(1)).flatten(1)
         hi = torch.minimum(hi_a.unsqueeze(2), hi_b.unsqueeze(1)).flatten(1)
         # Two disjoint lists of k and l intervals meet in at most k + l - 1.
         most = lo_a.shape[1] + lo_b.shape[1] - 1
-        lo, hi = emptied(lo, hi) if lo.shape[1] == 1 else normalised(lo, hi)
+        lo, hi = normalised(lo, hi)
         return lo.narrow(1, 0, most), hi.narrow(1, 0, most)
 
     def ends(self) -> Ends | None:
@@ -257,11 +270,16 @@ class Or(_Two):
         return 1 if self.around_position else self.left.count(spans) + self.right.count(spans)
 
     def intervals(self, rows: Rows) -> Intervals:
-        lo_a, hi_a = self.left.intervals(rows)
-        lo_b, hi_b = self.right.intervals(rows)
         if self.around_position:  # both hold the row's own position, or are empty, which min and max pass over
+            (lo_a, hi_a), (lo_b, hi_b) = (part.intervals(rows) for part in (self.left, self.right))
             return torch.minimum(lo_a, lo_b), torch.maximum(hi_a, hi_b)
-        return normalised(torch.cat([lo_a, lo_b], dim=1), torch.cat([hi_a, hi_b], dim=1))
+        return normalised(*self.unordered_intervals(rows))
+
+    def unordered_intervals(self, rows: Rows) -> Intervals:
+        if self.around_position:
+            return self.intervals(rows)
+        (lo_a, hi_a), (lo_b, hi_b) = (unordered_of(part, rows) for part in (self.left, self.right))
+        return torch.cat([lo_a, lo_b], dim=1), torch.cat([hi_a, hi_b], dim=1)
 
     def ends(self) -> Ends | None:
         return self._joined_ends()
@@ -301,6 +319,11 @@ def _operand(sign: str, value: object) -> Mask:
 def ahead_of(mask: Mask) -> Ahead:
     """`mask.ahead()`; of a subclass that says anew what its rows see, and not that, what is safe for any mask."""
     return mask.ahead() if speaks_for_itself(mask, "ahead") else Mask.ahead(mask)
+
+
+def unordered_of(mask: Mask, rows: Rows) -> Intervals:
+    """`mask.unordered_intervals`; of a subclass that says anew what its rows see, and not that, its intervals."""
+    return mask.unordered_intervals(rows) if speaks_for_itself(mask, "unordered_intervals") else mask.intervals(rows)
 
 
 def ends_of(mask: Mask) -> Ends | None:

@@ -307,6 +307,17 @@ def test_two_lists_can_meet_in_more_intervals_than_either_has() -> None:
     assert list(zip(bounds.lo[0].tolist(), bounds.hi[0].tolist(), strict=True)) == [(2, 5), (8, 10), (12, 14)]
 
 
+def test_a_subclass_that_says_anew_what_rows_see_is_heard_within_an_expression() -> None:
+    class FirstKey(KeyIn):
+        def intervals(self, rows):
+            lo = torch.zeros_like(rows.position).unsqueeze(1)
+            return lo, lo + 1
+
+    mask = causal & (window(2) | FirstKey("image"))
+    found = dense(prepare(Batch(((8, 8),), (((3, 5),),)), mask).bounds, 8)
+    assert torch.equal(found, torch.tensor([[k == 0 or p - k in (0, 1) for k in range(8)] for p in range(8)]))
+
+
 def test_show() -> None:
     mask = (causal | same_span("image")) & window(3)
     shown = mask.show(seqlen=6, ranges={"image": [(1, 5)]}, seqlen_q=3)
