@@ -16,6 +16,7 @@ from fa4_prefixlm.device_checks import to_device_together
 from fa4_prefixlm.geometry.intervals import Bounds
 from fa4_prefixlm.geometry.telling_rows import Pieces
 from fa4_prefixlm.kernels.launch import Launcher
+from fa4_prefixlm.kernels.search import last_begin
 
 BLOCK = 128
 
@@ -51,12 +52,7 @@ def all_rows_kernel(
     """Program `b` writes the rows of block `b`."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < total_q
-    # Where pieces begin ascends: a row's piece is the last one that begins at or before it.
-    piece = tl.zeros([BLOCK], tl.int32)
-    for level in range(levels):
-        later = piece + (1 << (levels - 1 - level))
-        begin = tl.load(begins + tl.minimum(later, pieces - 1))
-        piece = tl.where((later < pieces) & (begin <= row), later, piece)
+    piece = last_begin(begins, row, pieces, pieces - 1, levels)
     following = tl.minimum(piece + 1, pieces - 1)
     begin = tl.load(begins + piece)
     past = row - begin

@@ -24,6 +24,7 @@ from fa4_prefixlm.device_checks import integers_to_device
 from fa4_prefixlm.geometry.block_lists import BlockLists, countable_entries
 from fa4_prefixlm.geometry.tiles import ceil_div, count_query_tiles
 from fa4_prefixlm.kernels.launch import Launcher
+from fa4_prefixlm.kernels.search import last_begin
 from fa4_prefixlm.masks.interval_lists import EMPTY_LO
 
 # Key tiles that a program looks at together.
@@ -256,13 +257,8 @@ def tile_lists_kernel(
     tile = tl.program_id(0)
     token = tl.arange(0, ROWS)
     first_in_map = tile.to(tl.int64) * columns
-    # Where sequences begin ascends: that of a tile, or of a row, is the last one that begins at or before it.
     if BY_SEQUENCE:
-        sequence = 0
-        for level in range(levels):
-            later = sequence + (1 << (levels - 1 - level))
-            first_tile = tl.load(cu_tiles + tl.minimum(later, batch))
-            sequence = tl.where((later < batch) & (first_tile <= tile), later, sequence)
+        sequence = last_begin(cu_tiles, tile, batch, batch, levels)
         local = tile - tl.load(cu_tiles + sequence)
         first_row = tl.load(cu_seqlens_q + sequence) + local * TILE_M
         end_row = tl.minimum(tl.load(cu_seqlens_q + sequence + 1), total_q)
@@ -278,12 +274,7 @@ def tile_lists_kernel(
         key_tiles = columns
         first_entry = first_in_map
         row = first_row + token
-        sequences = tl.zeros([ROWS], tl.int32)
-        for level in range(levels):
-            later = sequences + (1 << (levels - 1 - level))
-            first_of_sequence = tl.load(cu_seqlens_q + tl.minimum(later, batch))
-            sequences = tl.where((later < batch) & (first_of_sequence <= row), later, sequences)
-        offset = tl.load(cu_seqlens_k + sequences)
+        offset = tl.load(cu_seqlens_k + last_begin(cu_seqlens_q, row, batch, batch, levels))
     inside = (token < TILE_M) & (row < end_row) & (row < total_q)
     wanted = tl.minimum(end_row - first_row, TILE_M)
     first_of_row = row.to(tl.int64) * stride_row

@@ -17,6 +17,7 @@ from fa4_prefixlm.batch.ranges import Spans
 from fa4_prefixlm.geometry import intervals
 from fa4_prefixlm.geometry.intervals import Tokens
 from fa4_prefixlm.kernels.launch import Launcher
+from fa4_prefixlm.kernels.search import last_begin
 from fa4_prefixlm.masks.interval_lists import EMPTY_LO, Intervals
 
 BLOCK = 256
@@ -75,12 +76,7 @@ def token_places_kernel(
     """Program `b` writes the tokens of block `b`."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < total_q
-    # Where sequences begin ascends: a token's sequence is the last one that begins at or before it.
-    sequence = tl.zeros([BLOCK], tl.int32)
-    for level in range(levels):
-        later = sequence + (1 << (levels - 1 - level))
-        first_row = tl.load(cu_seqlens_q + tl.minimum(later, batch))
-        sequence = tl.where((later < batch) & (first_row <= row), later, sequence)
+    sequence = last_begin(cu_seqlens_q, row, batch, batch, levels)
     first_key = tl.load(cu_seqlens_k + sequence)
     end_of_keys = tl.load(cu_seqlens_k + sequence + 1)
     end_of_rows = tl.load(cu_seqlens_q + sequence + 1)
