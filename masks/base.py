@@ -203,6 +203,9 @@ class _Two(Mask):
     def uses_position(self) -> bool:  # type: ignore[override]
         return self.left.uses_position or self.right.uses_position
 
+    def _unordered_parts(self, rows: Rows) -> tuple[Intervals, Intervals]:
+        return unordered_of(self.left, rows), unordered_of(self.right, rows)
+
     def _joined_ends(self) -> Ends | None:
         left, right = ends_of(self.left), ends_of(self.right)
         return None if left is None or right is None else left.joined(right)
@@ -225,20 +228,15 @@ class And(_Two):
         return self.left.count(spans) + self.right.count(spans) - 1
 
     def intervals(self, rows: Rows) -> Intervals:
-        lo, hi = self.unordered_intervals(rows)
+        one, other = self._unordered_parts(rows)
+        if not _any_single(one, other):
+            return _met(one, other)
+        lo, hi = _clipped(one, other)
         return emptied(lo, hi) if lo.shape[1] == 1 else normalised(lo, hi)
 
     def unordered_intervals(self, rows: Rows) -> Intervals:
-        (lo_a, hi_a), (lo_b, hi_b) = (unordered_of(part, rows) for part in (self.left, self.right))
-        if min(lo_a.shape[1], lo_b.shape[1]) == 1:
-            return torch.maximum(lo_a, lo_b), torch.minimum(hi_a, hi_b)
-        (lo_a, hi_a), (lo_b, hi_b) = normalised(lo_a, hi_a), normalised(lo_b, hi_b)
-        lo = torch.maximum(lo_a.unsqueeze(2), lo_b.unsqueeze(1)).flatten(1)
-        hi = torch.minimum(hi_a.unsqueeze(2), hi_b.unsqueeze(1)).flatten(1)
-        # Two disjoint lists of k and l intervals meet in at most k + l - 1.
-        most = lo_a.shape[1] + lo_b.shape[1] - 1
-        lo, hi = normalised(lo, hi)
-        return lo.narrow(1, 0, most), hi.narrow(1, 0, most)
+        one, other = self._unordered_parts(rows)
+        return _clipped(one, other) if _any_single(one, other) else _met(one, other)
 
     def ends(self) -> Ends | None:
         return self._joined_ends()
@@ -278,7 +276,7 @@ class Or(_Two):
     def unordered_intervals(self, rows: Rows) -> Intervals:
         if self.around_position:
             return self.intervals(rows)
-        (lo_a, hi_a), (lo_b, hi_b) = (unordered_of(part, rows) for part in (self.left, self.right))
+        (lo_a, hi_a), (lo_b, hi_b) = self._unordered_parts(rows)
         return torch.cat([lo_a, lo_b], dim=1), torch.cat([hi_a, hi_b], dim=1)
 
     def ends(self) -> Ends | None:
@@ -305,6 +303,27 @@ class Or(_Two):
 
     def __repr__(self) -> str:
         return f"{self.left!r} | {self.right!r}"
+
+
+def _any_single(one: Intervals, other: Intervals) -> bool:
+    """One of them is one interval a row."""
+    return min(one[0].shape[1], other[0].shape[1]) == 1
+
+
+def _clipped(one: Intervals, other: Intervals) -> Intervals:
+    """What both hold, of which one is one interval a row; in the order of the other's."""
+    return torch.maximum(one[0], other[0]), torch.minimum(one[1], other[1])
+
+
+def _met(one: Intervals, other: Intervals) -> Intervals:
+    """What both hold, in order."""
+    (lo_a, hi_a), (lo_b, hi_b) = normalised(*one), normalised(*other)
+    lo = torch.maximum(lo_a.unsqueeze(2), lo_b.unsqueeze(1)).flatten(1)
+    hi = torch.minimum(hi_a.unsqueeze(2), hi_b.unsqueeze(1)).flatten(1)
+    # Two disjoint lists of k and l intervals meet in at most k + l - 1.
+    most = lo_a.shape[1] + lo_b.shape[1] - 1
+    lo, hi = normalised(lo, hi)
+    return lo.narrow(1, 0, most), hi.narrow(1, 0, most)
 
 
 _ANY_RULE = "any rule of positions can be written as from_flex(lambda b, h, q, kv: ...)"
