@@ -22,8 +22,8 @@ from fa4_prefixlm.geometry.traits import MOST_INTERVALS, Traits
 from fa4_prefixlm.masks.base import Mask, ends_of
 from fa4_prefixlm.masks.protocols import Ends
 
-# Rows evaluated on the host in place of all rows on the device. Listing one takes about 0.3 us there, and they are
-# evaluated in about 0.3 ms, or 1 ms if there are so many; on a GPU the launches take 1 to 2 ms however few rows it has.
+# Rows evaluated on the host in place of all rows on the device. A dozen or a hundred took 0.7 to 1.2 ms on the hosts of
+# H100s, nearly all of it what torch's operations cost however few rows they get; so do the launches that they replace.
 MOST_ROWS = 2048
 
 
