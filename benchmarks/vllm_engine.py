@@ -171,6 +171,9 @@ def main() -> int:
     )
     parser.add_argument("--seconds", type=float, default=100, help="time: of measuring, for each model")
     parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="TEXT", help="time: workloads whose name holds a TEXT"
+    )
+    parser.add_argument(
         "--total", type=float, default=480, metavar="SECONDS", help="of all engines; what is left is out"
     )
     parser.add_argument("--tensor-parallel", type=int, default=1, metavar="GPUS")

@@ -1,8 +1,8 @@
 """Time to first token, decoding and host time in vLLM: the `time` of `vllm_engine.py`.
 
 Widths of Gemma 3 4B and of Gemma 4, six layers (five local, one global). All backends' engines are up at once on one
-GPU and take turns: each round times every workload on every backend, in another order. Times are wall clock around
-`LLM.generate`: the median of the rounds, and their spread.
+GPU and take turns: each round times every workload on every backend, in another order, while the processes of the
+others are stopped. Times are wall clock around `LLM.generate`: the median of the rounds, and their spread.
 
 - first token: one request, or eight mixed ones, until all have their first token; nothing is in the prefix cache.
 - decode: tokens a second of all requests, between the first and the last token.
@@ -18,6 +18,7 @@ import dataclasses
 import os
 import pathlib
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -89,7 +90,9 @@ TINY = (
 def time_all(arguments: argparse.Namespace, folder: pathlib.Path) -> tuple[dict[str, Any], bool]:
     """(what was measured, whether every backend has a time for every workload)."""
     results, failed, end = [], [], time.monotonic() + arguments.total
-    workloads = TINY if arguments.cpu else WORKLOADS
+    workloads = tuple(
+        own for own in (TINY if arguments.cpu else WORKLOADS) if any(text in own.name for text in arguments.only)
+    )
     for kind in arguments.models:
         _make(kind, folder, arguments.cpu)
         engines = _start(kind, arguments, folder)
@@ -129,15 +132,22 @@ class Engine:
         """None, and never alive again, if there is no answer."""
         if self.alive:
             try:
+                self._process.send_signal(signal.SIGCONT)
                 self._connection.send((workload, seed))
                 if self._connection.poll(timeout):
                     answer: dict[str, float] = self._connection.recv()
+                    self.pause()
                     return answer
             except (EOFError, OSError):
                 pass
             print(f"{workload.name}: no answer\n    " + _end_of(self._log), flush=True)
             self.stop()
         return None
+
+    def pause(self) -> None:
+        """Leave the host's cores to the others until the next question."""
+        if self.alive:
+            self._process.send_signal(signal.SIGSTOP)
 
     def stop(self) -> None:
         """End the process."""
@@ -177,6 +187,8 @@ def _start(kind: str, arguments: argparse.Namespace, folder: pathlib.Path) -> di
                     print(f"{kind} {name}: exit {process.returncode}\n    " + _end_of(log), flush=True)
         for process, _ in waiting.values():
             process.kill()
+    for engine in engines.values():
+        engine.pause()
     return engines
 
 

@@ -112,7 +112,7 @@ def _gemma4(folder: pathlib.Path, dtype: torch.dtype, shape: dict[str, Any]) -> 
         dtype=str(dtype).removeprefix("torch."),
         **ids,
     )
-    _save(Gemma4ForConditionalGeneration(config), folder, dtype, norms_of_qk=0.25)
+    _save(Gemma4ForConditionalGeneration(config), folder, dtype, norms_of_qk=0.25, last_norm=0.75)
     Gemma4Processor(
         feature_extractor=Gemma4AudioFeatureExtractor(),
         image_processor=_image_processor("gemma4")(patch_size=16, pooling_kernel_size=3, max_soft_tokens=soft),
@@ -222,11 +222,15 @@ def _tokenizer(names: dict[str, str]) -> tuple[Any, dict[str, int]]:
     return PreTrainedTokenizerFast(tokenizer_object=made, extra_special_tokens=names, **special), words
 
 
-def _save(model: Any, folder: pathlib.Path, dtype: torch.dtype, norms_of_qk: float = 1.0) -> None:
+def _save(
+    model: Any, folder: pathlib.Path, dtype: torch.dtype, norms_of_qk: float = 1.0, last_norm: float = 1.0
+) -> None:
     """With weights so large that what attention sees decides the logits.
 
     norms_of_qk: factor of the weights that queries and keys are normalised with. Gemma 4 does not scale its scores, and
     with ones each row would look at one key, which bfloat16 can't tell from the next.
+
+    last_norm: factor of the weights of the norm before the logits, which says how large they are.
     """
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -235,6 +239,7 @@ def _save(model: Any, folder: pathlib.Path, dtype: torch.dtype, norms_of_qk: flo
             if parameter.ndim < 2:
                 base = parameter if "norm" in name or "scal" in name else 0.0
                 base = base * norms_of_qk if ".q_norm." in name or ".k_norm." in name else base
+                base = base * last_norm if name.endswith("language_model.norm.weight") else base
                 parameter.copy_(base + 0.02 * noise)
             else:
                 parameter.copy_(noise * (0.05 if "embed" in name else parameter[0].numel() ** -0.5))
