@@ -27,8 +27,6 @@ from fa4_prefixlm.geometry.traits import Traits
 
 # Intervals of rows that see one key, at most: each takes registers.
 MOST_ROW_INTERVALS = 4
-# Key tiles of all key heads: eight for each SM of an H100.
-FOLDED_KEY_TILES = 8 * 132
 
 
 @dataclass(frozen=True)
@@ -85,9 +83,10 @@ class NativeBackward(BackwardBackend):
 
 def folded(tile: BackwardTile, spec: CallSpec, lengths: Lengths) -> BackwardTile:
     """Each CTA takes all query heads of its key head where enough CTAs are left to keep the GPU busy to the end."""
+    if tile.fold_from is None or spec.heads_q == spec.heads_kv:
+        return tile
     key_tiles = lengths.total_k // tile.n * spec.heads_kv
-    fold = tile.step != "fa4" and spec.heads_q > spec.heads_kv and key_tiles >= FOLDED_KEY_TILES
-    return dataclasses.replace(tile, fold=fold)
+    return dataclasses.replace(tile, fold=key_tiles >= tile.fold_from)
 
 
 def key_tables(batch: MaskedBatch, tile: BackwardTile, *, deterministic: bool) -> KeyTables | Refusal:

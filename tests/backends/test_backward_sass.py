@@ -37,7 +37,13 @@ KERNELS = {
     "hd256": Variant("native", 256, 256, backward="native"),
     "hd256, deterministic": Variant("native", 256, 256, backward="native", deterministic=True),
     "hd256, softcap": Variant("native", 256, 256, softcap=30.0, heads=(4, 4), backward="native"),
+    "hd64, folded": Variant("native", 64, 64, backward="native"),
+    "hd96, folded": Variant("native", 96, 96, backward="native"),
+    "hd128, folded": Variant("native", 128, 128, backward="native"),
+    "hd128 window, MQA, folded": Variant("native", 128, 128, window=256, heads=(8, 1), backward="native"),
+    "hd128, two intervals, folded": Variant("varlen", 128, 128, mask="two", heads=(6, 2), backward="native"),
     "hd256, folded": Variant("native", 256, 256, backward="native"),
+    "hd256, softcap, folded": Variant("native", 256, 256, softcap=30.0, backward="native"),
     "hd256 window": Variant("native", 256, 256, window=256, heads=(4, 4), backward="native"),
 }
 SERIALISED = "hd64, all tiles masked"
@@ -50,9 +56,10 @@ folder = pathlib.Path(os.environ["CUTE_DSL_DUMP_DIR"])
 chosen = native_backward.native_tile
 for index, (name, spec) in enumerate(json.load(sys.stdin).items()):
     spec["heads"] = tuple(spec["heads"])
+    changes = {"fold_from": 0 if name.endswith("folded") else None}
     if name.endswith("all tiles masked"):
-        native_backward.native_tile = lambda *a, **k: dataclasses.replace(chosen(*a, **k), skip_full=False)
-    native_backward.FOLDED_KEY_TILES = 0 if name.endswith("folded") else sys.maxsize
+        changes["skip_full"] = False
+    native_backward.native_tile = lambda *a, **k: dataclasses.replace(chosen(*a, **k), **changes)
     compile_variant(Variant(**spec))
     (made,) = folder.glob("*PrefixLMBackward*.cubin")  # every kernel has the same name
     print(json.dumps([name, str(made.rename(folder / f"{index}.kept"))]), flush=True)

@@ -118,6 +118,13 @@ def test_random_batches(kind: Kind, backward: str, gpu_report) -> None:
 @pytest.mark.parametrize(
     "kind",
     [
+        Kind((64, 64)),
+        Kind((64, 64), (8, 1), softcap=20.0, with_lse=True),
+        Kind((72, 72), (6, 2)),
+        Kind((96, 96), (8, 1), torch.float16),
+        Kind((128, 128)),
+        Kind((128, 128), (8, 1), with_lse=True),
+        Kind((128, 128), (6, 2), softcap=30.0, sink=True, with_lse=True),
         Kind((256, 256)),
         Kind((256, 256), (8, 1), with_lse=True),
         Kind((256, 256), (6, 2), softcap=30.0, sink=True),
@@ -126,15 +133,26 @@ def test_random_batches(kind: Kind, backward: str, gpu_report) -> None:
     ids=str,
 )
 def test_all_query_heads_of_a_key_head_in_one_cta(kind: Kind, monkeypatch, gpu_report) -> None:
-    monkeypatch.setattr(native_backward, "FOLDED_KEY_TILES", 0)
+    chosen = native_backward.native_tile
+    monkeypatch.setattr(
+        native_backward, "native_tile", lambda *dims, **how: dataclasses.replace(chosen(*dims, **how), fold_from=0)
+    )
     rng = random.Random(str(kind))
     cases = [(random_batch(rng), random_mask(rng)) for _ in range(4)]
     cases += [(batch, mask) for batch in UGLY.values() for mask in masks_for(batch)]
     cases.append((Batch(((700, 700),), (((20, 60),),)), causal & (window(40) | key_in("image"))))
+    unseen = Batch(((100, 600), (0, 200), (3, 3)), (((550, 580),), (), ()))
+    cases += [(unseen, fp.PrefixLM(50)), (MANY, fp.PrefixLM())]
     for seed, (batch, mask) in enumerate(cases):
         own = inputs_of(kind, batch, seed)
-        assert plan_of(own, batch, mask, "native").gradients(False).tile.fold
+        plan = plan_of(own, batch, mask, "native")
+        assert plan.gradients(False).tile.fold
         judged(kind, batch, mask, "native", seed, gpu_report)
+        if batch is unseen:
+            got = gradients_of(own, plan)
+            for grad in (got.k, got.v):
+                assert (grad[: 500 - 50] == 0).all()
+                assert (grad[600:800] == 0).all()
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

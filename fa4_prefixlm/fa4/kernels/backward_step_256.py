@@ -25,6 +25,8 @@ from cutlass._mlir.dialects import llvm
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.cutlass_dsl import dsl_user_op
 
+from fa4_prefixlm.fa4.kernels.folded_heads import query_tile
+
 WARP_GROUP = 128
 PARTS_OF_DQ = 2
 LN_2 = 0.6931471805599453
@@ -161,15 +163,14 @@ def step_class(module: str) -> type:
                     cap = functools.partial(self._cap, head=head, batch=batch, n_block=n_block, seqlen=seqlen)
                     self._issue_s(done)
                     warpgroup.wait_group(0)
-                    m_block, own = first, Int32(0)
-                    for _ in cutlass.range((end - first) * kernel.folded - 1, unroll=1):
+                    m_block, own = query_tile(first, kernel.folded), Int32(0)
+                    for _ in cutlass.range(end - first - 1, unroll=1):
                         self._step(m_block, done, mask, cap, self._sums_of_dq(seqlen, head, own), last=False)
                         done += 1
-                        m_block += 1
-                        if const_expr(kernel.folded > 1):  # noqa: SIM102  one is decided here, one on the device
-                            if m_block == end:
-                                m_block = first
-                                own += 1
+                        own += 1
+                        if own == kernel.folded:
+                            m_block += 1
+                            own = Int32(0)
                     self._step(m_block, done, mask, cap, self._sums_of_dq(seqlen, head, own), last=True)
                     done += 1
                     if const_expr(kernel.qhead_per_kvhead == 1):
@@ -281,72 +282,6 @@ def step_class(module: str) -> type:
                 values = [self.dq[4 * vector + element] for element in range(4)]
                 reduce_to_global(at + (part * (size // PARTS_OF_DQ) + vector * 4 * WARP_GROUP), values)
 
-    class Loader:
-        """The warp that loads, where a CTA takes all query heads of its key head; `given`: the arguments of `load`."""
-
-        def __init__(self, kernel: Any, given: dict[str, Any]) -> None:
-            self.kernel, self.given = kernel, given
-
-        def _tiles(self, name: str, rows: int, offset: Any, at: Any, *where: Any) -> Any:
-            """What copies tile `at` of a tensor of rows, or any tile to any stage."""
-            given, single = self.given, at is not None
-            whole = cute.domain_offset((offset, 0), given[f"m{name}"][(None, None, *where)])
-            tiles = cute.local_tile(whole, (rows, self.kernel.tile_hdim), (at, 0))
-            shared = given[f"s{name}"]
-            atom = given[f"tma_atom_{name}"]
-            return copies.tma_get_copy_fn(atom, 0, cute.make_layout(1), tiles, shared, single_stage=single)[0]
-
-        def _numbers(self, name: str, offset: Any, *where: Any) -> Any:
-            whole = cute.domain_offset((offset,), self.given[f"m{name}"][(None, *where)])
-            tiles = cute.local_tile(whole, (self.kernel.tile_m,), (None,))
-            return copies.cpasync_bulk_get_copy_fn(tiles, self.given[f"s{name}"])
-
-        @cute.jit
-        def run(self) -> None:
-            kernel, given = self.kernel, self.given
-            pipeline_q, pipeline_do = given["pipeline_Q"], given["pipeline_dO"]
-            user = cutlass.pipeline.PipelineUserType.Producer
-            state_q = cutlass.pipeline.make_pipeline_state(user, kernel.Q_stage)
-            state_do = cutlass.pipeline.make_pipeline_state(user, kernel.dO_stage)
-            scheduler = given["TileSchedulerCls"]()
-            work = scheduler.initial_work_tile_info()
-            while work.is_valid_tile:
-                n_block, head, batch, _ = work.tile_idx
-                seqlen = given["SeqlenInfoCls"](batch)
-                load_k = self._tiles("K", kernel.tile_n, seqlen.offset_k, n_block, head)
-                load_v = self._tiles("V", kernel.tile_n, seqlen.offset_k, n_block, head)
-                first, end = given["block_info"].get_m_block_min_max(seqlen, n_block)
-                for own in cutlass.range(kernel.folded, unroll=1):
-                    load_q = self._tiles("Q", kernel.tile_m, seqlen.offset_q, None, head, own)
-                    load_do = self._tiles("dO", kernel.tile_m, seqlen.offset_q, None, head, own)
-                    load_lse = self._numbers("LSE", seqlen.padded_offset_q, head, own)
-                    load_dpsum = self._numbers("dPsum", seqlen.padded_offset_q, head, own)
-                    for m_block in cutlass.range(first, end, unroll=1):
-                        opening = Boolean(own == 0) & Boolean(m_block == first)
-                        if opening:
-                            pipeline_q.producer_acquire(state_q, extra_tx_count=kernel.tma_copy_bytes["K"])
-                            load_k(tma_bar_ptr=pipeline_q.producer_get_barrier(state_q))
-                        else:
-                            pipeline_q.producer_acquire(state_q)
-                        ready = pipeline_q.producer_get_barrier(state_q)
-                        load_q(src_idx=m_block, dst_idx=state_q.index, tma_bar_ptr=ready)
-                        if opening:
-                            # The preprocess writes LSE and dPsum.
-                            cute.arch.griddepcontrol_wait()
-                        load_lse(src_idx=m_block, dst_idx=state_q.index, tma_bar_ptr=ready)
-                        if opening:
-                            pipeline_do.producer_acquire(state_do, extra_tx_count=kernel.tma_copy_bytes["V"])
-                            load_v(tma_bar_ptr=pipeline_do.producer_get_barrier(state_do))
-                        else:
-                            pipeline_do.producer_acquire(state_do)
-                        ready = pipeline_do.producer_get_barrier(state_do)
-                        load_do(src_idx=m_block, dst_idx=state_do.index, tma_bar_ptr=ready)
-                        load_dpsum(src_idx=m_block, dst_idx=state_do.index, tma_bar_ptr=ready)
-                        state_q.advance()
-                        state_do.advance()
-                scheduler.advance_to_next_work()
-                work = scheduler.get_current_work()
-
     class BackwardStep256(upstream):
         key_mask = KeyMask
 
@@ -363,12 +298,6 @@ def step_class(module: str) -> type:
             super()._setup_attributes()
             # Nothing stages dQ: the room holds the bounds of the tile's keys, see `KeyMask`.
             self.sdQaccum_layout = cute.make_layout(2 * self.intervals * self.tile_n)
-
-        def load(self, **given: Any) -> None:
-            if self.folded == 1:
-                super().load(**given)
-            else:
-                Loader(self, given).run()
 
         def dQaccum_store(self, **_: Any) -> None:
             """No warp stores dQ."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+# Eight CTAs for each SM of an H100.
+MANY_KEY_TILES = 8 * 132
 
 
 @dataclass(frozen=True)
@@ -20,8 +23,9 @@ class BackwardTile:
             windows earn back, and without which ptxas serialises the products of head dims up to 64.
         by_heads: CTAs take a key tile of several heads before the next key tile, of as many as the L2 cache holds; else
             all key tiles of a head before the next head. FA4 does so where the sums of dQ have an order.
-        fold: a CTA takes all query heads of its key head, one after the other, and sums dK and dV of them in registers,
-            not in float32 in memory. Only for steps other than FA4's.
+        fold: a CTA takes all query heads of its key head, in turn, and sums dK and dV of them in registers, not in
+            float32 in memory. Not where the sums of dQ have an order.
+        fold_from: how many key tiles of all key heads there must be for `fold`; None: it is never done.
         step: which class computes one query tile, see `native_backward.kernel_class`.
     """
 
@@ -37,6 +41,7 @@ class BackwardTile:
     skip_full: bool = True
     by_heads: bool = False
     fold: bool = False
+    fold_from: int | None = None
     step: str = "fa4"
 
     # FA4's kernels for these tiles have two warp groups of products beside the one that loads and stores.
@@ -68,7 +73,8 @@ def native_tile(head_dim: int, head_dim_v: int, *, windowed: bool, deterministic
         stages_do = 2 if head_dim_v <= 128 else 1
         return BackwardTile(64, 96, stages_do=stages_do, stages_pds=1, swap_sdp=False, swap_dkv=True)
     if not deterministic and head_dim == head_dim_v == 256:
-        return BackwardTile(64, 80, stages_do=1, swap_sdp=False, swap_dkv=True, atoms=(1, 1, 1), step="256")
+        tile = BackwardTile(64, 80, stages_do=1, swap_sdp=False, swap_dkv=True, atoms=(1, 1, 1), step="256")
+        return replace(tile, fold_from=MANY_KEY_TILES)
     return BackwardTile(
         64, 48, stages_do=1, stages_pds=1, swap_sdp=False, swap_dkv=True, atoms=(1, 1, 1), skip_full=windowed
     )

@@ -21,6 +21,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, const_expr
 
 from fa4_prefixlm.fa4.kernels.backward_step_256 import step_class
+from fa4_prefixlm.fa4.kernels.folded_heads import fold_loads, fold_sums, query_tile
 from fa4_prefixlm.fa4.kernels.native import by_name
 from fa4_prefixlm.fa4.kernels.ordered_sums import storing_warp
 
@@ -36,15 +37,16 @@ def key_intervals(module: str, bounds: Any, tiles: Any, order: Any | None) -> An
     return lists(mask_block_cnt=bounds, mask_block_idx=tiles, full_block_cnt=order)
 
 
-def by_heads(make_scheduler: Any, head_dim: int, head_dim_v: int) -> Any:
+def by_heads(make_scheduler: Any, head_dim: int, head_dim_v: int, folded: int) -> Any:
     """FA4's scheduler of varlen tiles, with the order that it has for the deterministic kernel, but longest first.
 
     make_scheduler: `functools.partial(create, parameters)`, as the kernel gets it.
+    folded: query heads that are one to the scheduler.
     """
     (parameters,) = make_scheduler.args
     decoder = parameters.decoder
     # As it counts there what has to fit the L2 cache: Q and dO in 2 bytes, and the float32 sums of dQ.
-    fitting = decoder.max_kvblock_in_l2 * (head_dim + head_dim_v) // (3 * head_dim + head_dim_v)
+    fitting = decoder.max_kvblock_in_l2 * (head_dim + head_dim_v) // ((3 * head_dim + head_dim_v) * folded)
     decoder = dataclasses.replace(decoder, head_swizzle=True, max_kvblock_in_l2=fitting)
     return functools.partial(make_scheduler.func, dataclasses.replace(parameters, decoder=decoder))
 
@@ -71,13 +73,14 @@ def kernel_class(module: str, step: str) -> type:
 
         tiles: Any = None
         keys: Any = None
+        folded: int = 1
 
         def get_m_block_min_max(self, seqlen_info: Any, n_block: Any) -> Any:
             # FA4's padded offset, in key tiles, is the rule of `row_tiles`.
             slot = seqlen_info.padded_offset_k // self.tile_n + n_block
             if self.keys is not None:
                 self.keys.read(seqlen_info, n_block, slot)
-            return self.tiles[slot, 0], self.tiles[slot, 3]
+            return self.tiles[slot, 0] * self.folded, self.tiles[slot, 3] * self.folded
 
     class OwnKeys:
         """The rows that see each key that a thread holds, in registers; read once per key tile."""
@@ -129,8 +132,10 @@ def kernel_class(module: str, step: str) -> type:
         """Stands in for `AttentionMask`: keeps the rows `[begin, end)` of each key."""
 
         keys: Any
+        folded: int = 1
 
         def apply_mask(self, acc_S: Any, m_block: Any, **_: Any) -> None:
+            m_block = query_tile(m_block, self.folded)
             if self.keys.skip_full:
                 self._keep_unless_full(acc_S, m_block)
             else:
@@ -174,7 +179,10 @@ def kernel_class(module: str, step: str) -> type:
         return bits
 
     class PrefixLMBackwardSm90(base):
-        """intervals: of rows that see a key, K. skip_full, by_heads, folded: see `BackwardTile`."""
+        """intervals: of rows that see a key, K. skip_full, by_heads: see `BackwardTile`.
+
+        folded: how many query heads a CTA takes; if more than one, FA4's loops count tiles as `folded_heads` does.
+        """
 
         # FA4 sets it where it finds something in the place of its block lists; `key_intervals` are none.
         use_block_sparsity = property(lambda self: False, lambda self, value: None)
@@ -203,12 +211,16 @@ def kernel_class(module: str, step: str) -> type:
         def load(self, *arguments: Any, **given: Any) -> None:
             given = by_name(upstream.load, arguments, given)
             self._replace(given, None)
+            if const_expr(self.folded > 1):
+                fold_loads(module, self, given)
             base.load(self, **given)
 
         def dQaccum_store(self, *arguments: Any, **given: Any) -> None:
             given = by_name(upstream.dQaccum_store, arguments, given)
             order = given["blocksparse_tensors"].full_block_cnt
             self._replace(given, None)
+            if const_expr(self.folded > 1):
+                fold_sums(module, self, given)
             if const_expr(self.deterministic):
                 storing_warp(module)(self, order, given).run()
             else:
@@ -221,7 +233,7 @@ def kernel_class(module: str, step: str) -> type:
             tables = lists.mask_block_cnt, lists.mask_block_idx
             if step == "fa4":
                 keys: Any = OwnKeys(*tables, self, thr_mma)
-                mask: Any = IntervalMask(keys)
+                mask: Any = IntervalMask(keys, self.folded)
             else:
                 keys = mask = base.key_mask(*tables, self, thr_mma, given["sdQaccum"], given["tidx"])
             self._replace(given, keys)
@@ -237,9 +249,11 @@ def kernel_class(module: str, step: str) -> type:
                 is_local=True,
                 tiles=lists.mask_block_idx,
                 keys=keys,
+                folded=self.folded,
             )
             given["blocksparse_tensors"] = None
             if self.by_heads:
-                given["TileSchedulerCls"] = by_heads(given["TileSchedulerCls"], *self.head_dims)
+                head_dim, head_dim_v = self.head_dims
+                given["TileSchedulerCls"] = by_heads(given["TileSchedulerCls"], head_dim, head_dim_v, self.folded)
 
     return PrefixLMBackwardSm90

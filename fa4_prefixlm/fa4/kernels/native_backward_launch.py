@@ -320,6 +320,6 @@ def _parts(build: Build) -> _BuildParts:
 
 @functools.cache
 def _own_source() -> str:
-    own = ("native", "native_backward", "ordered_sums", "backward_step_256", "native_backward_launch")
+    own = ("native", "native_backward", "folded_heads", "ordered_sums", "backward_step_256", "native_backward_launch")
     files = (pathlib.Path(__file__).with_name(f"{name}.py") for name in own)
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
