@@ -117,6 +117,8 @@ def blocks_that_fit(form: Form) -> dict[str, int]:
             # Queries, keys and values in flight, and what is searched.
             if row * (block_m + 2 * stages * block_n) + 8 * block_m * block_n * form.searched < 0.95 * room:
                 options = {"fwd_BLOCK_M": block_m, "fwd_BLOCK_N": block_n, "fwd_num_stages": stages}
+                if widest > 256 and block_m == FORWARD_BLOCKS[0][0]:
+                    options["fwd_num_warps"] = 8  # with torch's four, the sums of so wide a row spill
                 break
     if little and widest > 128:
         options |= dict.fromkeys(("bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2"), 32)

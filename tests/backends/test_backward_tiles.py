@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import types
 
 import pytest
@@ -30,8 +29,10 @@ def test_sums_without_an_order_are_not_deterministic() -> None:
 def test_query_heads_are_folded_where_enough_ctas_are_left(heads: tuple[int, int], total_k: int, fold: bool) -> None:
     spec = types.SimpleNamespace(heads_q=heads[0], heads_kv=heads[1])
     lengths = types.SimpleNamespace(total_k=total_k)
-    assert folded(native_tile(256, 256, windowed=True), spec, lengths).fold == fold
-    assert not folded(native_tile(256, 256, windowed=True, deterministic=True), spec, lengths).fold
-    assert not folded(native_tile(128, 128, windowed=True), spec, lengths).fold
-    switched = dataclasses.replace(native_tile(128, 128, windowed=True), fold_from=0)
-    assert folded(switched, spec, lengths).fold == (heads[0] > heads[1])
+    for head_dim in (64, 96, 128, 256):
+        tile = native_tile(head_dim, head_dim, windowed=True)
+        keys = types.SimpleNamespace(total_k=total_k * tile.n // 80)
+        assert folded(tile, spec, keys).fold == fold
+        ordered = native_tile(head_dim, head_dim, windowed=True, deterministic=True)
+        assert not folded(ordered, spec, keys).fold
+    assert not folded(native_tile(192, 128, windowed=True), spec, lengths).fold

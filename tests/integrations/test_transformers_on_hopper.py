@@ -13,6 +13,7 @@ import fa4_prefixlm.integrations.transformers  # noqa: F401
 from fa4_prefixlm.batch.tensors import describe
 from fa4_prefixlm.integrations.transformers import layer_attention as attention_module
 from fa4_prefixlm.integrations.transformers.masks import Record, Seen
+from fa4_prefixlm.runtime.bounded_plans import BoundedBatch
 from fa4_prefixlm.runtime.plans import Plan
 
 TOKENS = 512
@@ -26,6 +27,7 @@ def made(
     head_dim: int = 256,
     dtype: torch.dtype = torch.bfloat16,
     grad: bool = False,
+    flex: bool = False,
 ) -> Plan | str:
     """The plan, or why there is none."""
     monkeypatch.setenv("FLASH_ATTENTION_ARCH", "sm_90")
@@ -34,7 +36,7 @@ def made(
         k = torch.empty(2, TOKENS, 4, head_dim, device="cuda", dtype=dtype)
         bounds = torch.empty(2, TOKENS, 8, device="cuda", dtype=torch.int32)
         record = Record(TOKENS, torch.empty(6), dense=lambda: bounds, seen=seen)
-        return attention_module.plan_of(record, bounds, describe(q, k, k))
+        return attention_module.plan_of(record, bounds, describe(q, k, k), flex=flex)
 
 
 @pytest.mark.parametrize(
@@ -67,3 +69,18 @@ def test_what_goes_to_sdpa_says_why(monkeypatch: pytest.MonkeyPatch, causal: boo
     seen = Seen(1, False, True, TOKENS, TOKENS, causal)
     assert "512" in made(monkeypatch, seen, head_dim=512)
     assert "float32" in made(monkeypatch, seen, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_head_dims_that_fa4_lacks_run_flex_attention_and_it_is_said(
+    monkeypatch: pytest.MonkeyPatch, causal: bool
+) -> None:
+    warned: list[str] = []
+    monkeypatch.setattr(attention_module, "warn_once", warned.append)
+    monkeypatch.setattr(BoundedBatch, "plan", lambda _, build, choice: choice.name)
+    seen = Seen(1, False, True, TOKENS, TOKENS, causal)
+    assert made(monkeypatch, seen, head_dim=512, flex=True) == "flex"
+    assert "FlexAttention" in warned.pop()
+    assert "512" in made(monkeypatch, seen, head_dim=512)
+    assert "float32" in made(monkeypatch, seen, dtype=torch.float32, flex=True)
+    assert not warned

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-# Eight CTAs for each SM of an H100.
-MANY_KEY_TILES = 8 * 132
+# Nearly eight CTAs for each SM of an H100, which folding serves; 206 it slows down. Between them nothing was measured.
+MANY_KEY_TILES = 1024
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,14 @@ def native_tile(head_dim: int, head_dim_v: int, *, windowed: bool, deterministic
     windowed: rows see few keys, so the mask is a larger part of the work.
     deterministic: the sums of dQ have an order.
     """
-    by_heads = not deterministic
-    if head_dim <= 64:
-        return BackwardTile(128, 128, atoms=(1, 2, 2), by_heads=by_heads)
-    if head_dim <= 96:
-        return BackwardTile(64, 128, dq_by_one=True, by_heads=by_heads)
     if head_dim <= 128:
-        return BackwardTile(64, 128, skip_full=windowed, by_heads=by_heads)
+        if head_dim <= 64:
+            tile = BackwardTile(128, 128, atoms=(1, 2, 2))
+        elif head_dim <= 96:
+            tile = BackwardTile(64, 128, dq_by_one=True)
+        else:
+            tile = BackwardTile(64, 128, skip_full=windowed)
+        return tile if deterministic else replace(tile, by_heads=True, fold_from=MANY_KEY_TILES)
     if head_dim <= 192:
         stages_do = 2 if head_dim_v <= 128 else 1
         return BackwardTile(64, 96, stages_do=stages_do, stages_pds=1, swap_sdp=False, swap_dkv=True)
