@@ -20,11 +20,11 @@ IMAGES = [[(40, 296), (400, 1000)], [(700, 956)]]
 WIDTHS = {"head_dim": 128, "hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
-def made_for(name: str, attention: str, dtype: torch.dtype) -> Any:
+def made_for(name: str, attention: str, dtype: torch.dtype, global_head_dim: int = 256) -> Any:
     """Weights that are the same bfloat16 numbers in any dtype; small ones, which do not blow rounding up."""
     widths: dict[str, Any] = dict(WIDTHS)
     if name.startswith("gemma4"):
-        widths["global_head_dim"] = 256
+        widths["global_head_dim"] = global_head_dim
     if name == "molmo2":
         widths.pop("hidden_size")  # that of its adapter
     if name.startswith("paligemma"):
@@ -65,13 +65,28 @@ def run(made: Any, attention: str, given: dict[str, Any], dtype: torch.dtype) ->
 @pytest.mark.parametrize("pad", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_as_exact_as_sdpa(name: str, pad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = hold_against_sdpa(monkeypatch, name, pad)
+    assert len(plans) == (2 if name in WITH_WINDOW else 1)
+    assert {plan.choice.name for plan in plans} <= {"native", "causal", "varlen", "packed"}
+
+
+def test_layers_whose_head_dim_fa4_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_attention, "FLEX_FROM", LENGTH)
+    with pytest.warns(UserWarning, match="FlexAttention"):
+        masks._warned.clear()
+        plans = hold_against_sdpa(monkeypatch, "gemma4", True, global_head_dim=512)
+    assert {plan.choice.name for plan in plans} == {"native", "flex"}
+
+
+def hold_against_sdpa(monkeypatch: pytest.MonkeyPatch, name: str, pad: bool, **more: Any) -> list[Any]:
+    """The plans that were made."""
     plans: list[Any] = []
     make = layer_attention._make_plan
     monkeypatch.setattr(layer_attention, "_make_plan", lambda *a: plans.append(make(*a)) or plans[-1])
     given = given_for(name, pad)
     real = given["attention_mask"] == 1
-    exact = run(made_for(name, "eager", torch.float32), "eager", given, torch.float32)[real]
-    short = made_for(name, "eager", torch.bfloat16)
+    exact = run(made_for(name, "eager", torch.float32, **more), "eager", given, torch.float32)[real]
+    short = made_for(name, "eager", torch.bfloat16, **more)
     errors = {}
     baseline = "eager" if name == "paligemma2" else "sdpa"  # SDPA has no softcap
     for attention in (baseline, NAME):
@@ -79,8 +94,7 @@ def test_as_exact_as_sdpa(name: str, pad: bool, monkeypatch: pytest.MonkeyPatch)
         assert found.isfinite().all()
         errors[attention] = float((found - exact).norm() / exact.norm())
     assert errors[NAME] <= 1.5 * errors[baseline]
-    assert len(plans) == (2 if name in WITH_WINDOW else 1)
-    assert {plan.choice.name for plan in plans} <= {"native", "causal", "varlen", "packed"}
+    return plans
 
 
 def test_one_wait_a_forward() -> None:
