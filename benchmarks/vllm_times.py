@@ -226,6 +226,7 @@ def _summary(samples: list[dict[str, float]]) -> dict[str, Any]:
         values = [sample[name] for sample in samples]
         middle = statistics.median(values)
         said |= {name: middle, f"{name}, spread": (max(values) - min(values)) / middle if middle else 0.0}
+        said[f"{name}, best"] = max(values) if name == "tokens/s" else min(values)  # of a host that others use as well
     return said
 
 
@@ -235,7 +236,7 @@ def _show(results: list[dict[str, Any]]) -> None:
     cells: dict[tuple[str, str, str], dict[str, float]] = collections.defaultdict(dict)
     for row in results:
         for name, value in row.items():
-            if isinstance(value, float) and not name.endswith("spread"):
+            if isinstance(value, float) and not name.endswith(("spread", "best")):
                 cells[row["model"], row["workload"], name][row["backend"]] = value
     for (model, workload, name), values in cells.items():
         own = [f"{values[backend]:.4g}" if backend in values else "" for backend in names]

@@ -72,8 +72,8 @@ def test_as_exact_as_sdpa(name: str, pad: bool, monkeypatch: pytest.MonkeyPatch)
 
 def test_layers_whose_head_dim_fa4_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer_attention, "FLEX_FROM", LENGTH)
+    masks._warned.clear()
     with pytest.warns(UserWarning, match="FlexAttention"):
-        masks._warned.clear()
         plans = hold_against_sdpa(monkeypatch, "gemma4", True, global_head_dim=512)
     assert {plan.choice.name for plan in plans} == {"native", "flex"}
 
