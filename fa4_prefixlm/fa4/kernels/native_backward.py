@@ -37,7 +37,7 @@ def key_intervals(module: str, bounds: Any, tiles: Any, order: Any | None) -> An
     return lists(mask_block_cnt=bounds, mask_block_idx=tiles, full_block_cnt=order)
 
 
-def by_heads(make_scheduler: Any, head_dim: int, head_dim_v: int, folded: int) -> Any:
+def heads_side_by_side(make_scheduler: Any, head_dim: int, head_dim_v: int, folded: int) -> Any:
     """FA4's scheduler of varlen tiles, with the order that it has for the deterministic kernel, but longest first.
 
     make_scheduler: `functools.partial(create, parameters)`, as the kernel gets it.
@@ -254,6 +254,8 @@ def kernel_class(module: str, step: str) -> type:
             given["blocksparse_tensors"] = None
             if self.by_heads:
                 head_dim, head_dim_v = self.head_dims
-                given["TileSchedulerCls"] = by_heads(given["TileSchedulerCls"], head_dim, head_dim_v, self.folded)
+                given["TileSchedulerCls"] = heads_side_by_side(
+                    given["TileSchedulerCls"], head_dim, head_dim_v, self.folded
+                )
 
     return PrefixLMBackwardSm90
