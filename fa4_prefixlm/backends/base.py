@@ -19,8 +19,9 @@ from fa4_prefixlm.fa4.builds.describe import Build
 from fa4_prefixlm.geometry.intervals import Bounds, LatestSpan, Tokens, latest_span, row_bounds, tokens
 from fa4_prefixlm.geometry.telling_rows import Pieces, TellingRows
 from fa4_prefixlm.geometry.tiles import TileCounts
-from fa4_prefixlm.geometry.traits import Traits
+from fa4_prefixlm.geometry.traits import Traits, as_run, most_spans
 from fa4_prefixlm.masks.base import Mask
+from fa4_prefixlm.masks.plain_parts import few_parts
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,9 @@ class MaskedBatch:
     @functools.cached_property
     def bounds(self) -> Bounds:
         """The keys that each query row sees; computed when they are first looked at."""
+        composed = self._composed()
+        if composed is not None:
+            return composed
         pieces = self._pieces()
         if pieces is not None:
             if self.on_gpu:
@@ -84,6 +88,19 @@ class MaskedBatch:
 
             return token_places.latest_span
         return latest_span
+
+    def _composed(self) -> Bounds | None:
+        """The bounds of a mask of plain parts, filled in one launch; None where that is not to be."""
+        # A graph would copy the mask anew, out of memory that is others' by then.
+        if not self.on_gpu or self.traits.tagged or self.traits.custom or is_capturing():
+            return None
+        from fa4_prefixlm.kernels.composed_rows import composed_rows, takes
+
+        base, _ = as_run(self.mask, most_spans(self.spans))
+        parts = few_parts(base)
+        if parts is None or not takes(parts, self.spans, self.lengths):
+            return None
+        return composed_rows(parts, self.spans, self.lengths, self.traits.intervals)
 
     def _pieces(self) -> Pieces | None:
         """The bounds as few rows tell them; None where they do not."""
