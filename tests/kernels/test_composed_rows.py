@@ -193,8 +193,10 @@ else:
         run_interpreted(__file__)
 
     @pytest.mark.parametrize("checked", [True, False])
-    def test_it_compiles_for_hopper(checked: bool) -> None:
+    @pytest.mark.parametrize("size", kernel.SIZES)
+    def test_it_compiles_for_hopper(checked: bool, size: int) -> None:
         names = ("lo", "hi", "table", "cu_seqlens_q", "cu_seqlens_k", "ranges")
         pointers = dict.fromkeys(names, "*i32") | {"fine": "*i1" if checked else "*i32"}
-        constants: dict[str, object] = {"ROWS": kernel.ROWS, "CHECKED": checked, **kernel.CONSTANTS}
+        constants: dict[str, object] = {"ROWS": kernel.ROWS, "CHECKED": checked, "SIZE": size}
+        constants |= kernel.CONSTANTS
         assert ".target sm_90" in compile_for_hopper(kernel.composed_rows_kernel, pointers, constants)
