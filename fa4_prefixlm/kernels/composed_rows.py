@@ -170,7 +170,7 @@ def composed_rows_kernel(
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < total_q
-    sequence, first_key, keys, position = row_place(cu_seqlens_q, cu_seqlens_k, row, batch, levels)
+    sequence, _first_key, keys, position = row_place(cu_seqlens_q, cu_seqlens_k, row, batch, levels)
     own = ranges + sequence.to(tl.int64) * stride_sequence
 
     part = tl.arange(0, SIZE)
@@ -222,7 +222,7 @@ def composed_rows_kernel(
     sees = tl.zeros([ROWS], tl.int1)
     sees_past = tl.zeros([ROWS], tl.int1)
     out = row.to(tl.int64) * intervals
-    for step in range(steps):
+    for _step in range(steps):
         held = tl.zeros([ROWS], tl.int32)  # spans of each set that hold the key, in eight bits
         following = keys
         for first in range(0, key_spans, SPANS_AT_ONCE):
