@@ -153,7 +153,7 @@ def row_bounds(
     if lo.shape != hi.shape or lo.ndim != 2 or lo.shape[0] != len(where.position):
         shapes = f"{tuple(lo.shape)} and {tuple(hi.shape)}"
         raise InputError("mask", f"intervals lo and hi of shape ({len(where.position)}, K) from {mask!r}", shapes)
-    if lengths.is_bottom_right and lengths.key_start is None:  # else there may be keys that are not here
+    if lengths.is_aligned:  # else there may be keys that are not here
         _check_within_keys(mask, lo, hi, where)
     lo, hi = clipped(lo.to(torch.int32), hi.to(torch.int32), where)
     bounds = Bounds(lo, hi, _tags(tagged, rows, lengths) if tagged is not None and with_tags else None)

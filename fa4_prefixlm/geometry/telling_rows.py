@@ -104,8 +104,7 @@ class TellingRows:
         seqlens_q, seqlens_k = self.lengths.on_host()
         base, _ = as_run(self.mask, most_spans(self.spans))
         parts = few_parts(base)
-        aligned = self.lengths.is_bottom_right and self.lengths.key_start is None
-        if parts is None or self.lengths.total_q == 0 or not aligned:
+        if parts is None or self.lengths.total_q == 0 or not self.lengths.is_aligned:
             return 0
         sets = {name: own.on_host() for name, own in self.spans.items()}
         with_rows = (index for index, rows in enumerate(seqlens_q) if rows)

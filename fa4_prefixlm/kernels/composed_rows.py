@@ -42,8 +42,7 @@ FINE = "spans and lengths with which no row sees keys outside of its sequence, o
 
 def takes(parts: FewParts, spans: SpanSets, lengths: Lengths) -> bool:
     """The batch is of the kind that the kernel works on, and not too much for it."""
-    aligned = lengths.is_bottom_right and lengths.key_start is None
-    if not aligned or lengths.batch == 0 or lengths.total_q == 0:
+    if not lengths.is_aligned or lengths.batch == 0 or lengths.total_q == 0:
         return False
     widths = [spans[name].values.shape[1] for name in parts.names]
     return sum(widths) <= MOST_SPANS and lengths.total_q * sum(widths[: parts.key_sets]) ** 2 <= MOST_WORK

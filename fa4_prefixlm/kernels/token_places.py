@@ -27,8 +27,7 @@ MOST_SPANS = 256
 
 def token_places(lengths: Lengths) -> Tokens:
     """`geometry.intervals.tokens` of all query tokens of a batch."""
-    aligned = lengths.is_bottom_right and lengths.key_start is None
-    if not aligned or lengths.batch == 0 or lengths.total_q == 0:
+    if not lengths.is_aligned or lengths.batch == 0 or lengths.total_q == 0:
         return intervals.tokens(lengths)
     total_q, device = lengths.total_q, lengths.device
     sequence, key_offset, seqlen_k, position = (

@@ -31,8 +31,7 @@ LEAST_INT32 = torch.iinfo(torch.int32).min
 
 def takes(names: Sequence[str], spans: SpanSets, lengths: Lengths) -> bool:
     """The batch and the sets of spans are of the kind that these kernels look in."""
-    aligned = lengths.is_bottom_right and lengths.key_start is None
-    if not aligned or lengths.batch == 0 or len(names) > MOST_SETS:
+    if not lengths.is_aligned or lengths.batch == 0 or len(names) > MOST_SETS:
         return False
     return sum(spans[name].values.shape[1] for name in names) <= MOST_SPANS
 

@@ -16,11 +16,11 @@ from fa4_prefixlm.backends.base import MaskedBatch
 from fa4_prefixlm.backends.flex import BLOCK, LEAST_BLOCKS, _padded_tags
 from fa4_prefixlm.backends.flex_rule import rule_for
 from fa4_prefixlm.backends.flex_rule_tables import rule_tables, rule_tables_in_one_launch
-from fa4_prefixlm.batch.ranges import SpanSets
+from fa4_prefixlm.batch.ranges import Spans, SpanSets
 from fa4_prefixlm.geometry.intervals import tags_of, tokens
 from fa4_prefixlm.geometry.packed_row_tiles import tag_ranges
 from fa4_prefixlm.geometry.tiles import ceil_div
-from fa4_prefixlm.masks import causal, key_in, one_block, query_in, same_span
+from fa4_prefixlm.masks import causal, key_in, one_block, prefix, query_in, same_span
 from fa4_prefixlm.testing.batches import UGLY, Batch, random_batch
 from tests.geometry.test_measured import random_expression
 from tests.kernels.test_composed_rows import as_spans
@@ -93,6 +93,13 @@ if INTERPRETED:
         mask = same_span("image") | query_in("b") & key_in("a")
         check_rule(UGLY[name], mask, as_spans(rng, UGLY[name], mask.names))
         check_tags(UGLY[name], as_spans(rng, UGLY[name], frozenset({"image"})), BLOCK)
+
+    def test_spans_that_the_keys_end_within() -> None:
+        """Which some masks let a chunk cut."""
+        for end in (61, 2**31 - 1):
+            values = torch.tensor([[[50, end], [0, 0], [3, 9]], [[20, 25], [30, 40], [0, 4]]], dtype=torch.int32)
+            spans = {"image": Spans(values, None, end)}
+            check_rule(Batch(((40, 60), (41, 41)), ((), ())), prefix("image") | one_block("image"), spans)
 
     def test_no_spans() -> None:
         for batch in (UGLY["no spans"], Batch(((0, 0), (0, 40)), ((), ()))):
