@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -16,11 +17,12 @@ from fa4_prefixlm.batch.ranges import SpanSets
 from fa4_prefixlm.batch.tensors import CallSpec
 from fa4_prefixlm.device_checks import is_capturing, is_fake
 from fa4_prefixlm.fa4.builds.describe import Build
-from fa4_prefixlm.geometry.intervals import Bounds, LatestSpan, Tokens, latest_span, row_bounds, tokens
+from fa4_prefixlm.geometry.intervals import Bounds, LatestSpan, Tags, Tokens, latest_span, row_bounds, tags_of, tokens
 from fa4_prefixlm.geometry.telling_rows import Pieces, TellingRows
 from fa4_prefixlm.geometry.tiles import TileCounts
-from fa4_prefixlm.geometry.traits import Traits
+from fa4_prefixlm.geometry.traits import Traits, as_run, most_spans
 from fa4_prefixlm.masks.base import Mask
+from fa4_prefixlm.masks.plain_parts import few_parts
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,14 @@ class MaskedBatch:
     @functools.cached_property
     def bounds(self) -> Bounds:
         """The keys that each query row sees; computed when they are first looked at."""
+        return self.untagged if self.block is None else dataclasses.replace(self.untagged, tags=self._tags(self.block))
+
+    @functools.cached_property
+    def untagged(self) -> Bounds:
+        """The bounds without tags."""
+        composed = self._composed()
+        if composed is not None:
+            return composed
         pieces = self._pieces()
         if pieces is not None:
             if self.on_gpu:
@@ -74,7 +84,21 @@ class MaskedBatch:
                 return all_rows(pieces, self.lengths.total_q, self.lengths.device)
             return pieces.bounds(self.lengths.total_q, self.lengths.device)
         most = None if self.traits.custom else self.traits.intervals
-        return row_bounds(self.mask, self.spans, self.lengths, self.where, most, self.find_latest)
+        return row_bounds(self.mask, self.spans, self.lengths, self.where, most, self.find_latest, with_tags=False)
+
+    @functools.cached_property
+    def block(self) -> str | None:
+        """The span set whose tokens see each other by tags; None: there is none."""
+        return as_run(self.mask, most_spans(self.spans))[1] if self.traits.tagged else None
+
+    def _tags(self, block: str) -> Tags:
+        if self.on_gpu:
+            from fa4_prefixlm.kernels.token_tables import tag_tables, takes
+
+            if takes([block], self.spans, self.lengths):
+                sizes = self.lengths.total_q, self.lengths.total_k
+                return tag_tables(self.spans[block], self.lengths, *sizes).tags
+        return tags_of(block, self.spans, self.lengths, self.where, self.find_latest)
 
     @property
     def find_latest(self) -> LatestSpan:
@@ -84,6 +108,19 @@ class MaskedBatch:
 
             return token_places.latest_span
         return latest_span
+
+    def _composed(self) -> Bounds | None:
+        """The bounds of a mask of plain parts, filled in one launch; None where that is not to be."""
+        # A graph would copy the mask anew, out of memory that is others' by then.
+        if not self.on_gpu or self.traits.custom or is_capturing():
+            return None
+        from fa4_prefixlm.kernels.composed_rows import composed_rows, takes
+
+        base, _ = as_run(self.mask, most_spans(self.spans))
+        parts = few_parts(base)
+        if parts is None or not takes(parts, self.spans, self.lengths):
+            return None
+        return composed_rows(parts, self.spans, self.lengths, self.traits.intervals)
 
     def _pieces(self) -> Pieces | None:
         """The bounds as few rows tell them; None where they do not."""

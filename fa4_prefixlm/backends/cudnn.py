@@ -103,7 +103,7 @@ class Cudnn(Backend):
         return cudnn_refusal(spec)
 
     def prepare(self, batch: MaskedBatch) -> CudnnCall:
-        bounds = batch.packed_bounds
+        bounds = in_use(batch.packed_bounds)
         blind = (bounds.lo >= bounds.hi).all(1)
         plan = None if batch.lengths.total_k == 0 else mask_plan(batch, bounds, with_backward=False)
         return CudnnCall(batch.spec, plan, bounds.count, blind if blind.any() else None)
@@ -173,6 +173,12 @@ def mask_plan(batch: MaskedBatch, bounds: Bounds, *, with_backward: bool) -> Any
         )
     )
     return api().create_mask_plan(interval_ends(bounds), q, k, v, build_backward=with_backward)
+
+
+def in_use(bounds: Bounds) -> Bounds:
+    """Without the intervals that no row has, which would cost its kernels as much as any. Waits for the device."""
+    count = max(1, int((bounds.lo < bounds.hi).any(0).sum()))
+    return Bounds(bounds.lo.narrow(1, 0, count), bounds.hi.narrow(1, 0, count))
 
 
 def interval_ends(bounds: Bounds) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fa4_prefixlm.backends.base import BackwardBackend, Gradients, MaskedBatch
-from fa4_prefixlm.backends.cudnn import FlexFor, aligned, api, cudnn_refusal, is_plain, mask_plan
+from fa4_prefixlm.backends.cudnn import FlexFor, aligned, api, cudnn_refusal, in_use, is_plain, mask_plan
 from fa4_prefixlm.backends.flex_backward import FlexGradients
 from fa4_prefixlm.batch.forward_pass import ForwardPass, Grads
 from fa4_prefixlm.batch.options import Options
@@ -88,7 +88,7 @@ class CudnnBackward(BackwardBackend):
         return cudnn_refusal(spec)
 
     def prepare(self, batch: MaskedBatch, *, deterministic: bool) -> CudnnGradients:
-        bounds, keys = batch.packed_bounds, batch.lengths.total_k
+        bounds, keys = in_use(batch.packed_bounds), batch.lengths.total_k
         blind, unseen = (bounds.lo >= bounds.hi).all(1), unseen_keys(bounds, keys)
         plan = mask_plan(batch, bounds, with_backward=True) if keys else None
         return CudnnGradients(plan, blind if blind.any() else None, unseen if unseen.any() else None)

@@ -17,14 +17,14 @@ import torch._functorch.config as functorch_config
 from fa4_prefixlm.backends.base import Backend, MaskedBatch, Prepared
 from fa4_prefixlm.backends.flex_attend import BLOCK, LEAST_INT32, Form, Tables, compiled, free, power_of_two
 from fa4_prefixlm.backends.flex_rule import MOST_AS_FAST, Rule, rule_for
-from fa4_prefixlm.backends.flex_rule_tables import rule_tables
+from fa4_prefixlm.backends.flex_rule_tables import rule_tables, rule_tables_in_one_launch
 from fa4_prefixlm.backends.rows import kernel_bounds
 from fa4_prefixlm.batch.lengths import Lengths, as_one_sequence
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.batch.tensors import CallSpec
 from fa4_prefixlm.fa4.builds.describe import Build
 from fa4_prefixlm.geometry.intervals import Bounds, Tags
-from fa4_prefixlm.geometry.packed_row_tiles import packed_map, tagged_tiles, transposed
+from fa4_prefixlm.geometry.packed_row_tiles import packed_map, tag_ranges, transposed
 from fa4_prefixlm.geometry.tiles import TileCounts, TileMap, ceil_div
 from fa4_prefixlm.geometry.traits import Traits, in_words
 from fa4_prefixlm.masks.interval_lists import EMPTY_HI, EMPTY_LO, END_OF_KEYS
@@ -169,10 +169,9 @@ def tables_in_one_launch(
     from fa4_prefixlm.kernels.tile_lists import block_tables
 
     bounds = kernel_bounds(batch)
-    tags, tagged = bounds.tags, None
-    if tags is not None:
-        tags = _padded_tags(tags, rows * BLOCK, keys * BLOCK)
-        tagged = tagged_tiles(tags, batch.lengths.batch, keys * BLOCK, BLOCK, BLOCK)
+    tags, tagged = None, None
+    if batch.block is not None:
+        tags, tagged = _tag_tables(batch, batch.block, rows, keys)
     count = bounds.count
     compared = rule is None and not is_searched(count)
     made = block_tables(
@@ -187,7 +186,7 @@ def tables_in_one_launch(
     )
     of_keys = None
     if rule is not None:
-        ends, of_keys = rule_tables(batch, rule, rows, keys)
+        ends, of_keys = rule_tables_in_one_launch(batch, rule, rows, keys)
     elif compared:
         ends = free(made.ends, 1)
     else:
@@ -203,6 +202,19 @@ def tables_in_one_launch(
         of_keys=of_keys,
     )
     return count, tables, TileMap(made.is_full, made.is_partial)
+
+
+def _tag_tables(batch: MaskedBatch, block: str, rows: int, keys: int) -> tuple[Tags, tuple[torch.Tensor, torch.Tensor]]:
+    """(the padded tags, those of rows and of keys by block)."""
+    from fa4_prefixlm.kernels import token_tables
+
+    if token_tables.takes([block], batch.spans, batch.lengths):
+        made = token_tables.tag_tables(batch.spans[block], batch.lengths, rows * BLOCK, keys * BLOCK, BLOCK)
+        return made.tags, (made.rows, made.keys)
+    assert batch.bounds.tags is not None
+    tags = _padded_tags(batch.bounds.tags, rows * BLOCK, keys * BLOCK)
+    of_rows, of_keys = (tag_ranges(own, BLOCK, batch.lengths.batch) for own in (tags.row_tag, tags.key_tag))
+    return tags, (of_rows, of_keys)
 
 
 def flex_refusal(spec: CallSpec) -> str | None:

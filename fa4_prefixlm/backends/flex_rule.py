@@ -18,10 +18,9 @@ from dataclasses import dataclass
 import torch
 
 from fa4_prefixlm.batch.ranges import LARGEST
-from fa4_prefixlm.masks.atoms import Causal, KeyIn, KeyOutside, OneBlock, Prefix, QueryIn, SameSpan, Window
 from fa4_prefixlm.masks.base import And, Mask, Or
 from fa4_prefixlm.masks.noised_copy import BlockDiffusion
-from fa4_prefixlm.masks.prefix_lm import PrefixLM
+from fa4_prefixlm.masks.plain_parts import in_plain_parts
 
 # Up to so many intervals a row they are compared: on an H100 that is as fast as a rule, or faster.
 MOST_AS_FAST = 4
@@ -94,7 +93,7 @@ def rule_for(mask: Mask, intervals: int) -> Rule | None:
     """
     if intervals <= MOST_AS_FAST:
         return None
-    spelled = _spelled(mask)
+    spelled = in_plain_parts(mask, _with_rule)
     return None if spelled is None or intervals <= _parts(spelled) else _rule(spelled)
 
 
@@ -124,21 +123,11 @@ def by_rule(rule: Rule, of_rows: tuple[torch.Tensor, ...], of_keys: tuple[torch.
     return seen
 
 
-# What these say of a pair is all tensor operations, and depends on how far tokens are apart, not on where they stand.
-_PLAIN = frozenset({Causal, Window, SameSpan, Prefix, QueryIn, KeyIn, KeyOutside, OneBlock})
-
-
-def _spelled(mask: Mask) -> Mask | None:
-    """The mask in parts that have a rule; None if one has none, such as a class of somebody else's."""
-    kind = type(mask)  # a subclass may say anything
-    if isinstance(mask, (And, Or)) and kind in (And, Or):
-        left, right = _spelled(mask.left), _spelled(mask.right)
-        return None if left is None or right is None else kind(left, right)
-    if isinstance(mask, PrefixLM) and kind is PrefixLM:
-        return _spelled(mask.expression)
-    if isinstance(mask, BlockDiffusion) and kind is BlockDiffusion:
-        return dataclasses.replace(mask, block=min(mask.block, LARGEST))
-    return mask if kind in _PLAIN else None
+def _with_rule(part: Mask) -> Mask | None:
+    """A part that is no plain atom and has a rule all the same; None if it has none."""
+    if isinstance(part, BlockDiffusion) and type(part) is BlockDiffusion:
+        return dataclasses.replace(part, block=min(part.block, LARGEST))
+    return None
 
 
 def _parts(mask: Mask) -> int:

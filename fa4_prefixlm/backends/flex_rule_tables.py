@@ -1,11 +1,12 @@
 """What the kernel of `flex` reads of each token where a mask's own rule tells what rows see (`flex_rule`).
 
-Some ten operations on the device, and a search of the latest span for each set; nothing synchronises.
+Some twenty operations on the device, or one launch of a kernel; nothing synchronises.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import torch
 
@@ -32,6 +33,19 @@ def rule_tables(batch: MaskedBatch, rule: Rule, rows: int, keys: int) -> tuple[t
     of_keys = [packed_keys.owner(name).clamp(min=NO_KEY) for name in rule.key_owners]
     # Rows past the batch see an interval of no keys, and keys past it are in no row's.
     return _in_blocks(of_rows, rows), _in_blocks(of_keys, keys) if of_keys else None
+
+
+def rule_tables_in_one_launch(
+    batch: MaskedBatch, rule: Rule, rows: int, keys: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The same by a kernel, where the batch is of the kind that it works on."""
+    from fa4_prefixlm.kernels.token_tables import rule_numbers, takes
+
+    told = rule.row_owners, rule.latest_ends, rule.key_owners
+    if not takes(sorted({*itertools.chain(*told)}), batch.spans, batch.lengths):
+        return rule_tables(batch, rule, rows, keys)
+    of_rows, of_keys = rule_numbers(batch.spans, batch.lengths, *told, rows=rows, keys=keys, block=BLOCK)
+    return free(of_rows, 1), free(of_keys, 1) if rule.key_owners else None
 
 
 class _Places:

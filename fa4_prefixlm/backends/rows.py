@@ -43,9 +43,9 @@ def fills_in_one_launch(spec: CallSpec, traits: Traits, lengths: Lengths) -> boo
 
 
 def kernel_bounds(batch: MaskedBatch) -> Bounds:
-    """The bounds of the rows, from the one launch where the batch has it: then rows of padding follow them."""
+    """The bounds of the rows but for tags, from the one launch where the batch has it: then rows of padding follow."""
     if not batch.in_one_launch:
-        return batch.bounds
+        return batch.untagged
     both = kernel_rows(batch, *ANY_TILE).bounds
     return Bounds(both.narrow(1, 0, 1), both.narrow(1, 1, 1))
 

@@ -68,6 +68,11 @@ class Lengths:
         """The last query of every sequence stands at its last key: what kernels mean by causal."""
         return self.query_start is None
 
+    @property
+    def is_aligned(self) -> bool:
+        """`is_bottom_right`, and the first key of every sequence stands at 0: the lengths say where all stand."""
+        return self.is_bottom_right and self.key_start is None
+
     def key_starts(self) -> torch.Tensor:
         """The position of each sequence's first key, `(batch,)` int32 on the device."""
         return self.key_start if self.key_start is not None else torch.zeros_like(self.cu_seqlens_k.diff())

@@ -133,12 +133,15 @@ def row_bounds(
     where: Tokens,
     most: int | None = None,
     latest: LatestSpan | None = None,
+    *,
+    with_tags: bool = True,
 ) -> Bounds:
     """Evaluate `mask.intervals` for every query token of the batch, clipped to the keys of its sequence.
 
     Args:
         most: intervals that a row is known to see at most. Any past it must be empty, and are dropped.
         latest: what finds the spans of tokens; None: `latest_span`.
+        with_tags: False: leave out the tags of a mask that has them.
 
     Raises:
         InputError: the mask gives intervals of a wrong shape, past the keys, or more than `most` (on a GPU the values
@@ -150,10 +153,10 @@ def row_bounds(
     if lo.shape != hi.shape or lo.ndim != 2 or lo.shape[0] != len(where.position):
         shapes = f"{tuple(lo.shape)} and {tuple(hi.shape)}"
         raise InputError("mask", f"intervals lo and hi of shape ({len(where.position)}, K) from {mask!r}", shapes)
-    if lengths.is_bottom_right and lengths.key_start is None:  # else there may be keys that are not here
+    if lengths.is_aligned:  # else there may be keys that are not here
         _check_within_keys(mask, lo, hi, where)
     lo, hi = clipped(lo.to(torch.int32), hi.to(torch.int32), where)
-    bounds = Bounds(lo, hi, None if tagged is None else _tags(tagged, rows, lengths))
+    bounds = Bounds(lo, hi, _tags(tagged, rows, lengths) if tagged is not None and with_tags else None)
     return bounds if most is None else at_most(most, mask, bounds, where)
 
 
@@ -258,6 +261,11 @@ def _containing(latest: Intervals, position: torch.Tensor) -> Intervals:
     start, end = latest
     past = position >= end
     return start.masked_fill(past, EMPTY_LO), end.masked_fill(past, EMPTY_HI)
+
+
+def tags_of(name: str, spans: SpanSets, lengths: Lengths, where: Tokens, latest: LatestSpan = latest_span) -> Tags:
+    """The tags of a batch, whose rows in spans of `name` all see each other."""
+    return _tags(name, TokenRows(where, spans, latest), lengths)
 
 
 def _tags(name: str, rows: TokenRows, lengths: Lengths) -> Tags:

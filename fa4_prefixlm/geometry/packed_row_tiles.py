@@ -48,22 +48,25 @@ def transposed(seen: TileMap) -> TileMap:
 
 def tagged_tiles(tags: Tags, batch: int, total_k: int, tile_m: int, tile_n: int) -> tuple[torch.Tensor, torch.Tensor]:
     """`(query_tiles, key_tiles)` bool: all pairs share a tag; some may (tags are sequences, and ascend)."""
-    first_row, last_row, rows_whole = _tag_range(tags.row_tag, tile_m, batch)
-    first_key, last_key, keys_whole = _tag_range(tags.key_tag, tile_n, batch)
-    some = (first_row.unsqueeze(1) <= last_key) & (first_key <= last_row.unsqueeze(1))
+    first_row, last_row, rows_whole = tag_ranges(tags.row_tag, tile_m, batch).unsqueeze(1).unbind(2)
+    first_key, last_key, keys_whole = tag_ranges(tags.key_tag, tile_n, batch).unbind(1)
+    some = (first_row <= last_key) & (first_key <= last_row)
     # Keys past the last one are masked in a partial tile only.
     inside = torch.arange(1, len(first_key) + 1, device=first_key.device) * tile_n <= total_k
-    same = (first_row.unsqueeze(1) == last_key) & (last_row.unsqueeze(1) == first_key)
-    return same & rows_whole.unsqueeze(1) & (keys_whole & inside), some
+    same = (first_row == last_key) & (last_row == first_key)
+    return same & (rows_whole > 0) & ((keys_whole > 0) & inside), some
 
 
-def _tag_range(tag: torch.Tensor, tile: int, batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of each tile: the first and the last tag that its tokens have, and whether all of them have one."""
+def tag_ranges(tag: torch.Tensor, tile: int, batch: int) -> torch.Tensor:
+    """`(tiles, 3)` int32: the first and the last tag that a tile's tokens have, and 1 if all of them have one.
+
+    Of a tile without tags the first is `batch`, and the last below 0.
+    """
     count = ceil_div(len(tag), tile)
     tiles = torch.nn.functional.pad(tag, (0, count * tile - len(tag)), value=-3).view(count, tile)
     present = tiles >= 0
     first = tiles.masked_fill(present.logical_not(), batch).amin(1)
-    return first, tiles.amax(1), (present | (tiles == -3)).all(1)
+    return torch.stack([first, tiles.amax(1), (present | (tiles == -3)).all(1).to(torch.int32)], dim=1)
 
 
 def _as_4d(per_tile: torch.Tensor) -> torch.Tensor:

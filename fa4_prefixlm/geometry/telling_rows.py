@@ -18,8 +18,9 @@ from fa4_prefixlm.batch.lengths import Lengths
 from fa4_prefixlm.batch.ranges import SpanSets
 from fa4_prefixlm.device_checks import is_fake
 from fa4_prefixlm.geometry.intervals import Bounds, Tokens, at_most, row_bounds, tokens
-from fa4_prefixlm.geometry.traits import MOST_INTERVALS, Traits
+from fa4_prefixlm.geometry.traits import MOST_INTERVALS, Traits, as_run, most_spans
 from fa4_prefixlm.masks.base import Mask, ends_of
+from fa4_prefixlm.masks.plain_parts import few_parts
 from fa4_prefixlm.masks.protocols import Ends
 
 # Rows evaluated on the host in place of all rows on the device. A dozen or a hundred took 0.7 to 1.2 ms on the hosts of
@@ -98,6 +99,19 @@ class TellingRows:
         ends = ends_of(self.mask)
         return tokens(self._on_host, None if ends is None else self._listed(ends))
 
+    def one_sees(self) -> int:
+        """How many intervals one row sees that is likely to see many, told in Python; 0: it is not told."""
+        seqlens_q, seqlens_k = self.lengths.on_host()
+        base, _ = as_run(self.mask, most_spans(self.spans))
+        parts = few_parts(base)
+        if parts is None or self.lengths.total_q == 0 or not self.lengths.is_aligned:
+            return 0
+        sets = {name: own.on_host() for name, own in self.spans.items()}
+        with_rows = (index for index, rows in enumerate(seqlens_q) if rows)
+        most = max(with_rows, key=lambda index: sum(len(sets[name][index]) for name in parts.names))
+        keys = seqlens_k[most]
+        return len(parts.seen(keys - 1, keys, {name: own[most] for name, own in sets.items()}))
+
     def pieces(self, most: int) -> Pieces | None:
         """The bounds of all rows as pieces.
 
@@ -153,10 +167,14 @@ class TellingRows:
 def measured(asked: Traits, telling: TellingRows) -> Traits:
     """`asked` with the intervals that rows really see, where the formula's bound is above what kernels take.
 
+    Where they see more than that as well it may still be the bound: what runs such a mask does not ask how many.
+
     Only uses values that are on the host: nothing synchronises, unless evaluating the mask does.
     """
     evaluated = telling.mask.evaluated
     if asked.intervals <= MOST_INTERVALS or asked.custom or not (telling.known or evaluated):
+        return asked
+    if not evaluated and telling.one_sees() > MOST_INTERVALS:
         return asked
     if evaluated:
         bounds = row_bounds(telling.mask, telling.spans, telling.lengths, tokens(telling.lengths))

@@ -30,6 +30,7 @@ from fa4_prefixlm.batch.lengths import Lengths
 from fa4_prefixlm.batch.ranges import Spans
 from fa4_prefixlm.errors import InputError
 from fa4_prefixlm.kernels.launch import Launcher
+from fa4_prefixlm.kernels.span_sets import together
 from fa4_prefixlm.masks.closed_form import ClosedForm
 from fa4_prefixlm.masks.interval_lists import END_OF_KEYS
 
@@ -75,7 +76,7 @@ def plan_rows(
     """
     cu_seqlens_q, device = lengths.cu_seqlens_q, lengths.device
     counts = lengths.cu_seqlens_k if keys.seqused_k is None else keys.seqused_k
-    ranges, first_other = _together([own.values for own in spans])
+    ranges, (_, first_other, *_) = together([own.values for own in spans] or [None])
     slots = lengths.total_q // tile_tokens + lengths.batch + 1
     checked = not lengths.known or any(own.host is None for own in spans)
     longest = [END_OF_KEYS if own.host is not None else own.longest for own in spans]
@@ -214,7 +215,7 @@ def update_rows(
     for own in ranges:
         if own is not None:
             _check("ranges", own, (batch, own.shape[1] if own.ndim == 3 else 0, 2), buffers)
-    together, first_other = _together(ranges)
+    spans, (_, first_other, *_) = together(ranges or [None])
     table = cu_seqlens_q if page_table is None else page_table.contiguous()
     width = 0 if page_table is None else page_table.shape[1]
     if page_table is not None:
@@ -232,11 +233,11 @@ def update_rows(
                 cu_seqlens_q.contiguous(),
                 seqused_k.contiguous(),
                 table,
-                cu_seqlens_q if together is None else together,
+                cu_seqlens_q if spans is None else spans,
             ),
             (
-                *((0, 0, 0) if together is None else together.stride()),
-                0 if together is None else together.shape[1],
+                *((0, 0, 0) if spans is None else spans.stride()),
+                0 if spans is None else spans.shape[1],
                 first_other,
                 batch,
                 buffers.max_sequences.bit_length(),
@@ -286,13 +287,6 @@ def _both(values: Sequence[T], missing: T) -> tuple[T, T]:
     """The values of the two sets."""
     first, other, *_ = [*values, missing, missing]
     return first, other
-
-
-def _together(ranges: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor | None, int]:
-    """(the spans of both sets side by side; where those of the other begin)."""
-    first_other = 0 if not ranges or ranges[0] is None else ranges[0].shape[1]
-    given = [own for own in ranges if own is not None]
-    return (torch.cat(given, dim=1) if len(given) > 1 else given[0] if given else None), first_other
 
 
 def _require(fine: torch.Tensor, expected: str) -> None:

@@ -1,4 +1,4 @@
-"""A search that several kernels do: in which sequence, or piece, a token or a tile is."""
+"""Searches that several kernels do: in which sequence, or piece, something is, and which span it last passed."""
 
 # Triton's functions are not typed.
 # mypy: allow-untyped-defs, disable-error-code="import-untyped"
@@ -21,3 +21,29 @@ def last_begin(begins, at, count, last, levels):
         begin = tl.load(begins + tl.minimum(later, last))
         found = tl.where((later < count) & (begin <= at), later, found)
     return found
+
+
+@triton.jit
+def latest_of(own, position, stride_span, stride_edge, first, end):
+    """`(start, end)` of the last span that begins at or before a position; `(-1, 0)` if none does.
+
+    first, end: of the spans that are looked at. own: where the spans of each position's sequence are, of its shape.
+    """
+    start = tl.zeros_like(position) - 1
+    stop = tl.zeros_like(position)
+    for index in range(first, end):
+        s = tl.load(own + index * stride_span)
+        e = tl.load(own + index * stride_span + stride_edge)
+        later = (e > 0) & (s <= position) & (s > start)
+        start = tl.where(later, s, start)
+        stop = tl.where(later, e, stop)
+    return start, stop
+
+
+@triton.jit
+def row_place(cu_seqlens_q, cu_seqlens_k, row, batch, levels):
+    """(sequence of each row, its first key among the packed keys, its keys, the row's position)."""
+    sequence = last_begin(cu_seqlens_q, row, batch, batch, levels)
+    offset = tl.load(cu_seqlens_k + sequence)
+    keys = tl.load(cu_seqlens_k + sequence + 1) - offset
+    return sequence, offset, keys, row - tl.load(cu_seqlens_q + sequence + 1) + keys

@@ -4,7 +4,7 @@ The same numbers as `geometry.tiles.tile_map` and the lists made of it take some
 microseconds of the host's time. Nothing synchronises.
 
 A kernel counts, for every pair of a query tile and a key tile, the rows whose intervals touch it and those whose
-intervals fill it. Two ways to cut the batch into tiles: each sequence by itself (`varlen_tile_lists`), or the batch as
+intervals fill it. Pair ways to cut the batch into tiles: each sequence by itself (`varlen_tile_lists`), or the batch as
 one sequence, with the keys of each sequence where they are in the packed keys (`packed_tile_lists`, `block_tables`).
 """
 
@@ -30,7 +30,7 @@ from fa4_prefixlm.masks.interval_lists import EMPTY_LO
 # Key tiles that a program looks at together.
 COLUMNS = 32
 
-Matrices = tuple[torch.Tensor, torch.Tensor]
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class BlockTables(NamedTuple):
@@ -63,7 +63,7 @@ def block_tables(
     keys: int,
     block: int,
     intervals: int,
-    tagged: Matrices | None = None,
+    tagged: Pair | None = None,
 ) -> BlockTables:
     """The tables of a batch.
 
@@ -74,7 +74,7 @@ def block_tables(
         rows, keys: blocks of queries and of keys, enough for the batch; rows past it see nothing.
         block: tokens of a block.
         intervals: of the ends, at least K; those past K are empty. 0: no ends are made.
-        tagged: `(every, some)`, `(rows, keys)` bool: blocks that all rows see whole, and that some see, besides.
+        tagged: the tags of rows and of keys by block, `geometry.packed_row_tiles.tag_ranges`.
     """
     made = BlockTables(
         ends=_empty(lo, 2 * intervals, rows, block),
@@ -108,14 +108,10 @@ def packed_tile_lists(lo: torch.Tensor, hi: torch.Tensor, lengths: Lengths, tile
     return BlockLists(*made[1:5], None, None, (tile_m, tile_n))
 
 
-def varlen_tile_lists(
-    lo: torch.Tensor, hi: torch.Tensor, lengths: Lengths, tile_m: int, tile_n: int, *, tagged: Matrices | None = None
-) -> BlockLists:
+def varlen_tile_lists(lo: torch.Tensor, hi: torch.Tensor, lengths: Lengths, tile_m: int, tile_n: int) -> BlockLists:
     """The block lists of a batch in FA4's varlen layout, see `geometry.block_lists.varlen_lists`.
 
-    Args:
-        lo, hi: as for `block_tables`.
-        tagged: `(every, some)`, `(query tiles, key tiles of the longest sequence)` bool.
+    lo, hi: as for `block_tables`.
 
     Raises:
         InputError: more entries than kernels count.
@@ -133,11 +129,11 @@ def varlen_tile_lists(
     )
     columns = max(1, ceil_div(lengths.max_seqlen_k, tile_n))
     by = (cu_tiles, cu_entries)
-    _launch(lo, hi, lengths, made, tiles=tiles, tile=(tile_m, tile_n), columns=columns, tagged=tagged, by_sequence=by)
+    _launch(lo, hi, lengths, made, tiles=tiles, tile=(tile_m, tile_n), columns=columns, by_sequence=by)
     return BlockLists(*made[1:5], cu_tiles, cu_entries, (tile_m, tile_n))
 
 
-def _begins(lengths: Lengths, tile_m: int, tile_n: int) -> Matrices:
+def _begins(lengths: Lengths, tile_m: int, tile_n: int) -> Pair:
     """`(batch + 1,)` int32 on the device each: where the query tiles of each sequence begin, and its entries."""
     if lengths.seqlens_q is not None and lengths.seqlens_k is not None:
         tiles = [ceil_div(count, tile_m) for count in lengths.seqlens_q]
@@ -165,8 +161,8 @@ def _launch(
     tiles: int,
     tile: tuple[int, int],
     columns: int,
-    tagged: Matrices | None = None,
-    by_sequence: Matrices | None = None,
+    tagged: Pair | None = None,
+    by_sequence: Pair | None = None,
     padded: int | None = None,
 ) -> None:
     """Fill `made`.
@@ -181,12 +177,11 @@ def _launch(
     total_q, batch = lengths.total_q, lengths.batch
     # `hi` may be a view into the memory of `lo`, which its own address is not aligned in.
     shared = hi.untyped_storage().data_ptr() == lo.untyped_storage().data_ptr()
-    every, some = (made.is_full, made.is_partial) if tagged is None else tagged
     cu_q, cu_k = lengths.cu_seqlens_q, lengths.cu_seqlens_k
     with torch.cuda.device_of(lo):
         launch_tile_lists(
             tiles,
-            (lo, lo if shared else hi, cu_q, cu_k, *(by_sequence or (cu_q, cu_q)), every, some, *made),
+            (lo, lo if shared else hi, cu_q, cu_k, *(by_sequence or (cu_q, cu_q)), *(tagged or (cu_q, cu_q)), *made),
             (
                 *lo.stride(),
                 int(hi.storage_offset() - lo.storage_offset()) if shared else 0,
@@ -225,8 +220,8 @@ def tile_lists_kernel(
     cu_seqlens_k,
     cu_tiles,
     cu_entries,
-    every,
-    some,
+    row_tags,
+    key_tags,
     ends,
     counts,
     indices,
@@ -288,6 +283,8 @@ def tile_lists_kernel(
         tl.store(place, low ^ -2147483648, mask=token < TILE_M)
         tl.store(place + padded_q, width ^ -2147483648, mask=token < TILE_M)
 
+    if TAGGED:
+        first_row_tag, last_row_tag, rows_tagged = _tag_range(row_tags, tile, True)
     partial_count = 0
     full_count = 0
     for first in range(0, key_tiles, COLUMNS):
@@ -305,8 +302,9 @@ def tile_lists_kernel(
         whole = exists & (filled == wanted)
         partly = exists & (touched > 0)
         if TAGGED:
-            whole |= tl.load(every + first_in_map + column, mask=exists, other=0) != 0
-            partly |= tl.load(some + first_in_map + column, mask=exists, other=0) != 0
+            first_tag, last_tag, tagged = _tag_range(key_tags, column, exists)
+            whole |= (first_row_tag == last_tag) & (last_row_tag == first_tag) & ((rows_tagged & tagged) > 0)
+            partly |= exists & (first_row_tag <= last_tag) & (first_tag <= last_row_tag)
         partly &= whole == 0
         if MAPPED:
             tl.store(is_full + first_in_map + column, whole, mask=exists)
@@ -333,6 +331,17 @@ def _interval(lo, hi, at, present, offset, EMPTY: tl.constexpr):
     high = tl.load(hi + at, mask=present, other=0)
     seen = low < high
     return tl.where(seen, low + offset, EMPTY), tl.where(seen, high - low, 0)
+
+
+@triton.jit
+def _tag_range(tags, tile, exists):
+    """(first tag, last tag, whether all have one) of a tile's tokens."""
+    first = tl.load(tags + 3 * tile, mask=exists, other=0)
+    return (
+        first,
+        tl.load(tags + 3 * tile + 1, mask=exists, other=-1),
+        tl.load(tags + 3 * tile + 2, mask=exists, other=0),
+    )
 
 
 launch_tile_lists = Launcher(tile_lists_kernel)

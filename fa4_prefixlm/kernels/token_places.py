@@ -17,7 +17,7 @@ from fa4_prefixlm.batch.ranges import Spans
 from fa4_prefixlm.geometry import intervals
 from fa4_prefixlm.geometry.intervals import Tokens
 from fa4_prefixlm.kernels.launch import Launcher
-from fa4_prefixlm.kernels.search import last_begin
+from fa4_prefixlm.kernels.search import latest_of, row_place
 from fa4_prefixlm.masks.interval_lists import EMPTY_LO, Intervals
 
 BLOCK = 256
@@ -27,8 +27,7 @@ MOST_SPANS = 256
 
 def token_places(lengths: Lengths) -> Tokens:
     """`geometry.intervals.tokens` of all query tokens of a batch."""
-    aligned = lengths.is_bottom_right and lengths.key_start is None
-    if not aligned or lengths.batch == 0 or lengths.total_q == 0:
+    if not lengths.is_aligned or lengths.batch == 0 or lengths.total_q == 0:
         return intervals.tokens(lengths)
     total_q, device = lengths.total_q, lengths.device
     sequence, key_offset, seqlen_k, position = (
@@ -76,14 +75,11 @@ def token_places_kernel(
     """Program `b` writes the tokens of block `b`."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < total_q
-    sequence = last_begin(cu_seqlens_q, row, batch, batch, levels)
-    first_key = tl.load(cu_seqlens_k + sequence)
-    end_of_keys = tl.load(cu_seqlens_k + sequence + 1)
-    end_of_rows = tl.load(cu_seqlens_q + sequence + 1)
+    sequence, first_key, keys, position = row_place(cu_seqlens_q, cu_seqlens_k, row, batch, levels)
     tl.store(sequences + row, sequence, mask=inside)
     tl.store(key_offsets + row, first_key, mask=inside)
-    tl.store(seqlens_k + row, end_of_keys - first_key, mask=inside)
-    tl.store(positions + row, row - end_of_rows + end_of_keys - first_key, mask=inside)
+    tl.store(seqlens_k + row, keys, mask=inside)
+    tl.store(positions + row, position, mask=inside)
 
 
 @triton.jit(do_not_specialize=("stride_sequence", "stride_span", "stride_edge", "width", "total"))
@@ -107,14 +103,7 @@ def latest_span_kernel(
     sequence = tl.load(sequences + token, mask=inside, other=0)
     position = tl.load(positions + token, mask=inside, other=-1)
     own = spans + sequence.to(tl.int64) * stride_sequence
-    start = tl.zeros([BLOCK], tl.int32) - 1
-    end = tl.zeros([BLOCK], tl.int32)
-    for index in range(width):
-        s = tl.load(own + index * stride_span)
-        e = tl.load(own + index * stride_span + stride_edge)
-        later = (e > 0) & (s <= position) & (s > start)
-        start = tl.where(later, s, start)
-        end = tl.where(later, e, end)
+    start, end = latest_of(own, position, stride_span, stride_edge, 0, width)
     tl.store(starts + token, tl.where(end > 0, start, EMPTY), mask=inside)
     tl.store(ends + token, end, mask=inside)
 

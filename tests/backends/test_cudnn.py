@@ -27,7 +27,8 @@ from fa4_prefixlm.batch import lengths
 from fa4_prefixlm.batch.forward_pass import ForwardPass
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.fa4.builds.describe import BEST
-from fa4_prefixlm.masks import causal, key_in, window
+from fa4_prefixlm.geometry.intervals import Bounds
+from fa4_prefixlm.masks import EMPTY_LO, causal, key_in, window
 from fa4_prefixlm.testing.accuracy import exact_attention, exact_gradients
 from fa4_prefixlm.testing.batches import UGLY, Batch, masks_for, random_batch, random_mask
 from fa4_prefixlm.testing.empty_rows import Blind
@@ -185,6 +186,18 @@ def test_softcap_and_sinks_are_refused_by_name_and_run_on_flex_else(options: Opt
     asked = Choice(Forward("cudnn", "asked for by name"), Backward("flex", "")).prepare(own)
     assert isinstance(asked, CudnnCall)
     assert asked.or_flex is None
+
+
+def test_intervals_that_no_row_has_are_left_out() -> None:
+    """The plan's bound counts them where one row has told that rows see many."""
+    bounds = batch_of(TWO, MANY, SPANS)[0].packed_bounds
+    lo, hi = (torch.nn.functional.pad(*own) for own in ((bounds.lo, (0, 5), "constant", EMPTY_LO), (bounds.hi, (0, 5))))
+    wide = Bounds(lo, hi)
+    kept, wanted = cudnn.in_use(wide), int((bounds.lo < bounds.hi).sum(1).max())
+    assert kept.count == wanted
+    assert torch.equal(kept.lo, bounds.lo[:, :wanted])
+    assert torch.equal(kept.hi, bounds.hi[:, :wanted])
+    assert cudnn.in_use(Bounds(wide.lo[:0], wide.hi[:0])).count == 1
 
 
 def test_tensors_that_its_kernels_cannot_read_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:

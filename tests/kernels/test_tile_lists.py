@@ -131,10 +131,9 @@ else:
     @pytest.mark.parametrize("tile", [(128, 128), (192, 80)], ids=str)
     def test_it_compiles_for_hopper(kind: str, tile: tuple[int, int]) -> None:
         names = ("lo", "hi", "cu_seqlens_q", "cu_seqlens_k", "cu_tiles", "cu_entries")
-        names += ("ends", "counts", "indices", "full_counts", "full_indices")
+        names += ("ends", "counts", "indices", "full_counts", "full_indices", "row_tags", "key_tags")
         maps = "*i1" if kind == "MAPPED" else "*i32"
         pointers = dict.fromkeys(names, "*i32") | dict.fromkeys(("is_full", "is_partial"), maps)
-        pointers |= dict.fromkeys(("every", "some"), "*i1" if kind == "TAGGED" else maps)
         constants: dict[str, object] = {name: name == kind for name in ("BY_SEQUENCE", "TAGGED", "MAPPED")}
         rows = 1 << (tile[0] - 1).bit_length()
         constants |= {
