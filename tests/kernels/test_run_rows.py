@@ -19,7 +19,7 @@ from transformers import masking_utils
 
 from fa4_prefixlm.integrations.transformers import masks
 from fa4_prefixlm.integrations.transformers.mask_functions import read
-from fa4_prefixlm.integrations.transformers.row_bounds import NotIntervals
+from fa4_prefixlm.integrations.transformers.row_bounds import NotIntervals, bounds_of
 from fa4_prefixlm.integrations.transformers.row_runs import bounds_of_runs
 from fa4_prefixlm.integrations.transformers.row_terms import terms_of
 from fa4_prefixlm.kernels import run_rows as kernel
@@ -57,8 +57,11 @@ def check(sizes: dict[str, Any]) -> tuple[bool, bool]:
     assert made.dtype == bounds.dtype == torch.int32
     if numbers[kernel.SEVERAL]:
         assert (made == masks.NO_GOOD).all()
-    elif several:
-        assert (masks.visible(made, sizes["kv_length"]) == masking_utils.sdpa_mask(**sizes)).all()
+    elif several:  # the launch looks at what is left within the keys
+        general, overflow = bounds_of(*masks._unpadded(expression, sizes))
+        assert not overflow
+        shown, expected = (masks.visible(own, sizes["kv_length"]) for own in (made, general.unsqueeze(1)))
+        assert (shown == expected).all()
     else:
         assert torch.equal(made.squeeze(1), bounds)
         assert numbers == masks._to_read(bounds).numbers()
