@@ -1,6 +1,7 @@
 """What the native and two-pass kernels read of a batch: each row's interval, and each query tile's key tiles.
 
 A mask in closed form on a GPU fills both in one Triton launch, which also checks the values that only the device knows.
+So do bounds that are given, of which nothing is checked.
 Any other mask takes the torch operations of `geometry`: the same result, by some fifty small operations.
 """
 
@@ -18,6 +19,7 @@ from fa4_prefixlm.fa4.kernels.launch import PADDING
 from fa4_prefixlm.geometry.intervals import Bounds
 from fa4_prefixlm.geometry.tiles import query_tiles, tile_runs, tile_slots
 from fa4_prefixlm.geometry.traits import Traits
+from fa4_prefixlm.masks.given import GivenRows
 
 # Query tokens and keys of a tile, for who reads the bounds and no tiles.
 ANY_TILE = (128, 128)
@@ -59,6 +61,11 @@ def kernel_rows(batch: MaskedBatch, tokens: int, tile_n: int) -> KernelRows:
         assert form is not None
         spans = [batch.spans[own.span] for own in form.inside]
         return KernelRows(*plan_rows(form, batch.lengths, batch.keys, spans, tokens, tile_n, padding=PADDING))
+    if isinstance(batch.mask, GivenRows) and batch.on_gpu:
+        from fa4_prefixlm.kernels.given_rows import given_rows
+
+        keys = batch.lengths.max_seqlen_k  # of each sequence
+        return KernelRows(*given_rows(batch.mask.bounds, keys, tokens, tile_n, padding=PADDING))
     tiles = query_tiles(batch.lengths, tokens)
     runs = tile_runs(batch.bounds, tiles, tokens, tile_n)
     bounds = torch.cat([batch.bounds.lo, batch.bounds.hi], dim=1)

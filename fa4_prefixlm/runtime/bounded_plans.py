@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -54,22 +55,13 @@ class BoundedBatch:
         # The key tiles of one interval a row are a run, wherever the rows stand.
         return Traits(n, tagged=False, banded=n == 1, reach=Reach(self.reach, None), from_key_0=self.from_key_0)
 
-    @property
+    @functools.cached_property
     def lengths(self) -> Lengths:
         """The lengths; a row's position is its number in the sequence."""
         (batch, rows), keys = self.spec.shape_q, self.spec.shape_k[1]
-        sizes = lengths.batched(batch, min(rows, keys), keys, self.spec.device)
+        sizes = lengths.batched(batch, rows, keys, self.spec.device, more_queries=True)
         start = torch.zeros(batch, dtype=torch.int32, device=self.spec.device)
-        cu_seqlens_q = torch.arange(batch + 1, dtype=torch.int32, device=self.spec.device) * rows
-        return dataclasses.replace(
-            sizes,
-            cu_seqlens_q=cu_seqlens_q,
-            total_q=batch * rows,
-            max_seqlen_q=rows,
-            seqlens_q=(rows,) * batch,
-            same=rows == keys,
-            query_start=start,
-        )
+        return dataclasses.replace(sizes, more_queries=False, query_start=start)
 
     def choose(self, build: Build | None, backend: str = "auto") -> Choice:
         """The backend that runs it, and why."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 pytest.importorskip("transformers", minversion="5.23")
+
+from transformers import masking_utils
 
 import fa4_prefixlm.integrations.transformers  # noqa: F401
 from fa4_prefixlm.integrations.transformers import layer_attention, masks
@@ -109,6 +112,39 @@ def test_one_wait_a_forward() -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert sum("called a synchronizing" in str(own.message) for own in caught) <= 1
+
+
+@pytest.mark.parametrize("kind", ["one run", "several runs", "padded", "a static cache"])
+def test_one_launch_makes_the_masks_that_torch_makes(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, with what is read of them, and without a wait."""
+    device, keys = torch.device("cuda", torch.cuda.current_device()), 20000
+    ids = torch.full((2, keys), -1, device=device)
+    for number, start in enumerate(range(100, keys - 900, 1700)):
+        ids[:, start : start + 800] = number if kind != "several runs" else 0
+    real = torch.ones(2, keys, dtype=torch.bool, device=device)
+    real[1, :300] = kind != "padded"
+    offset = torch.tensor(500, device=device) if kind == "a static cache" else 500
+    both_ways = masking_utils.or_masks(masking_utils.causal_mask_function, masking_utils.blockwise_overlay(ids))
+    local = masking_utils.and_masks(masking_utils.sliding_window_overlay(1024), both_ways)
+    makers = [
+        functools.partial(masks.mask, 2, keys - 500, keys, offset, 0, function, real, device=device)
+        for function in (both_ways, local)
+    ]
+    for make in makers:
+        make()  # compiled
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        made = [make() for make in makers]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    monkeypatch.setattr(masks, "launches", lambda device: False)
+    for own, make in zip(made, makers, strict=True):
+        wanted = make()
+        assert torch.equal(own, wanted)
+        seen, expected = (masks._records[of].read.numbers() for of in (own, wanted))
+        assert seen[1] == expected[1] == (kind == "several runs")
+        assert seen == expected or kind == "several runs", "numbers of no mask"
 
 
 def test_the_read_of_a_mask_does_not_wait_for_what_was_launched_after_it() -> None:

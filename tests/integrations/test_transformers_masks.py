@@ -1,4 +1,7 @@
-"""The row bounds that layers get, against SDPA's own dense mask, for every mask that transformers makes."""
+"""The row bounds that layers get, against SDPA's own dense mask, for every mask that transformers makes.
+
+By torch's operations, and once more, in a process where Triton interprets, by the launch that makes them on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,29 @@ masking_utils = pytest.importorskip("transformers.masking_utils")
 import fa4_prefixlm.integrations.transformers as integration  # noqa: E402
 from fa4_prefixlm.integrations.transformers import masks  # noqa: E402
 from fa4_prefixlm.integrations.transformers.mask_functions import is_known, read  # noqa: E402
+from tests.kernels.triton_processes import INTERPRETED, run_interpreted  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
 ROWS, KEYS, BATCH = 40, 48, 3
 CAUSAL = masking_utils.causal_mask_function
+
+
+@pytest.fixture(autouse=True)
+def _launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the process where Triton interprets, in blocks that are smaller than the masks."""
+    if INTERPRETED:
+        from fa4_prefixlm.kernels import run_rows
+
+        monkeypatch.setattr(masks, "launches", lambda device: True)
+        monkeypatch.setattr(run_rows, "BLOCK", 32)
+        monkeypatch.setattr(run_rows, "TOGETHER", 16)
+
+
+if not INTERPRETED:
+
+    def test_in_the_interpreter() -> None:
+        run_interpreted(__file__, "-k", "not as_sdpa or 1-own or 2-joined")
 
 
 def block_ids(batch: int, width: int, seed: int, *, blocks: int = 3, joined: bool = False) -> torch.Tensor:

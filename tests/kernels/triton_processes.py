@@ -16,9 +16,9 @@ ROOT = pathlib.Path(__file__).parents[2]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def run_interpreted(file: str) -> None:
-    """Run the tests of `file` in a process where Triton interprets."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", file]
+def run_interpreted(file: str, *options: str) -> None:
+    """Run the tests of `file` in a process where Triton interprets. options: of pytest."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options, file]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -6,7 +6,9 @@ what was read back of it, once a forward for all masks that were made until then
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib.util
 import threading
 import warnings
 from collections.abc import Callable
@@ -21,6 +23,7 @@ from fa4_prefixlm.errors import InputError
 from fa4_prefixlm.geometry.traits import MOST_INTERVALS
 from fa4_prefixlm.integrations.transformers.mask_functions import (
     AllOf,
+    Documents,
     Expression,
     Unpadded,
     is_bidirectional,
@@ -29,6 +32,7 @@ from fa4_prefixlm.integrations.transformers.mask_functions import (
 )
 from fa4_prefixlm.integrations.transformers.row_bounds import Grid, NotIntervals, bounds_of, first_runs
 from fa4_prefixlm.integrations.transformers.row_runs import bounds_of_runs
+from fa4_prefixlm.integrations.transformers.row_terms import FAR, ids_of, real_of, terms_of
 from fa4_prefixlm.runtime.plans import Plan
 
 # A forward of this few queries (decoding, the candidates of assisted decoding) runs SDPA under SDPA's own mask: no
@@ -38,6 +42,8 @@ FEW_QUERIES = 16
 EVALUATED_PAIRS = 2**24
 # In the place of bounds that are no good: no row's interval begins here, so whoever has some of the rows can tell.
 NO_GOOD = -1
+# More than any bound and number of rows together.
+LIMIT = 2**31 - 1
 
 Sizes = dict[str, Any]
 
@@ -63,9 +69,22 @@ class Seen:
     end: int
     causal: bool
 
+    @classmethod
+    def of(cls, numbers: list[int]) -> Seen:
+        """From `Reading.numbers`."""
+        intervals, overflow, empty, longest, end, latest, earliest, shortest = numbers
+        # Each row ends a key after the one before it, and those that begin past key 0 see as many keys as any.
+        diagonal = latest == LIMIT - earliest and shortest in (0, LIMIT - longest)
+        causal = intervals == 1 and not empty and diagonal
+        return cls(intervals, bool(overflow), not shortest, longest, end, causal)
+
 
 class Reading:
-    """Numbers of the device on their way to the host.
+    """Numbers of the device on their way to the host: eight, each the largest of all rows.
+
+    Intervals of a row; 1 where the bounds are `NO_GOOD`; 1 of a row that sees nothing; keys from the first to the last
+    of a row; their end; where the last row would end, if from each on they ended a key after the one before; `LIMIT`
+    less that; and of rows that begin past key 0, `LIMIT` less the keys from the first to the last.
 
     Their copy begins when this is made, so whoever waits for them does not wait for what was launched since: a GPU that
     still has a first layer's projections to do is not idle while the host makes that layer's plan.
@@ -177,11 +196,12 @@ def mask(
         return _dense(sizes)
     in_several = functools.partial(_bounds, expression, sizes)
     try:
-        bounds, general = _one_interval(expression, sizes), in_several
+        (bounds, reading), general = _one_interval(expression, sizes), in_several
     except NotIntervals:
         bounds, general = in_several(), None
+        reading = _to_read(bounds.squeeze(1))
     with _lock:
-        _records[bounds] = Record(kv_length, _to_read(bounds.squeeze(1)), functools.partial(_dense, sizes), general)
+        _records[bounds] = Record(kv_length, reading, functools.partial(_dense, sizes), general)
     return bounds
 
 
@@ -271,8 +291,7 @@ def _of_same_memory(bounds: torch.Tensor) -> Record | None:
 def read_back(waiting: list[Record]) -> None:
     """Read what the records wait for, all at once: the one time that a forward waits for the device."""
     for own in waiting:
-        intervals, overflow, from_key_0, longest, end, causal = own.read.numbers()
-        own.seen = Seen(intervals, bool(overflow), bool(from_key_0), longest, end, bool(causal))
+        own.seen = Seen.of(own.read.numbers())
 
 
 def visible(bounds: torch.Tensor, kv_length: int) -> torch.Tensor:
@@ -300,9 +319,64 @@ def _bounds(expression: Expression, sizes: Sizes) -> torch.Tensor:
         return _evaluated(sizes)
 
 
-def _one_interval(expression: Expression, sizes: Sizes) -> torch.Tensor:
-    """Bounds of one interval a row, which overflow where a row sees several. Raises `NotIntervals`."""
-    return _marked(*bounds_of_runs(*_unpadded(expression, sizes)))
+def _one_interval(expression: Expression, sizes: Sizes) -> tuple[torch.Tensor, Reading]:
+    """Bounds of one interval a row, which overflow where a row sees several, and what is read of them.
+
+    Raises:
+        NotIntervals: see there.
+    """
+    if launches(torch.device(sizes["device"])):
+        with contextlib.suppress(NotIntervals):
+            return _in_one_launch(expression, sizes)
+    bounds = _marked(*bounds_of_runs(*_unpadded(expression, sizes)))
+    return bounds, _to_read(bounds.squeeze(1))
+
+
+def launches(device: torch.device) -> bool:
+    """Triton's kernels run there."""
+    return device.type == "cuda" and _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _in_one_launch(expression: Expression, sizes: Sizes) -> tuple[torch.Tensor, Reading]:
+    """`_one_interval` of what the kernel takes. Raises `NotIntervals` for anything else."""
+    from fa4_prefixlm.kernels.run_rows import run_rows
+
+    if sizes["attention_mask"] is not None:
+        expression = AllOf((expression, Unpadded(sizes["attention_mask"])))
+    terms = terms_of(expression)
+    own, real = ids_of(terms), real_of(terms)
+    batch, rows, first, kv_begin = (sizes[name] for name in ("batch_size", "q_length", "q_offset", "kv_offset"))
+    kv_end, device = kv_begin + sizes["kv_length"], torch.device(sizes["device"])
+
+    def fits(tensor: torch.Tensor, *dtypes: torch.dtype) -> bool:
+        rows_fit = tensor.ndim == 2 and tensor.shape[0] in (1, batch) and tensor.stride(1) == 1
+        return rows_fit and tensor.dtype in dtypes and tensor.device == device
+
+    if isinstance(first, torch.Tensor):
+        near = first.numel() == 1 and first.device == device and not first.is_floating_point()
+    else:
+        near = first + rows <= FAR
+    fitting = own is None or fits(own.ids, torch.int32, torch.int64), real is None or fits(real, torch.bool)
+    if not (near and kv_end <= FAR and all(fitting)):
+        raise NotIntervals(expression)
+    bounds, numbers = run_rows(
+        [(term.left, term.right, term.own is not None, term.unpadded is not None) for term in terms],
+        None if own is None else own.ids,
+        real,
+        first,
+        (batch, rows),
+        (kv_begin, kv_end),
+        device,
+        negative=isinstance(own, Documents),
+        no_good=NO_GOOD,
+        limit=LIMIT,
+    )
+    return bounds, Reading(numbers)
 
 
 def _unpadded(expression: Expression, sizes: Sizes) -> tuple[Expression, Grid]:
@@ -345,16 +419,21 @@ def _evaluated(sizes: Sizes) -> torch.Tensor:
 
 
 def _to_read(bounds: torch.Tensor) -> Reading:
-    """What `Seen` is made of: six int64. bounds: `(batch, q, 2 * n)`."""
+    """What `Seen` is made of. bounds: `(batch, q, 2 * n)`."""
     lo, hi = bounds.chunk(2, dim=2)
-    overflow = (lo == NO_GOOD).any()
-    used = lo < hi
-    first, last = lo.amin(2), hi.amax(2)
-    empty = used.any(2).logical_not()
-    longest = (last - first).masked_fill(empty, 0).amax()
-    end = last.amax()
-    own_end = torch.arange(1, bounds.shape[1] + 1, device=bounds.device) + (end - bounds.shape[1])
-    causal = (last == own_end) & (first == (own_end - longest).clamp(min=0)) & (used.sum(2) == 1)
-    from_key_0 = (first.masked_fill(empty, 0) == 0).all()
-    seen = (used.sum(2).amax(), overflow, from_key_0, longest, end, causal.all())
-    return Reading(torch.stack([value.to(torch.int64) for value in seen]))
+    intervals = (lo < hi).sum(2)
+    empty = intervals == 0
+    first, last = lo.amin(2).masked_fill(empty, 0), hi.amax(2)
+    keys = last - first
+    ends = last + torch.arange(bounds.shape[1] - 1, -1, -1, device=bounds.device)
+    largest = (
+        intervals.amax(),
+        (lo == NO_GOOD).any(),
+        empty.any(),
+        keys.amax(),
+        last.amax(),
+        ends.amax(),
+        LIMIT - ends.amin(),
+        torch.where(first > 0, LIMIT - keys, 0).amax(),
+    )
+    return Reading(torch.stack([value.to(torch.int64) for value in largest]))
