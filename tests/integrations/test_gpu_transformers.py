@@ -73,6 +73,7 @@ def test_as_exact_as_sdpa(name: str, pad: bool, monkeypatch: pytest.MonkeyPatch)
     assert {plan.choice.name for plan in plans} <= {"native", "causal", "varlen", "packed"}
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_layers_whose_head_dim_fa4_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer_attention, "FLEX_FROM", LENGTH)
     masks._warned.clear()
