@@ -10,9 +10,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import fa4_prefixlm as fp
+from fa4_prefixlm.backends import base
 from fa4_prefixlm.backends.base import MaskedBatch
 from fa4_prefixlm.masks import causal, key_in, one_block, prefix, same_span, window
 from tests.kernels.triton_processes import INTERPRETED, run_interpreted
+from tests.tools.rows_by_torch import rows_by_torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 from fa4_prefixlm.kernels import composed_rows
@@ -70,6 +72,23 @@ if INTERPRETED:
         assert len(counted.names) <= 2, counted.names
         assert plan.traits.tagged == (TAGS in MASKS[mask])
         assert (plan.prepared.rule is not None) == (RULE in MASKS[mask])
+
+    @pytest.mark.parametrize("mask", [fp.PrefixLM(), fp.PrefixLM(100), *MASKS], ids=str)
+    def test_what_tests_make_wrong_is_what_rows_are_made_by(mask: fp.Mask, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(MaskedBatch, "on_gpu", True)
+        rows_by_torch(monkeypatch)
+        called: list[fp.Mask] = []
+        right = base.row_bounds
+
+        def noted(mask, *more, **named):
+            called.append(mask)
+            return right(mask, *more, **named)
+
+        monkeypatch.setattr(base, "row_bounds", noted)
+        q = torch.empty(300, 1, 16)
+        images = {"image": [[(at, at + 40) for at in range(0, 300, 100)]]}
+        fp.plan(images, like=(q, q, q), cu_seqlens_q=[0, 300], cu_seqlens_k=[0, 300], mask=mask, backend="flex")
+        assert called
 
 else:
 

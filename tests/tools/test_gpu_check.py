@@ -19,14 +19,13 @@ from fa4_prefixlm.backends import select as backends
 from fa4_prefixlm.fa4.builds import locate
 from fa4_prefixlm.fa4.builds.defects import CAUSAL_KEPT, PAGED_LISTS, SM90_LIST_STRIDE
 from fa4_prefixlm.fa4.builds.describe import Build
-from fa4_prefixlm.geometry.telling_rows import TellingRows
-from fa4_prefixlm.runtime import plans
 from fa4_prefixlm.tools.check import command, judge, workers
 from fa4_prefixlm.tools.check.cases import CASES, Case
 from fa4_prefixlm.tools.check.judge import CAUSAL, ProbeOutcome
 from fa4_prefixlm.tools.check.probes import PROBES
 from fa4_prefixlm.tools.check.run import run_case
 from tests.tools.played_backends import Player, naive_two_pass
+from tests.tools.rows_by_torch import rows_by_torch
 
 pytestmark = pytest.mark.gpu
 
@@ -129,8 +128,7 @@ def test_what_the_bare_build_does_is_what_its_source_tells(name: str, build: Bui
 @pytest.fixture
 def _rows_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows come of the torch operations, which a test can make wrong, and not of one launch."""
-    monkeypatch.setattr(plans, "fills_in_one_launch", lambda *_: False)
-    monkeypatch.setattr(TellingRows, "pieces", lambda *_: None)
+    rows_by_torch(monkeypatch)
 
 
 @pytest.mark.usefixtures("_rows_by_torch")
@@ -141,9 +139,9 @@ def test_an_off_by_one_at_a_spans_end_is_caught(monkeypatch: pytest.MonkeyPatch,
     assert verdict_on(case, backend).status == "ok"
     right = base.row_bounds
 
-    def one_key_short(mask, spans, lengths, where, *more):
+    def one_key_short(mask, spans, lengths, where, *more, **named):
         """Rows of a span do not see its last key, which is their own for its last row, and stays."""
-        bounds = right(mask, spans, lengths, where, *more)
+        bounds = right(mask, spans, lengths, where, *more, **named)
         ahead = bounds.hi > where.position[:, None] + 1
         return dataclasses.replace(bounds, hi=bounds.hi - ahead.int())
 
