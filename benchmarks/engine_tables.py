@@ -62,16 +62,26 @@ def error_table(results: list[dict[str, Any]]) -> str:
 
 
 def transformers_prefill() -> str:
-    """Of the first stack that was run."""
-    return prefill_table(kept("h100-transformers")["results"])
+    return stack_table(kept("h100-transformers")["results"])
 
 
-def prefill_table(results: list[dict[str, Any]]) -> str:
-    """Milliseconds of a prefill of the first stack, and the peak of memory, a row for each length.
+def transformers_gemma4() -> str:
+    return stack_table(kept("h100-transformers-gemma4")["results"])
+
+
+def transformers_training() -> str:
+    """A table for each stack."""
+    results = kept("h100-transformers-training")["results"]
+    stacks = dict.fromkeys(row["stack"] for row in results)
+    return "\n\n".join(stack_table([row for row in results if row["stack"] == name]) for name in stacks)
+
+
+def stack_table(results: list[dict[str, Any]]) -> str:
+    """Milliseconds of the first stack and work of the results, and the peak of memory, a row for each length.
 
     Last come the columns of what is no right answer: FA4's causal kernel, and the floor, a model without its attention.
     """
-    results = [row for row in results if (row["stack"], row["work"]) == (results[0]["stack"], "prefill")]
+    results = [row for row in results if all(row[name] == results[0][name] for name in ("stack", "work"))]
     names = sorted(dict.fromkeys(row["attention"] for row in results), key=[WITHOUT_IMAGES, FLOOR].count)
     by_length: dict[int, dict[str, str]] = {}
     for row in results:
@@ -84,14 +94,20 @@ def prefill_table(results: list[dict[str, Any]]) -> str:
 
 
 def backward_times() -> str:
-    """A row for each workload, a column for each path; the native backward's other way to mask is left out."""
+    """A row for each workload, a column for each path; the native backward's other way to mask is left out.
+
+    What folds query heads is of another run, and its ratio of that run's FA4.
+    """
     cells: dict[str, dict[str, str]] = {}
     for row in kept("h100-backward")["results"]:
         if not row["path"].startswith("native,"):
             cell = f"{row['ms']:.2f} ms, {row['tflops']:.0f} ({row['of_causal']:.2f})"
             cells.setdefault(row["workload"], {})[row["path"]] = cell
-    columns = list(dict.fromkeys(path for own in cells.values() for path in own))
-    columns.sort(key=["FA4 causal", "native", "packed", "mask_mod, every tile", "cuDNN flex_attention"].index)
+    folded = "native, heads folded"
+    for row in kept("h100-backward-folding")["results"]:
+        if (row["heads"], row["path"]) == ("16/8", "fold") and row["workload"] in cells:
+            cells[row["workload"]][folded] = f"{row['ms']:.2f} ms, {row['tflops']:.0f} ({row['of_causal']:.2f})"
+    columns = ["FA4 causal", folded, "native", "packed", "mask_mod, every tile", "cuDNN flex_attention"]
     rows = [[work, *(own.get(name, "") for name in columns)] for work, own in cells.items()]
     return "\n".join(markdown(["workload", *columns], rows))
 
@@ -140,7 +156,7 @@ def mask_plans() -> str:
 # The page that quotes each.
 QUOTED = {
     "docs/vllm.md": (vllm_times, vllm_errors, vllm_tensor_parallel),
-    "docs/transformers.md": (transformers_prefill,),
+    "docs/transformers.md": (transformers_prefill, transformers_training, transformers_gemma4),
     "docs/training.md": (backward_times, training_steps),
     "docs/host_time.md": (host_times,),
     "docs/other_kernels.md": (mask_times, mask_plans),

@@ -141,7 +141,7 @@ def test_tables_show_the_floor_beside_the_attentions() -> None:
 
     rows = [row("sdpa", 2.0), row("no attention", 1.0), row("fa4_prefixlm", None)]
     others = [row("sdpa", 7.0, work="training step"), row("sdpa", 8.0, stack="B")]
-    assert module.prefill_table(rows + others).splitlines() == [
+    assert module.stack_table(rows + others).splitlines() == [
         "| tokens | sdpa | fa4_prefixlm | no attention (the floor) |",
         "| --- | --- | --- | --- |",
         "| 8 | 2.0 ms, 9 MiB | not timed | 1.0 ms, 9 MiB |",
