@@ -177,8 +177,9 @@ def mask_plan(batch: MaskedBatch, bounds: Bounds, *, with_backward: bool) -> Any
 
 def in_use(bounds: Bounds) -> Bounds:
     """Without the intervals that no row has, which would cost its kernels as much as any. Waits for the device."""
-    count = max(1, int((bounds.lo < bounds.hi).any(0).sum()))
-    return Bounds(bounds.lo.narrow(1, 0, count), bounds.hi.narrow(1, 0, count))
+    used = (bounds.lo < bounds.hi).any(0)
+    used[0] |= used.logical_not().all()  # one is left, if only an empty one
+    return Bounds(bounds.lo[:, used], bounds.hi[:, used])
 
 
 def interval_ends(bounds: Bounds) -> torch.Tensor:

@@ -57,8 +57,8 @@ def run_rows(
         limit: more than any sum of a bound and a row's number.
 
     Returns:
-        `(batch, 1, rows, 2)`, `lo` before `hi`, counted from the first key; and the `Numbers` of
-        `integrations.transformers.masks`, `(8,)`.
+        `(batch, 1, rows, 2)`, `lo` before `hi`, counted from the first key; and what
+        `integrations.transformers.masks.Reading` lists, `(8,)`.
     """
     batch, rows = shape
     own_rows, width = (0, 0) if ids is None else ids.shape

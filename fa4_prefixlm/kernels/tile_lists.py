@@ -4,7 +4,7 @@ The same numbers as `geometry.tiles.tile_map` and the lists made of it take some
 microseconds of the host's time. Nothing synchronises.
 
 A kernel counts, for every pair of a query tile and a key tile, the rows whose intervals touch it and those whose
-intervals fill it. Pair ways to cut the batch into tiles: each sequence by itself (`varlen_tile_lists`), or the batch as
+intervals fill it. Two ways to cut the batch into tiles: each sequence by itself (`varlen_tile_lists`), or the batch as
 one sequence, with the keys of each sequence where they are in the packed keys (`packed_tile_lists`, `block_tables`).
 """
 

@@ -198,6 +198,9 @@ def test_intervals_that_no_row_has_are_left_out() -> None:
     assert torch.equal(kept.lo, bounds.lo[:, :wanted])
     assert torch.equal(kept.hi, bounds.hi[:, :wanted])
     assert cudnn.in_use(Bounds(wide.lo[:0], wide.hi[:0])).count == 1
+    behind = cudnn.in_use(Bounds(wide.lo.flip(1), wide.hi.flip(1)))  # a mask of somebody else's may say so
+    assert torch.equal(behind.lo, kept.lo.flip(1))
+    assert torch.equal(behind.hi, kept.hi.flip(1))
 
 
 def test_tensors_that_its_kernels_cannot_read_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:

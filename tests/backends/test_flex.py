@@ -237,6 +237,8 @@ def test_leaves_of_whole_blocks(tokens: int, enabled: bool) -> None:
 
 
 WIDE = {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 32, "fwd_num_warps": 8}
+SMALL = {"fwd_BLOCK_M": 32, "fwd_BLOCK_N": 16, "fwd_num_stages": 1, "bwd_num_stages": 1}
+SMALL |= dict.fromkeys(("bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2"), 32)
 
 
 @pytest.mark.parametrize(
@@ -247,6 +249,7 @@ WIDE = {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 32, "fwd_num_warps": 8}
         (89, torch.bfloat16, (128, 128), False, {}),
         (90, torch.bfloat16, (512, 512), False, WIDE | {"fwd_num_stages": 2}),
         (80, torch.bfloat16, (512, 512), False, WIDE | {"fwd_num_stages": 1}),
+        (89, torch.bfloat16, (512, 512), False, SMALL),
         (90, torch.bfloat16, (64, 64), True, {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 32, "fwd_num_stages": 3}),
         (89, torch.float32, (72, 40), False, {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 32, "fwd_num_stages": 1}),
         (89, torch.float32, (128, 64), False, {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 32, "fwd_num_stages": 1}),

@@ -12,6 +12,7 @@ pytest.importorskip("flash_attn.cute")
 import fa4_prefixlm.integrations.transformers  # noqa: F401
 from fa4_prefixlm.batch.tensors import describe
 from fa4_prefixlm.integrations.transformers import layer_attention as attention_module
+from fa4_prefixlm.integrations.transformers import masks
 from fa4_prefixlm.integrations.transformers.masks import Record, Seen
 from fa4_prefixlm.runtime.bounded_plans import BoundedBatch
 from fa4_prefixlm.runtime.plans import Plan
@@ -84,3 +85,25 @@ def test_head_dims_that_fa4_lacks_run_flex_attention_and_it_is_said(
     assert "512" in made(monkeypatch, seen, head_dim=512)
     assert "float32" in made(monkeypatch, seen, dtype=torch.float32, flex=True)
     assert not warned
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_flex_attention_is_for_many_queries_without_gradients(monkeypatch: pytest.MonkeyPatch, grad: bool) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(attention_module, "FLEX_FROM", 40)
+    monkeypatch.setattr(attention_module, "plan_of", lambda *_, flex: asked.append(flex) or "no kernel")
+    monkeypatch.setattr(attention_module, "warn_once", lambda _: None)
+    for rows in (39, 40):
+        bounds = masks.mask(1, rows, rows, device="cpu")
+        q, k, v = (torch.randn(1, 2, rows, 16, requires_grad=grad) for _ in range(3))
+        attention_module.attention(torch.nn.Module(), q, k, v, bounds)
+    assert asked == [False, not grad]
+
+
+def test_rows_of_which_one_sees_nothing_are_not_plainly_causal() -> None:
+    """Each but the first ends a key after the one before: more queries than keys."""
+    for empty in (False, True):
+        end = torch.arange(8, dtype=torch.int32) + (not empty)
+        bounds = torch.stack([torch.zeros_like(end), end], dim=1).unsqueeze(0)
+        seen = Seen.of(masks._to_read(bounds).numbers())
+        assert seen == Seen(1, False, True, int(end.max()), int(end.max()), not empty)

@@ -12,15 +12,19 @@ import pytest
 import torch
 
 import fa4_prefixlm as fp
+from fa4_prefixlm.backends import base
+from fa4_prefixlm.backends.base import MaskedBatch
 from fa4_prefixlm.batch.lengths import Lengths
 from fa4_prefixlm.batch.ranges import Spans
 from fa4_prefixlm.geometry.intervals import row_bounds, tokens
+from fa4_prefixlm.geometry.telling_rows import TellingRows
 from fa4_prefixlm.geometry.traits import as_run, most_spans, traits
 from fa4_prefixlm.masks import causal, everything, key_in, key_outside, one_block, prefix, query_in, same_span, window
 from fa4_prefixlm.masks.plain_parts import few_parts
 from fa4_prefixlm.testing.batches import UGLY, Batch, random_batch, random_spans
 from fa4_prefixlm.testing.stages import sizes_of
 from tests.geometry.test_measured import random_expression
+from tests.kernels.test_plan_rows import masked_batch
 from tests.kernels.triton_processes import INTERPRETED, compile_for_hopper, run_interpreted
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -109,6 +113,11 @@ if INTERPRETED:
         values = {"a": [[(1, 4), (60, 66)]], "b": [[(9, 30)]], "c": [[(0, 5), (40, 41)]], "d": [[(50, 80), (80, 90)]]}
         assert check(mask, given(**values), sizes_of(Batch(((77, 100),), ((),))))
 
+    def test_a_step_for_every_end_of_a_prefix() -> None:
+        mask = (prefix("a") | prefix("b")) | (prefix("c") | prefix("d"))
+        values = {name: [[(0, end)]] for name, end in zip("abcd", (3, 6, 9, 12), strict=True)}
+        assert check(mask, given(**values), sizes_of(Batch(((5, 20),), ((),))))
+
     def test_more_queries_than_keys() -> None:
         sizes = Lengths(*map(int32, ([0, 70, 90], [0, 9, 9])), 90, 9, 70, 9, (70, 20), (9, 0), False, more_queries=True)
         for mask in (key_in("image"), everything, key_outside("image"), everything & key_outside("image")):
@@ -187,6 +196,18 @@ else:
             dataclasses.replace(sizes, total_q=0),
         ):
             assert not kernel.takes(few, given(image=[[(1, 2)]]), lengths)
+
+    def test_not_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+        """Nor are the rows that tell copied: the graph would read memory that is others' by then."""
+        batch = masked_batch(Batch(((40, 60),), ((),)), MANY, spans={"image": [[(3, 9)]]})
+        batch = dataclasses.replace(batch, telling=TellingRows(batch.mask, batch.spans, batch.lengths))
+        monkeypatch.setattr(MaskedBatch, "on_gpu", True)
+        monkeypatch.setattr(kernel, "composed_rows", lambda *_: "launched")
+        assert batch._composed() == "launched"
+        assert batch._pieces() is not None
+        monkeypatch.setattr(base, "is_capturing", lambda: True)
+        assert batch._composed() is None
+        assert batch._pieces() is None
 
     @pytest.mark.slow
     def test_in_the_interpreter() -> None:

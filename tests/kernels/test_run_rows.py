@@ -149,6 +149,17 @@ if INTERPRETED:
             sizes = sizes_of(USUAL[name](700, ids), 2, rows, (0, 3000), 3000 - rows, real)
             assert check(sizes) == (False, False)
 
+    def test_two_runs_that_all_but_touch() -> None:
+        """A window, and real keys that end before it: row 12 sees `[0, 13)`, and row 13 not key 10."""
+        real = torch.zeros(1, 40, dtype=torch.bool)
+        real[:, :10] = True
+        near = masking_utils.and_masks(CAUSAL, masking_utils.sliding_window_overlay(3))
+        function = masking_utils.or_masks(
+            near, masking_utils.and_masks(CAUSAL, masking_utils.padding_mask_function(real))
+        )
+        for rows, several in ((13, False), (14, True)):
+            assert check(sizes_of(function, 1, rows, (0, 40), 0, None)) == (several, several)
+
     def test_ids_that_change_in_place() -> None:
         ids = torch.full((1, 60), -1)
         for _ in range(2):
