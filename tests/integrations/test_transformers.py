@@ -404,7 +404,8 @@ def test_dropout_is_refused() -> None:
 def test_a_model_that_changes_its_masks_is_refused() -> None:
     layer = torch.nn.Module()
     q = torch.randn(1, 2, 20, 8)
-    for changed in (torch.zeros(1, 1, 20, 3, dtype=torch.int32), torch.zeros(1, 1, 21, 2, dtype=torch.int32)):
+    for shape in ((1, 1, 20, 3), (1, 1, 21, 2), (1, 20, 2), (1, 20), ()):
+        changed = torch.zeros(shape, dtype=torch.int32)
         with pytest.raises(fp.InputError, match="does the model change its masks"):
             integration.attention(layer, q, q, q, changed)
 

@@ -167,6 +167,14 @@ if INTERPRETED:
             for name in ("global", "Gemma 3's local"):
                 assert check(sizes_of(USUAL[name](9, ids), 1, 60, (0, 60), 0, None)) == (False, False)
 
+    @pytest.mark.parametrize("name", USUAL)
+    def test_the_last_positions_that_it_takes(name: str) -> None:
+        ids, far = torch.zeros(1, 9, dtype=torch.long), 2**30
+        for function in (USUAL[name](2**40, ids), EVERYTHING):
+            assert check(sizes_of(function, 1, 40, (far - 100, far), far - 41, None)) == (False, False)
+            with pytest.raises(NotIntervals):
+                masks._in_one_launch(read(function), sizes_of(function, 1, 40, (far - 100, far), far - 40, None))
+
     def test_what_it_does_not_take() -> None:
         ids, real = torch.zeros(2, 40, dtype=torch.long), torch.ones(2, 40, dtype=torch.bool)
         blocks, packed = masking_utils.blockwise_overlay(ids), masking_utils.packed_sequence_mask_function(ids)

@@ -103,7 +103,7 @@ def attention(
         return dense(call, None)
     if attention_mask.dtype != torch.int32:
         return dense(call, attention_mask)
-    width = attention_mask.shape[3]
+    width = attention_mask.shape[-1] if attention_mask.ndim == 4 else 0
     if (
         attention_mask.shape[:3] != (query.shape[0], 1, query.shape[2])
         or width % 2

@@ -360,7 +360,7 @@ def _in_one_launch(expression: Expression, sizes: Sizes) -> tuple[torch.Tensor, 
     if isinstance(first, torch.Tensor):
         near = first.numel() == 1 and first.device == device and not first.is_floating_point()
     else:
-        near = first + rows <= FAR
+        near = first + rows < FAR  # the position after the last row, and `FAR` more, fits int32
     fitting = own is None or fits(own.ids, torch.int32, torch.int64), real is None or fits(real, torch.bool)
     if not (near and kv_end <= FAR and all(fitting)):
         raise NotIntervals(expression)
