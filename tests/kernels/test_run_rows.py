@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="triton is not installed")
 pytest.importorskip("transformers.masking_utils")
@@ -40,6 +41,18 @@ USUAL: dict[str, Callable[[int, torch.Tensor], Any]] = {
     ),
     "bidirectional": lambda window, ids: masking_utils.sliding_window_bidirectional_mask_function(window),
 }
+
+
+class Counted(TorchDispatchMode):
+    """Every operation of torch, views of tensors too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 def sizes_of(function: Any, batch: int, rows: int, keys: tuple[int, int], first: Any, real: Any) -> dict[str, Any]:
@@ -196,6 +209,19 @@ if INTERPRETED:
                 masks._in_one_launch(read(function), sizes_of(function, 2, 40, (0, 40), 0, real) | more)
 
 else:
+
+    def test_a_mask_takes_seven_operations_and_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+        launched: list[object] = []
+        monkeypatch.setattr(kernel, "launch_run_rows", lambda *arguments: launched.append(arguments))
+        ids = torch.tensor([[-1, 0, 0, -1, 1, 1, -1, -1]])
+        real = torch.ones(1, 8, dtype=torch.bool)
+        for name, make in USUAL.items():
+            sizes = sizes_of(make(4, ids), 1, 8, (0, 8), 0, real)
+            launched.clear()
+            with Counted() as counted:
+                masks._in_one_launch(read(sizes["mask_function"]), sizes)
+            assert len(launched) == 1, name
+            assert len(counted.names) <= 7, (name, counted.names)
 
     @pytest.mark.slow
     def test_in_the_interpreter() -> None:
