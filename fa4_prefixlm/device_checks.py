@@ -1,4 +1,4 @@
-"""Values on the device: the debug switch, assertions that do not synchronise, copies that do not wait.
+"""Values on the device, and what runs there: the debug switch, assertions that do not synchronise, copies that do not wait.
 
 Debug mode checks the values of device tensors on the host too, at the cost of a synchronisation. It is off by default;
 `FA4_PREFIXLM_DEBUG=1` in the environment or `with fa4_prefixlm.debug():` turns it on.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import importlib.util
 import os
 from collections.abc import Iterator, Sequence
 
@@ -50,6 +51,12 @@ def assert_on_device(condition: torch.Tensor, message: str) -> None:
 def is_fake(tensor: torch.Tensor) -> bool:
     """The tensor has no values: a kernel is being compiled for a device that is not here."""
     return isinstance(tensor, FakeTensor)
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Triton is installed, which compiles kernels for a GPU."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def is_capturing() -> bool:

@@ -89,7 +89,11 @@ class MaskedBatch:
     @functools.cached_property
     def block(self) -> str | None:
         """The span set whose tokens see each other by tags; None: there is none."""
-        return as_run(self.mask, most_spans(self.spans))[1] if self.traits.tagged else None
+        return self._as_run[1] if self.traits.tagged else None
+
+    @functools.cached_property
+    def _as_run(self) -> tuple[Mask, str | None]:
+        return as_run(self.mask, most_spans(self.spans))
 
     def _tags(self, block: str) -> Tags:
         if self.on_gpu:
@@ -116,8 +120,7 @@ class MaskedBatch:
             return None
         from fa4_prefixlm.kernels.composed_rows import composed_rows, takes
 
-        base, _ = as_run(self.mask, most_spans(self.spans))
-        parts = few_parts(base)
+        parts = few_parts(self._as_run[0])
         if parts is None or not takes(parts, self.spans, self.lengths):
             return None
         return composed_rows(parts, self.spans, self.lengths, self.traits.intervals)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +21,7 @@ from fa4_prefixlm.backends.rows import kernel_bounds
 from fa4_prefixlm.batch.lengths import Lengths, as_one_sequence
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.batch.tensors import CallSpec
+from fa4_prefixlm.device_checks import has_triton
 from fa4_prefixlm.fa4.builds.describe import Build
 from fa4_prefixlm.geometry.intervals import Bounds, Tags
 from fa4_prefixlm.geometry.packed_row_tiles import packed_map, tag_ranges, transposed
@@ -227,7 +227,7 @@ def flex_refusal(spec: CallSpec) -> str | None:
         return f"torch tests FlexAttention on sm_{OLDEST_ARCH} and later, not sm_{spec.arch}"
     if min(spec.head_dim, spec.head_dim_v) < LEAST_HEAD_DIM:
         return f"FlexAttention takes head dims of at least {LEAST_HEAD_DIM} on a GPU"
-    if not _has_triton():
+    if not has_triton():
         return "Triton is not installed, which torch compiles FlexAttention with"
     return None
 
@@ -242,11 +242,6 @@ class Flex(Backend):
 
     def prepare(self, batch: MaskedBatch) -> FlexCall:
         return flex_call(batch)
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def _in_blocks(tensor: torch.Tensor, blocks: int) -> torch.Tensor:

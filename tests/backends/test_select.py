@@ -99,7 +99,7 @@ def test_what_flex_cannot_run_goes_to_the_reference(change: dict, why: str) -> N
 
 
 def test_without_triton_there_is_no_flex_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flex, "_has_triton", lambda: False)
+    monkeypatch.setattr(flex, "has_triton", lambda: False)
     choice = choose(None)
     assert (choice.name, choice.passed_over[-1][1][:23]) == ("reference", "Triton is not installed")
 

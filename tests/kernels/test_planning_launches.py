@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 
 import fa4_prefixlm as fp
 from fa4_prefixlm.backends import base
 from fa4_prefixlm.backends.base import MaskedBatch
 from fa4_prefixlm.masks import causal, key_in, one_block, prefix, same_span, window
+from tests.kernels.counted import Counted
 from tests.kernels.triton_processes import INTERPRETED, run_interpreted
 from tests.tools.rows_by_torch import rows_by_torch
 
@@ -29,21 +30,6 @@ MASKS = {
     causal | one_block("image"): (ROWS, TAGS, LISTS),
     causal & (window(100) | key_in("image")): (ROWS, LISTS, RULE),
 }
-
-
-class Counted(TorchDispatchMode):
-    """The operations that do some work."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if name not in NO_WORK:
-            self.names.append(name)
-        return func(*args, **(kwargs or {}))
-
 
 if INTERPRETED:
 
@@ -64,7 +50,7 @@ if INTERPRETED:
         images = {"image": [[(at, at + 40) for at in range(0, 1000, 100)]]}
         for _ in range(2):  # the first notes things of the mask, and copies it to the device
             launched.clear()
-            with Counted() as counted:
+            with Counted(besides=NO_WORK) as counted:
                 plan = fp.plan(
                     images, like=(q, q, q), cu_seqlens_q=[0, 1000], cu_seqlens_k=[0, 1000], mask=mask, backend="flex"
                 )

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="triton is not installed")
 pytest.importorskip("transformers.masking_utils")
@@ -24,6 +23,7 @@ from fa4_prefixlm.integrations.transformers.row_bounds import NotIntervals, boun
 from fa4_prefixlm.integrations.transformers.row_runs import bounds_of_runs
 from fa4_prefixlm.integrations.transformers.row_terms import terms_of
 from fa4_prefixlm.kernels import run_rows as kernel
+from tests.kernels.counted import Counted
 from tests.kernels.triton_processes import INTERPRETED, compile_for_hopper, run_interpreted
 
 CAUSAL = masking_utils.causal_mask_function
@@ -41,18 +41,6 @@ USUAL: dict[str, Callable[[int, torch.Tensor], Any]] = {
     ),
     "bidirectional": lambda window, ids: masking_utils.sliding_window_bidirectional_mask_function(window),
 }
-
-
-class Counted(TorchDispatchMode):
-    """Every operation of torch, views of tensors too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
 
 
 def sizes_of(function: Any, batch: int, rows: int, keys: tuple[int, int], first: Any, real: Any) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import threading
 import warnings
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import masking_utils
 
+from fa4_prefixlm.device_checks import has_triton
 from fa4_prefixlm.errors import InputError
 from fa4_prefixlm.geometry.traits import MOST_INTERVALS
 from fa4_prefixlm.integrations.transformers.mask_functions import (
@@ -334,12 +334,7 @@ def _one_interval(expression: Expression, sizes: Sizes) -> tuple[torch.Tensor, R
 
 def launches(device: torch.device) -> bool:
     """Triton's kernels run there."""
-    return device.type == "cuda" and _has_triton()
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return device.type == "cuda" and has_triton()
 
 
 def _in_one_launch(expression: Expression, sizes: Sizes) -> tuple[torch.Tensor, Reading]:
