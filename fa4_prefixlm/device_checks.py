@@ -1,4 +1,4 @@
-"""Values on the device: the debug switch, assertions that do not synchronise, copies that do not wait; and what is there.
+"""Values on the device: the debug switch, assertions that do not synchronise, copies that do not wait; what is there.
 
 Debug mode checks the values of device tensors on the host too, at the cost of a synchronisation. It is off by default;
 `FA4_PREFIXLM_DEBUG=1` in the environment or `with fa4_prefixlm.debug():` turns it on.
