@@ -36,8 +36,8 @@ class Tables(NamedTuple):
         ends: `(2 * K, rows, BLOCK)`, of each interval in turn where it begins and its width, both with the sign bit
             flipped, so that a single comparison tells (`_compared`). Where `Form.searched`, `(rows, BLOCK, n)`: where
             intervals begin and end, ascending, n a power of two above `2 * K`, the rest past every key. Where
-            `Form.rule`, `(3 + n, rows, BLOCK)`: the keys of the row's sequence as one interval, then what `by_rule`
-            takes of rows.
+            `Form.rule`, `(3 + n, rows, BLOCK)`: the keys of the row's sequence as one interval, up to its own where
+            the rule is causal, then what `by_rule` takes of rows.
         row_tag, key_tag: `(rows, BLOCK)`, `(keys, BLOCK)`; None: no tags.
         counts, indices: of the partial blocks of keys, `(1, 1, rows)` and `(1, 1, rows, keys)`.
         full_counts, full_indices: of those that need no mask.

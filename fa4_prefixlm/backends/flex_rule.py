@@ -5,7 +5,8 @@ Where a row sees many intervals, comparing a key with each of them costs more th
 
 Rows and keys are those of the packed batch. A row's place is where the key of its own position would be among the
 packed keys, and spans are moved along, so that within a sequence all is as far apart as it is by position. That the key
-is of the row's sequence is not the rule's to say.
+is of the row's sequence is not the rule's to say, nor that it is not after the row, where the mask is `causal & ...`: both
+are an interval of keys, which a single comparison tells.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from fa4_prefixlm.batch.ranges import LARGEST
+from fa4_prefixlm.masks.atoms import Causal
 from fa4_prefixlm.masks.base import And, Mask, Or
 from fa4_prefixlm.masks.noised_copy import BlockDiffusion
 from fa4_prefixlm.masks.plain_parts import in_plain_parts
@@ -37,12 +39,14 @@ class Rule:
 
     Attributes:
         mask: what of it changes from batch to batch is in tables.
+        causal: rows see no key after their own, beside what the mask says.
         row_owners: where the span of a row begins, `NO_ROW` if it is in none.
         latest_ends: where the last span ends that begins at or before a row, `NO_ROW` if none does.
         key_owners: where the span of a key begins, `NO_KEY` if it is in none.
     """
 
     mask: Mask
+    causal: bool
     row_owners: tuple[str, ...]
     latest_ends: tuple[str, ...]
     key_owners: tuple[str, ...]
@@ -131,6 +135,7 @@ def _with_rule(part: Mask) -> Mask | None:
 
 
 def _parts(mask: Mask) -> int:
+    """Of how many a mask is made."""
     return _parts(mask.left) + _parts(mask.right) if isinstance(mask, (And, Or)) else 1
 
 
@@ -142,8 +147,23 @@ class _Noted(dict[str, torch.Tensor]):
 
 
 @functools.lru_cache(maxsize=256)
-def _rule(mask: Mask) -> Rule:
+def _rule(mask: Mask) -> Rule | None:
+    rest = _but_for_causal(mask)
+    if rest is None:
+        return None
     row_owner, latest_end, key_owner = _Noted(), _Noted(), _Noted()
     anywhere = _Noted()["any"]
-    mask.visible(RulePairs(anywhere, anywhere, row_owner, latest_end, key_owner))
-    return Rule(mask, *(tuple(sorted(own)) for own in (row_owner, latest_end, key_owner)))
+    rest.visible(RulePairs(anywhere, anywhere, row_owner, latest_end, key_owner))
+    return Rule(rest, rest is not mask, *(tuple(sorted(own)) for own in (row_owner, latest_end, key_owner)))
+
+
+def _but_for_causal(mask: Mask) -> Mask | None:
+    """A mask without each `causal` that all of it is under: `causal & rest`; None: there is no rest."""
+    if isinstance(mask, Causal):
+        return None
+    if not isinstance(mask, And):
+        return mask
+    left, right = _but_for_causal(mask.left), _but_for_causal(mask.right)
+    if left is mask.left and right is mask.right:
+        return mask
+    return left & right if left is not None and right is not None else right if left is None else left

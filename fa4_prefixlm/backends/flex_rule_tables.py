@@ -23,10 +23,13 @@ def rule_tables(batch: MaskedBatch, rule: Rule, rows: int, keys: int) -> tuple[t
     if packed_keys is None:
         packed_keys = queries
     where = queries.where
+    place, count = where.position + queries.shift, where.seqlen_k
+    if rule.causal:
+        count = torch.minimum(count, (place + 1 - where.key_offset).clamp(min=0))
     of_rows = [
         where.key_offset ^ LEAST_INT32,
-        where.seqlen_k ^ LEAST_INT32,
-        where.position + queries.shift,
+        count ^ LEAST_INT32,
+        place,
         *map(queries.owner, rule.row_owners),
         *map(queries.latest_end, rule.latest_ends),
     ]
@@ -44,7 +47,9 @@ def rule_tables_in_one_launch(
     told = rule.row_owners, rule.latest_ends, rule.key_owners
     if not takes(sorted({*itertools.chain(*told)}), batch.spans, batch.lengths):
         return rule_tables(batch, rule, rows, keys)
-    of_rows, of_keys = rule_numbers(batch.spans, batch.lengths, *told, rows=rows, keys=keys, block=BLOCK)
+    of_rows, of_keys = rule_numbers(
+        batch.spans, batch.lengths, *told, causal=rule.causal, rows=rows, keys=keys, block=BLOCK
+    )
     return free(of_rows, 1), free(of_keys, 1) if rule.key_owners else None
 
 

@@ -166,9 +166,9 @@ def _choose_forward(name: str, spec: CallSpec, traits: Traits, lengths: Lengths,
     if lengths.total_q == 0:
         return Forward(Reference.name, "there are no queries", gathered=paged)
     if name != "auto":
-        copied = dataclasses.replace(spec, page_size=None)
         gathered = paged and (not BACKENDS[name].reads_pages or BACKENDS[name].refusal(spec, traits, build) is not None)
-        refusal = BACKENDS[name].refusal(copied if gathered else spec, traits, build)
+        as_called = dataclasses.replace(spec, page_size=None) if gathered else spec
+        refusal = BACKENDS[name].refusal(as_called, traits, build)
         if refusal is not None:
             raise UnsupportedError("backend", f"a backend that can run this call ({refusal})", repr(name))
         return Forward(name, BY_NAME, gathered=gathered)

@@ -246,15 +246,8 @@ def _check_host(
     result = []
     for sequence, spans in enumerate(host):
         for index, (start, end) in enumerate(spans):
-            name = f"{argument}[{sequence}][{index}]"
-            if start < 0:
-                raise InputError(name, "a start of at least 0", (start, end))
-            if start >= end:
-                raise InputError(name, "start below end", (start, end))
-            if end > LARGEST:
-                raise InputError(name, f"positions of at most {LARGEST}, int32", (start, end))
-            if max_range is not None and end - start > max_range:
-                raise InputError(name, f"at most max_range = {max_range} tokens", (start, end))
+            if not 0 <= start < end <= LARGEST or (max_range is not None and end - start > max_range):
+                raise _bad_span(f"{argument}[{sequence}][{index}]", start, end, max_range)
         ordered = tuple(sorted(spans))
         for before, after in itertools.pairwise(ordered):
             if after[0] < before[1]:
@@ -264,6 +257,18 @@ def _check_host(
             _check_whole(f"{argument}[{sequence}]", ordered, rows, lengths.seqlens_k[sequence], whole)
         result.append(ordered)
     return tuple(result)
+
+
+def _bad_span(argument: str, start: int, end: int, max_range: int | None) -> InputError:
+    if start < 0:
+        expected = "a start of at least 0"
+    elif start >= end:
+        expected = "start below end"
+    elif end > LARGEST:
+        expected = f"positions of at most {LARGEST}, int32"
+    else:
+        expected = f"at most max_range = {max_range} tokens"
+    return InputError(argument, expected, (start, end))
 
 
 def _check_whole(argument: str, spans: SequenceSpans, rows: int | None, keys: int, whole: Whole) -> None:

@@ -43,6 +43,7 @@ def rule_numbers(
     latest_ends: Sequence[str],
     key_owners: Sequence[str],
     *,
+    causal: bool,
     rows: int,
     keys: int,
     block: int,
@@ -52,6 +53,7 @@ def rule_numbers(
     Args:
         spans, lengths: of a batch that `takes` is true of, on the device.
         row_owners, latest_ends, key_owners: names of span sets.
+        causal: the keys of a row end with its own.
         rows, keys: in blocks.
         block: tokens of a block.
     """
@@ -72,6 +74,7 @@ def rule_numbers(
                 *wanted,
                 len(row_owners),
                 len(names),
+                int(causal),
                 lengths.total_q,
                 lengths.total_k,
                 padded_q,
@@ -88,7 +91,7 @@ _SPANS = ("stride_sequence", "stride_span", "stride_edge", "spans", "second", "t
 _SIZES = ("total_q", "total_k", "padded_q", "padded_k", "batch", "levels")
 
 
-@triton.jit(do_not_specialize=(*_SPANS, "row_owners", "latest_ends", "key_owners", "owners", "sets", *_SIZES))
+@triton.jit(do_not_specialize=(*_SPANS, "row_owners", "latest_ends", "key_owners", "owners", "sets", "causal", *_SIZES))
 def rule_numbers_kernel(
     of_rows,
     of_keys,
@@ -107,6 +110,7 @@ def rule_numbers_kernel(
     key_owners,
     owners,
     sets,
+    causal,
     total_q,
     total_k,
     padded_q,
@@ -119,12 +123,14 @@ def rule_numbers_kernel(
     """Program `b` writes the rows of block `b`, and its keys.
 
     row_owners, latest_ends, key_owners: sets, as bits. owners: how many `row_owners` there are.
+    causal: 1, the keys of a row end with its own.
     """
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     sequence, offset, keys, position = row_place(cu_seqlens_q, cu_seqlens_k, token, batch, levels)
     present, exists = token < total_q, token < padded_q
     tl.store(of_rows + token, tl.where(present, offset ^ NONE, NONE), mask=exists)
-    tl.store(of_rows + tl.cast(padded_q, tl.int64) + token, tl.where(present, keys ^ NONE, NONE), mask=exists)
+    count = tl.where(causal > 0, tl.minimum(keys, tl.maximum(position + 1, 0)), keys)
+    tl.store(of_rows + tl.cast(padded_q, tl.int64) + token, tl.where(present, count ^ NONE, NONE), mask=exists)
     column = of_rows + 2 * tl.cast(padded_q, tl.int64) + token
     tl.store(column, tl.where(present, position + offset, NONE), mask=exists)
     latest = column + owners * tl.cast(padded_q, tl.int64)

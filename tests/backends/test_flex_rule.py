@@ -253,6 +253,20 @@ def test_which_masks_have_a_rule() -> None:
         assert rule_for(mask, 99) is None
 
 
+def test_causal_is_the_end_of_a_rows_keys_and_not_of_the_rule() -> None:
+    def rule(mask: fp.Mask) -> tuple[fp.Mask, bool]:
+        found = rule_for(mask, 99)
+        assert found is not None
+        return found.mask, found.causal
+
+    near = window(20) | SEEN
+    assert rule(causal & near) == rule(near & causal) == rule(causal & (near & causal)) == (near, True)
+    assert rule(near) == (near, False)
+    assert rule(causal & near | SEEN) == (causal & near | SEEN, False)
+    assert rule(causal & near & SEEN) == (near & SEEN, True)
+    assert rule_for(causal & (causal & causal), 99) is None
+
+
 def test_the_rule_reads_no_table_for_nothing() -> None:
     rule = rule_for(causal & (window(20) | SEEN), 9)
     assert (rule.row_owners, rule.latest_ends, rule.key_owners) == ((), (), ("seen",))
