@@ -142,8 +142,8 @@ def choose(
         UnsupportedError: the named backend can't run the call.
         InputError: there is no such backend.
     """
-    if lengths.total_q and name == "auto" and spec.page_size is None:
-        kept = _kept_choice(spec.of_any_size, traits, build, backward)
+    if lengths.total_q and spec.page_size is None and isinstance(name, str):
+        kept = _kept_choice(name, spec.of_any_size, traits, build, backward)
         if kept is not None:
             return kept
     forward = _choose_forward(name, spec, traits, lengths, build)
@@ -151,30 +151,33 @@ def choose(
 
 
 @functools.lru_cache(maxsize=256)
-def _kept_choice(spec: CallSpec, traits: Traits, build: Build | None, backward: str) -> Choice | None:
-    """What "auto" takes, where it is the same for every batch of a kind; None where it depends on the lengths."""
-    forward = _first_that_runs(spec, traits, None, build)
+def _kept_choice(name: str, spec: CallSpec, traits: Traits, build: Build | None, backward: str) -> Choice | None:
+    """What is taken, where it is the same for every batch of a kind; None where it depends on the lengths."""
+    forward = _first_that_runs(spec, traits, None, build) if name == "auto" else _named(name, spec, traits, build)
     if forward is None:
         return None
     return Choice(forward, choose_backward(backward, spec, traits, build, forward=forward.name))
 
 
 def _choose_forward(name: str, spec: CallSpec, traits: Traits, lengths: Lengths, build: Build | None) -> Forward:
-    if name not in ("auto", *BACKENDS):
-        raise InputError("backend", f"one of {', '.join(['auto', *BACKENDS])}", repr(name))
-    paged = spec.page_size is not None
-    if lengths.total_q == 0:
-        return Forward(Reference.name, "there are no queries", gathered=paged)
+    if lengths.total_q == 0 and name in ("auto", *BACKENDS):
+        return Forward(Reference.name, "there are no queries", gathered=spec.page_size is not None)
     if name != "auto":
-        gathered = paged and (not BACKENDS[name].reads_pages or BACKENDS[name].refusal(spec, traits, build) is not None)
-        as_called = dataclasses.replace(spec, page_size=None) if gathered else spec
-        refusal = BACKENDS[name].refusal(as_called, traits, build)
-        if refusal is not None:
-            raise UnsupportedError("backend", f"a backend that can run this call ({refusal})", repr(name))
-        return Forward(name, BY_NAME, gathered=gathered)
+        return _named(name, spec, traits, build)
     first = _first_that_runs(spec, traits, lengths, build)
     assert first is not None, "it has the lengths"
     return first
+
+
+def _named(name: str, spec: CallSpec, traits: Traits, build: Build | None) -> Forward:
+    if name not in BACKENDS:
+        raise InputError("backend", f"one of {', '.join(['auto', *BACKENDS])}", repr(name))
+    backend, paged = BACKENDS[name], spec.page_size is not None
+    gathered = paged and (not backend.reads_pages or backend.refusal(spec, traits, build) is not None)
+    refusal = backend.refusal(dataclasses.replace(spec, page_size=None) if gathered else spec, traits, build)
+    if refusal is not None:
+        raise UnsupportedError("backend", f"a backend that can run this call ({refusal})", repr(name))
+    return Forward(name, BY_NAME, gathered=gathered)
 
 
 def _first_that_runs(spec: CallSpec, traits: Traits, lengths: Lengths | None, build: Build | None) -> Forward | None:

@@ -99,18 +99,20 @@ class TellingRows:
         ends = ends_of(self.mask)
         return tokens(self._on_host, None if ends is None else self._listed(ends))
 
-    def one_sees(self) -> int:
-        """How many intervals one row sees that is likely to see many, told in Python; 0: it is not told."""
+    def one_sees_more_than(self, most: int) -> bool:
+        """A row that is likely to see many intervals sees more than these, told in Python; False also if not told."""
         seqlens_q, seqlens_k = self.lengths.on_host()
         base, _ = as_run(self.mask, most_spans(self.spans))
         parts = few_parts(base)
         if parts is None or self.lengths.total_q == 0 or not self.lengths.is_aligned:
-            return 0
+            return False
         sets = {name: own.on_host() for name, own in self.spans.items()}
         with_rows = (index for index, rows in enumerate(seqlens_q) if rows)
-        most = max(with_rows, key=lambda index: sum(len(sets[name][index]) for name in parts.names))
-        keys = seqlens_k[most]
-        return len(parts.seen(keys - 1, keys, {name: own[most] for name, own in sets.items()}))
+        row = max(with_rows, key=lambda index: sum(len(sets[name][index]) for name in parts.names))
+        keys, spans = seqlens_k[row], {name: own[row] for name, own in sets.items()}
+        # Of no more keys than hold a span too many, for the first: a row sees no fewer intervals of all.
+        first = max((own[most + 1][0] for own in spans.values() if len(own) > most + 1), default=keys)
+        return any(len(parts.seen(keys - 1, count, spans)) > most for count in sorted({min(first, keys), keys}))
 
     def pieces(self, most: int) -> Pieces | None:
         """The bounds of all rows as pieces.
@@ -174,7 +176,7 @@ def measured(asked: Traits, telling: TellingRows) -> Traits:
     evaluated = telling.mask.evaluated
     if asked.intervals <= MOST_INTERVALS or asked.custom or not (telling.known or evaluated):
         return asked
-    if not evaluated and telling.one_sees() > MOST_INTERVALS:
+    if not evaluated and telling.one_sees_more_than(MOST_INTERVALS):
         return asked
     if evaluated:
         bounds = row_bounds(telling.mask, telling.spans, telling.lengths, tokens(telling.lengths))
