@@ -5,8 +5,8 @@ Where a row sees many intervals, comparing a key with each of them costs more th
 
 Rows and keys are those of the packed batch. A row's place is where the key of its own position would be among the
 packed keys, and spans are moved along, so that within a sequence all is as far apart as it is by position. That the key
-is of the row's sequence is not the rule's to say, nor that it is not after the row, where the mask is `causal & ...`: both
-are an interval of keys, which a single comparison tells.
+is of the row's sequence is not the rule's to say, nor that it is not after the row, where the mask is `causal & ...`:
+both are an interval of keys, which a single comparison tells.
 """
 
 from __future__ import annotations

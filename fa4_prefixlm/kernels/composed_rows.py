@@ -64,12 +64,13 @@ def composed_rows(parts: FewParts, spans: SpanSets, lengths: Lengths, most: int)
     checked = not lengths.known or any(spans[name].host is None for name in parts.names)
     lo, hi = (torch.empty(total_q, most, dtype=torch.int32, device=device) for _ in range(2))
     fine = torch.ones(1, dtype=torch.bool, device=device) if checked else lo
+    table = _table(parts, lo.device, _stream(lo.device))
     ranges, numbers = looked_at([spans[name].values for name in parts.names], lo)
     key_spans = sum(spans[name].values.shape[1] for name in parts.names[: parts.key_sets])
     with torch.cuda.device_of(lo):
         launch_composed_rows(
             triton.cdiv(total_q, ROWS),
-            (lo, hi, fine, _table(parts, lo.device, _stream(lo.device)), lengths.cu_seqlens_q, lengths.cu_seqlens_k, ranges),
+            (lo, hi, fine, table, lengths.cu_seqlens_q, lengths.cu_seqlens_k, ranges),
             (
                 *numbers,
                 key_spans,

@@ -6,8 +6,8 @@ import math
 
 import torch
 
-# Elements of a block, float32: from 1 KiB to 64 MiB, the sizes that the caching allocator hands out again.
-BLOCKS = [2**size for size in range(8, 25)]
+# Bytes of new blocks, from 1 KiB to 64 MiB, beside those that the caching allocator has.
+NEW_BLOCKS = [2**size for size in range(10, 27)]
 
 
 def nan_output(q: torch.Tensor, head_dim_v: int) -> torch.Tensor:
@@ -20,5 +20,18 @@ def poison_free_memory(device: torch.device | str = "cuda") -> None:
     if torch.device(device).type != "cuda":
         return
     torch.cuda.synchronize(device)
-    blocks = [torch.full((size,), math.nan, device=device) for size in BLOCKS for _ in range(2)]
+    # A request gets the smallest block that holds it, which may be one between what others hold: each, by its size.
+    sizes = [*sorted(_free_blocks(), reverse=True), *(size for size in NEW_BLOCKS for _ in range(2))]
+    blocks = [torch.full((size // 4,), math.nan, device=device) for size in sizes]
     del blocks
+
+
+def _free_blocks() -> list[int]:
+    """Bytes of each block that the caching allocator has to hand out, outside of CUDA graphs."""
+    return [
+        block["size"]
+        for segment in torch.cuda.memory_snapshot()
+        if tuple(segment.get("segment_pool_id", (0, 0))) == (0, 0)
+        for block in segment["blocks"]
+        if block["state"] == "inactive"
+    ]

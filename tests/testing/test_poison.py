@@ -18,7 +18,9 @@ def test_an_output_that_nobody_wrote_is_nan() -> None:
 
 @pytest.mark.gpu
 def test_memory_that_is_handed_out_next_holds_nan() -> None:
-    torch.cuda.empty_cache()  # of what other tests left
+    between = [torch.zeros(384, device="cuda") for _ in range(64)]  # blocks of 1536 bytes, every other one free
+    del between[::2]
     poison_free_memory()
-    held = [torch.empty(size, device="cuda") for size in (300, 4096, 10**6)]  # before anything else is written there
+    sizes = (300, 300, 4096, 10**6)
+    held = [torch.empty(size, device="cuda") for size in sizes]  # before anything else is written there
     assert all(bool(tensor.isnan().all()) for tensor in held)
