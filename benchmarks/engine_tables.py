@@ -94,20 +94,13 @@ def stack_table(results: list[dict[str, Any]]) -> str:
 
 
 def backward_times() -> str:
-    """A row for each workload, a column for each path; the native backward's other way to mask is left out.
-
-    What folds query heads is of another run, and its ratio of that run's FA4.
-    """
+    """A row for each workload, a column for each path; the native backward's other way to mask is left out."""
     cells: dict[str, dict[str, str]] = {}
     for row in kept("h100-backward")["results"]:
         if not row["path"].startswith("native,"):
             cell = f"{row['ms']:.2f} ms, {row['tflops']:.0f} ({row['of_causal']:.2f})"
             cells.setdefault(row["workload"], {})[row["path"]] = cell
-    folded = "native, heads folded"
-    for row in kept("h100-backward-folding")["results"]:
-        if (row["heads"], row["path"]) == ("16/8", "fold") and row["workload"] in cells:
-            cells[row["workload"]][folded] = f"{row['ms']:.2f} ms, {row['tflops']:.0f} ({row['of_causal']:.2f})"
-    columns = ["FA4 causal", folded, "native", "packed", "mask_mod, every tile", "cuDNN flex_attention"]
+    columns = ["FA4 causal", "native", "packed", "mask_mod, every tile", "cuDNN flex_attention"]
     rows = [[work, *(own.get(name, "") for name in columns)] for work, own in cells.items()]
     return "\n".join(markdown(["workload", *columns], rows))
 

@@ -10,8 +10,6 @@ import argparse
 import dataclasses
 import json
 import pathlib
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -103,46 +101,6 @@ def measure(workload: str, paths: list[Path]) -> list[Result]:
             Result(workload, path.name, errors[path.name], True, timing.ms, timing.spread, speed[path.name], ratio)
         )
     return results
-
-
-def recorded(paths: list[Path]) -> tuple[list[Path], list[str]]:
-    """(the paths without the host's part; the names of those with it, which can't be recorded).
-
-    Each path's kernels, recorded once in a CUDA graph that is replayed from then on. What is verified is what a replay
-    wrote.
-    """
-    made = [(path, _recorded(path.run)) for path in paths]
-    replayed = [path if run is None else dataclasses.replace(path, run=run) for path, run in made]
-    return replayed, [path.name for path, run in made if run is None]
-
-
-def _recorded(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor] | None:
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            out = run()
-    except RuntimeError:  # such as a library that waits for the device
-        torch.cuda.synchronize()
-        return None
-
-    def replay() -> torch.Tensor:
-        graph.replay()
-        return out
-
-    return replay
-
-
-def host_microseconds(run: Callable[[], object], calls: int = 40) -> float:
-    """What one call takes of the host, with the device idle: the median."""
-    times = []
-    for _ in range(calls):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        run()
-        times.append(1e6 * (time.perf_counter() - begin))
-    return float(f"{statistics.median(times):.4g}")
 
 
 def show(results: list[Result]) -> None:

@@ -2,8 +2,7 @@
 
 2 x 8192 tokens, 16 query and 8 key heads of 128, bfloat16. Each mask on every backend that takes it, and on torch's own
 FlexAttention with the block mask that `create_block_mask` makes of the same rule; TFLOP/s count the mask's exact work,
-and are compared with FA4's causal kernel. Kernels are timed without the host: replayed from a CUDA graph. Beside them,
-what a call takes of the host. Then what it takes to plan a batch of 16384 tokens: ours and theirs.
+and are compared with FA4's causal kernel. Then what it takes to plan a batch of 16384 tokens: ours and theirs.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from harness import Path, Result, benchmark_parser, host_microseconds, lacks_hopper, measure, recorded, save, show
+from harness import Path, Result, benchmark_parser, lacks_hopper, measure, save, show
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 import fa4_prefixlm as fp
@@ -147,10 +146,9 @@ def _median_ms(make: Callable[[], object]) -> float:
     return float(f"{statistics.median(times[3:]):.4g}")
 
 
-def show_rows(rows: list[dict[str, float | str]]) -> None:
-    header = list(rows[0])
-    cells = [[str(own[name]) for name in header] for own in rows]
-    print("\n".join(columns([header, *cells], right=range(1, len(header)))))
+def show_plans(plans: list[dict[str, float | str]]) -> None:
+    header = list(plans[0])
+    print("\n".join(columns([header, *[[str(own[name]) for name in header] for own in plans]], right=range(1, 4))))
 
 
 def main() -> int:
@@ -166,22 +164,13 @@ def main() -> int:
     results: list[Result] = []
     plans: list[dict[str, float | str]] = []
     more = {"batch": BATCH, "tokens": TOKENS, "heads": HEADS, "head_dim": HEAD_DIM, "dtype": "bfloat16"}
-    calls: list[dict[str, float | str]] = []
-    with_host: dict[str, list[str]] = {}
     for work in works:
-        called = paths(work)
-        replayed, with_host[work.name] = recorded(called)
-        results += measure(work.name, replayed)
-        calls.append({"workload": work.name, **{path.name: host_microseconds(path.run) for path in called}})
+        results += measure(work.name, paths(work))
         show(results[-sum(own.workload == work.name for own in results) :])
         plans.append(plan_times(work))
         if arguments.save:  # at once: a run that is cut off keeps what it had
-            times = {"plan_tokens": PLAN_TOKENS, "plan_ms": plans, "call_us": calls, "not_recorded": with_host}
-            save(arguments.save, results, **more, **times)
-    show_rows(plans)
-    for own in calls:
-        show_rows([own])
-    print(f"timed with the host, not recorded: { {name: own for name, own in with_host.items() if own} }")
+            save(arguments.save, results, **more, plan_tokens=PLAN_TOKENS, plan_ms=plans)
+    show_plans(plans)
     return 0 if all(result.correct for result in results) else 1
 
 
