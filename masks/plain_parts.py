@@ -11,7 +11,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from fa4_prefixlm.batch.ranges import SequenceSpans
 from fa4_prefixlm.masks.atoms import Causal, KeyIn, KeyOutside, OneBlock, Prefix, QueryIn, SameSpan, Window
@@ -31,12 +31,17 @@ def in_plain_parts(mask: Mask, other: Callable[[Mask], Mask | None] = lambda par
     other: what to put in the place of such a part; None: there is nothing.
     """
     kind = type(mask)  # a subclass may say anything
-    if isinstance(mask, (And, Or)) and kind in (And, Or):
-        left, right = in_plain_parts(mask.left, other), in_plain_parts(mask.right, other)
-        return None if left is None or right is None else kind(left, right)
-    if isinstance(mask, PrefixLM) and kind is PrefixLM:
-        return in_plain_parts(mask.expression, other)
-    return mask if kind in PLAIN else other(mask)
+    if kind in PLAIN:
+        return mask
+    if kind is And or kind is Or:
+        pair = cast(And | Or, mask)
+        left, right = in_plain_parts(pair.left, other), in_plain_parts(pair.right, other)
+        if left is None or right is None:
+            return None
+        return mask if left is pair.left and right is pair.right else kind(left, right)
+    if kind is PrefixLM:
+        return in_plain_parts(cast(PrefixLM, mask).expression, other)
+    return other(mask)
 
 
 class Kind(IntEnum):

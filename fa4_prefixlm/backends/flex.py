@@ -14,7 +14,7 @@ import torch
 import torch._functorch.config as functorch_config
 
 from fa4_prefixlm.backends.base import Backend, MaskedBatch, Prepared
-from fa4_prefixlm.backends.flex_attend import BLOCK, LEAST_INT32, Form, Tables, compiled, free, power_of_two
+from fa4_prefixlm.backends.flex_attend import BLOCK, LEAST_INT32, Form, Tables, compiled, free
 from fa4_prefixlm.backends.flex_rule import MOST_AS_FAST, Rule, rule_for
 from fa4_prefixlm.backends.flex_rule_tables import rule_tables, rule_tables_in_one_launch
 from fa4_prefixlm.backends.rows import kernel_bounds
@@ -25,7 +25,7 @@ from fa4_prefixlm.device_checks import has_triton
 from fa4_prefixlm.fa4.builds.describe import Build
 from fa4_prefixlm.geometry.intervals import Bounds, Tags
 from fa4_prefixlm.geometry.packed_row_tiles import packed_map, tag_ranges, transposed
-from fa4_prefixlm.geometry.tiles import TileCounts, TileMap, ceil_div
+from fa4_prefixlm.geometry.tiles import TileCounts, TileMap, ceil_div, power_of_two
 from fa4_prefixlm.geometry.traits import Traits, in_words
 from fa4_prefixlm.masks.interval_lists import EMPTY_HI, EMPTY_LO, END_OF_KEYS
 

@@ -19,6 +19,7 @@ import torch
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from fa4_prefixlm.backends.flex_rule import Rule, Seen, by_rule
+from fa4_prefixlm.geometry.tiles import power_of_two
 
 BLOCK = 128
 LEAST_INT32 = torch.iinfo(torch.int32).min
@@ -124,11 +125,6 @@ def blocks_that_fit(form: Form) -> dict[str, int]:
         options |= dict.fromkeys(("bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2"), 32)
         options["bwd_num_stages"] = 1
     return options
-
-
-def power_of_two(least: int) -> int:
-    """The smallest one that is at least this."""
-    return 1 << (least - 1).bit_length()
 
 
 _numbers = itertools.count()

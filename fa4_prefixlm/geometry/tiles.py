@@ -132,6 +132,11 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def power_of_two(least: int) -> int:
+    """The smallest one that is at least this."""
+    return 1 << (least - 1).bit_length()
+
+
 def count_query_tiles(lengths: Lengths, block_m: int) -> int:
     """How many query tiles there are, or the most there can be where the lengths are on the device."""
     if lengths.seqlens_q is not None:

@@ -23,6 +23,7 @@ from fa4_prefixlm.batch.ranges import SpanSets
 from fa4_prefixlm.device_checks import integers_to_device
 from fa4_prefixlm.errors import InputError
 from fa4_prefixlm.geometry.intervals import Bounds
+from fa4_prefixlm.geometry.tiles import ceil_div
 from fa4_prefixlm.kernels.launch import Launcher
 from fa4_prefixlm.kernels.search import row_place
 from fa4_prefixlm.kernels.span_sets import looked_at, set_of
@@ -69,7 +70,7 @@ def composed_rows(parts: FewParts, spans: SpanSets, lengths: Lengths, most: int)
     key_spans = sum(spans[name].values.shape[1] for name in parts.names[: parts.key_sets])
     with torch.cuda.device_of(lo):
         launch_composed_rows(
-            triton.cdiv(total_q, ROWS),
+            ceil_div(total_q, ROWS),
             (lo, hi, fine, table, lengths.cu_seqlens_q, lengths.cu_seqlens_k, ranges),
             (
                 *numbers,

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fa4_prefixlm.geometry.tiles import ceil_div, power_of_two
 from fa4_prefixlm.kernels.launch import Launcher
 from fa4_prefixlm.masks.interval_lists import EMPTY_HI, EMPTY_LO
 
@@ -35,7 +36,7 @@ def given_rows(
     device = bounds.device
     own = torch.zeros(batch * rows + padding, 2, dtype=torch.int32, device=device)
     tiles = torch.zeros(batch * rows // tile_tokens + batch + 1, 4, dtype=torch.int32, device=device)
-    each = triton.cdiv(rows, tile_tokens)
+    each = ceil_div(rows, tile_tokens)
     with torch.cuda.device_of(bounds):
         launch_given_rows(
             batch * each,
@@ -44,7 +45,7 @@ def given_rows(
             {
                 "TILE_TOKENS": tile_tokens,
                 "TILE_N": tile_n,
-                "ROWS": triton.next_power_of_2(tile_tokens),
+                "ROWS": power_of_two(tile_tokens),
                 "EMPTY_LO": EMPTY_LO,
                 "EMPTY_HI": EMPTY_HI,
             },

@@ -15,6 +15,7 @@ import triton.language as tl
 from fa4_prefixlm.device_checks import to_device_together
 from fa4_prefixlm.geometry.intervals import Bounds
 from fa4_prefixlm.geometry.telling_rows import Pieces
+from fa4_prefixlm.geometry.tiles import ceil_div
 from fa4_prefixlm.kernels.launch import Launcher
 from fa4_prefixlm.kernels.search import last_begin
 
@@ -28,7 +29,7 @@ def all_rows(pieces: Pieces, total_q: int, device: torch.device) -> Bounds:
     lo, hi = (torch.empty(total_q, intervals, dtype=torch.int32, device=device) for _ in range(2))
     with torch.cuda.device_of(lo):
         launch_all_rows(
-            triton.cdiv(total_q, BLOCK),
+            ceil_div(total_q, BLOCK),
             (*here, lo, hi),
             (total_q, count, count.bit_length(), intervals),
             {"BLOCK": BLOCK},

@@ -29,6 +29,7 @@ from fa4_prefixlm.batch.keys import Keys
 from fa4_prefixlm.batch.lengths import Lengths
 from fa4_prefixlm.batch.ranges import Spans
 from fa4_prefixlm.errors import InputError
+from fa4_prefixlm.geometry.tiles import power_of_two
 from fa4_prefixlm.kernels.launch import Launcher
 from fa4_prefixlm.kernels.span_sets import together
 from fa4_prefixlm.masks.closed_form import ClosedForm
@@ -269,7 +270,7 @@ def constants(form: ClosedForm, tile_tokens: int, tile_n: int) -> dict[str, obje
         "WHOLE_OTHERS": other.end != "row",
         "TILE_TOKENS": tile_tokens,
         "TILE_N": tile_n,
-        "ROWS": triton.next_power_of_2(tile_tokens),
+        "ROWS": power_of_two(tile_tokens),
         "SPANS_AT_ONCE": SPANS_AT_ONCE,
     }
 

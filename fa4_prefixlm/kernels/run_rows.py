@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fa4_prefixlm.geometry.tiles import ceil_div
 from fa4_prefixlm.kernels.launch import Launcher
 from fa4_prefixlm.masks.interval_lists import EMPTY_HI, EMPTY_LO
 
@@ -65,7 +66,7 @@ def run_rows(
     # Behind the numbers is a table for each row of ids: how many runs an id has.
     counts = torch.zeros(NUMBERS + own_rows * (width + 2), dtype=torch.int32, device=device)
     bounds = torch.empty(batch, 1, rows, 2, dtype=torch.int32, device=device)
-    blocks = triton.cdiv(max(rows, width), BLOCK)
+    blocks = ceil_div(max(rows, width), BLOCK)
     with torch.cuda.device_of(bounds):
         launch_run_rows(
             batch * blocks,

@@ -22,7 +22,7 @@ import triton.language as tl
 from fa4_prefixlm.batch.lengths import Lengths, cumulative
 from fa4_prefixlm.device_checks import integers_to_device
 from fa4_prefixlm.geometry.block_lists import BlockLists, countable_entries
-from fa4_prefixlm.geometry.tiles import ceil_div, count_query_tiles
+from fa4_prefixlm.geometry.tiles import ceil_div, count_query_tiles, power_of_two
 from fa4_prefixlm.kernels.launch import Launcher
 from fa4_prefixlm.kernels.search import last_begin
 from fa4_prefixlm.masks.interval_lists import EMPTY_LO
@@ -200,7 +200,7 @@ def _launch(
                 "EMPTY": EMPTY_LO,
                 "TILE_M": tile[0],
                 "TILE_N": tile[1],
-                "ROWS": triton.next_power_of_2(tile[0]),
+                "ROWS": power_of_two(tile[0]),
                 "COLUMNS": COLUMNS,
             },
         )

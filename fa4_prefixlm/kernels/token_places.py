@@ -16,6 +16,7 @@ from fa4_prefixlm.batch.lengths import Lengths
 from fa4_prefixlm.batch.ranges import Spans
 from fa4_prefixlm.geometry import intervals
 from fa4_prefixlm.geometry.intervals import Tokens
+from fa4_prefixlm.geometry.tiles import ceil_div
 from fa4_prefixlm.kernels.launch import Launcher
 from fa4_prefixlm.kernels.search import latest_of, row_place
 from fa4_prefixlm.masks.interval_lists import EMPTY_LO, Intervals
@@ -35,7 +36,7 @@ def token_places(lengths: Lengths) -> Tokens:
     )
     with torch.cuda.device_of(sequence):
         launch_token_places(
-            triton.cdiv(total_q, BLOCK),
+            ceil_div(total_q, BLOCK),
             (lengths.cu_seqlens_q, lengths.cu_seqlens_k, sequence, key_offset, seqlen_k, position),
             (total_q, lengths.batch, lengths.batch.bit_length()),
             {"BLOCK": BLOCK},
@@ -51,7 +52,7 @@ def latest_span(spans: Spans, sequence: torch.Tensor, position: torch.Tensor) ->
     start, end = torch.empty_like(position), torch.empty_like(position)
     with torch.cuda.device_of(position):
         launch_latest_span(
-            triton.cdiv(len(position), BLOCK),
+            ceil_div(len(position), BLOCK),
             (spans.values, sequence, position, start, end),
             (*spans.values.stride(), width, len(position)),
             {"EMPTY": EMPTY_LO, "BLOCK": BLOCK},

@@ -19,6 +19,7 @@ import triton.language as tl
 from fa4_prefixlm.batch.lengths import Lengths
 from fa4_prefixlm.batch.ranges import Spans, SpanSets
 from fa4_prefixlm.geometry.intervals import Tags
+from fa4_prefixlm.geometry.tiles import ceil_div
 from fa4_prefixlm.kernels.launch import Launcher
 from fa4_prefixlm.kernels.search import last_begin, latest_of, row_place
 from fa4_prefixlm.kernels.span_sets import looked_at
@@ -67,7 +68,7 @@ def rule_numbers(
     padded_q, padded_k = rows * block, keys * block
     with torch.cuda.device_of(of_rows):
         launch_rule_numbers(
-            triton.cdiv(max(padded_q, padded_k if key_owners else 0), BLOCK),
+            ceil_div(max(padded_q, padded_k if key_owners else 0), BLOCK),
             (of_rows, of_keys if key_owners else of_rows, lengths.cu_seqlens_q, lengths.cu_seqlens_k, ranges),
             (
                 *numbers,
@@ -196,7 +197,7 @@ def tag_tables(spans: Spans, lengths: Lengths, rows: int, keys: int, block: int 
         rows, keys: tokens, at least those of the batch.
         block: tokens of a block, a power of two.
     """
-    blocks = [triton.cdiv(count, block) for count in (rows, keys)]
+    blocks = [ceil_div(count, block) for count in (rows, keys)]
     shapes = ((rows,), (keys,), (blocks[0], 3), (blocks[1], 3))
     made = [torch.empty(shape, dtype=torch.int32, device=lengths.device) for shape in shapes]
     values = spans.values
