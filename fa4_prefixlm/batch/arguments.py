@@ -182,8 +182,10 @@ class BatchArguments:
         )
 
     def _refuse(self, name: str, expected: str) -> None:
-        if getattr(self, name) is not None:
-            raise InputError(name, expected, "a value")
+        value = getattr(self, name)
+        if value is not None:
+            shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+            raise InputError(name, expected, shown)
 
 
 def _keys(page_table: torch.Tensor | None, spec: CallSpec, sizes: Lengths) -> Keys:

@@ -203,7 +203,7 @@ def cached(
     host_k = _host_seqused(seqused_k, capacity, device)
     batch = len(cu_seqlens_q) - 1
     if len(seqused_k) != batch:
-        raise InputError("seqused_k", f"{batch} entries, one per sequence of cu_seqlens_q", f"{len(seqused_k)}")
+        raise InputError("seqused_k", f"{batch} entries, one per sequence", f"{len(seqused_k)}")
     seqlens_q, seqlens_k = _differences(host_q) if host_q is not None else None, host_k
     if seqlens_q is not None and seqlens_k is not None:
         for index, (rows, keys) in enumerate(zip(seqlens_q, seqlens_k, strict=True)):

@@ -81,11 +81,16 @@ def by_name(mask: ReadsSpans, ranges: NamedRanges) -> dict[str, Ranges]:
         return dict(ranges)
     if len(names) == 1:
         return {names[0]: ranges}
-    if ranges is not None and not names:
+    if ranges is not None and not names and not _is_empty(ranges):
         raise InputError("ranges", f"None: {mask!r} reads no spans", "spans it does not use")
     if names:
         raise InputError("ranges", f"a dictionary with spans for {names}, which {mask!r} reads", type(ranges).__name__)
     return {}
+
+
+def _is_empty(ranges: Ranges) -> bool:
+    """No sequence has a span, as far as lists say."""
+    return isinstance(ranges, (list, tuple)) and all(isinstance(own, (list, tuple)) and not own for own in ranges)
 
 
 def parse(mask: ReadsSpans, ranges: NamedRanges, lengths: Lengths, max_range: MaxRange = None) -> dict[str, Spans]:
@@ -235,7 +240,7 @@ def _hinted(pair: object) -> object:
     """What came in place of a pair, with what was probably meant."""
     if isinstance(pair, int):
         return f"{pair}: one list of pairs per sequence is wanted, [[(2, 6)]] and not [(2, 6)]"
-    if isinstance(pair, Sequence) and pair and isinstance(pair[0], Sequence):
+    if isinstance(pair, Sequence) and pair and isinstance(pair[0], Sequence) and not isinstance(pair, str):
         return f"{pair}: one list too many, the spans of one sequence are a list such as [(4, 260)]"
     return pair
 

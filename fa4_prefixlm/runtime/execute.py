@@ -102,11 +102,12 @@ def check_same(spec: CallSpec, wanted: CallSpec, fields: tuple[str, ...]) -> Non
     """Refuse tensors that differ from those a plan was made for."""
     for field in fields:
         if getattr(spec, field) != getattr(wanted, field):
-            expected = f"{field} = {getattr(wanted, field)}, as the plan was made for"
+            expected = f"{_WORDS.get(field, field)} = {getattr(wanted, field)}, as the plan was made for"
             raise InputError(_ARGUMENT.get(field, "q"), expected, getattr(spec, field))
 
 
 _ARGUMENT = {"shape_k": "k", "heads_kv": "k", "page_size": "k", "head_dim_v": "v"}
+_WORDS = {"shape_q": "tokens", "shape_k": "tokens", "heads_q": "heads", "heads_kv": "heads", "head_dim_v": "head_dim"}
 
 
 def _through_torch(plan: Runnable) -> bool:
@@ -127,7 +128,7 @@ def in_order(deterministic: bool | None) -> bool:
     if deterministic is None:
         return torch.are_deterministic_algorithms_enabled()
     if not isinstance(deterministic, bool):
-        raise InputError("deterministic", "True, False or None", deterministic)
+        raise InputError("deterministic", "True, False or None", repr(deterministic))
     return deterministic
 
 

@@ -265,14 +265,23 @@ def check_ranges(ranges: object) -> None:
 def check_mask(mask: object) -> None:
     """Refuse what is not a mask."""
     if not isinstance(mask, Mask):
-        got = repr(mask) if isinstance(mask, str) or callable(mask) else type(mask).__name__
-        raise InputError("mask", "a fa4_prefixlm mask such as PrefixLM(window=1024)", got)
+        raise InputError("mask", "a fa4_prefixlm mask such as PrefixLM(window=1024)", _no_mask(mask))
+
+
+def _no_mask(value: object) -> str:
+    """What came in the place of a mask, with what was probably meant."""
+    if isinstance(value, type) and issubclass(value, Mask):
+        return f"the class {value.__name__} (its masks are made by a call: {value.__name__}(...))"
+    if callable(value):
+        return f"{value!r} (a rule of positions becomes a mask by from_flex(...))"
+    return repr(value) if isinstance(value, str) else type(value).__name__
 
 
 def three(like: object) -> QKV:
     """The tensors of `like`."""
     if not isinstance(like, tuple | list) or len(like) != 3:
-        raise InputError("like", "the tensors (q, k, v)", type(like).__name__)
+        got = f"{len(like)} of them" if isinstance(like, tuple | list) else type(like).__name__
+        raise InputError("like", "the tensors (q, k, v)", got)
     return like[0], like[1], like[2]
 
 

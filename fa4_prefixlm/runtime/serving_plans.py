@@ -439,7 +439,7 @@ def _checked(
     if not 0 <= batch <= limits.sequences:
         raise InputError("cu_seqlens_q", f"1 to {limits.sequences + 1} entries, as max_sequences allows", batch + 1)
     if len(seqused_k) != batch:
-        raise InputError("seqused_k", f"{batch} entries, one per sequence of cu_seqlens_q", f"{len(seqused_k)}")
+        raise InputError("seqused_k", f"{batch} entries, one per sequence", f"{len(seqused_k)}")
     table = check_table(page_table, batch, own.spec.device)
     if table.shape[1] > limits.pages:
         raise InputError("page_table", f"at most {limits.pages} pages a sequence, the plan's max_pages", table.shape[1])

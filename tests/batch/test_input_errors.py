@@ -121,7 +121,7 @@ def test_tensors(tensors, message: str) -> None:
         ({"out": torch.zeros(10, 4, 8)}, "out: expected shape (10, 4, 16), got (10, 4, 8)"),
         ({"out": torch.zeros(10, 4, 16).double()}, "out: expected q's dtype torch.float32, got torch.float64"),
         ({"out": torch.zeros(10, 16, 4).transpose(1, 2)}, "out: expected a contiguous tensor"),
-        ({"deterministic": "x"}, "deterministic: expected True, False or None, got x"),
+        ({"deterministic": "x"}, "deterministic: expected True, False or None, got 'x'"),
         ({"build": 3}, "build: expected the name of a package, a string, got 3"),
         ({"mask": "causal"}, "mask: expected a fa4_prefixlm mask such as PrefixLM(window=1024), got 'causal'"),
         (
@@ -152,6 +152,7 @@ def test_names_of_span_sets() -> None:
     from fa4_prefixlm.masks import causal, prefix, same_span, window
 
     rejects("spans it does not use", [[(0, 2)], []], mask=causal & window(3))
+    assert call([[], []], mask=causal & window(3)).shape == call(None, mask=causal & window(3)).shape
     two = (causal | same_span("image")) & (window(4) | prefix("prompt"))
     rejects("a dictionary with spans for ['image', 'prompt']", [[(0, 2)], []], mask=two)
     rejects("spans for 'prompt'", {"image": [[], []]}, mask=two)

@@ -27,7 +27,7 @@ def test_a_call_is_attention_with_the_plan() -> None:
     assert torch.equal(out, wanted)
     assert torch.equal(lse, wanted_lse)
     assert torch.equal(plan(q, k, v, **options), wanted)
-    with pytest.raises(fp.InputError, match="heads_q = 4, as the plan was made for"):
+    with pytest.raises(fp.InputError, match="heads = 4, as the plan was made for"):
         plan(q[:, :2], k, v)
 
 

@@ -15,9 +15,9 @@ def test_a_plan_runs_only_what_it_was_made_for() -> None:
     plan = fp.plan([[(0, 3)], []], like=(q, k, v), cu_seqlens_q=cu(0, 4, 10), cu_seqlens_k=cu(0, 4, 10))
     fp.attention(q, k, v, plan)
     for tensors, argument in (
-        ((q[:9], k, v), "q: expected shape_q = (10,), as the plan was made for, got (9,)"),
-        ((q, k[:9], v[:9]), "k: expected shape_k = (10,)"),
-        ((q[:, :2], k, v), "q: expected heads_q = 4"),
+        ((q[:9], k, v), "q: expected tokens = (10,), as the plan was made for, got (9,)"),
+        ((q, k[:9], v[:9]), "k: expected tokens = (10,)"),
+        ((q[:, :2], k, v), "q: expected heads = 4"),
         ((q.half(), k.half(), v.half()), "q: expected dtype = torch.float32"),
         ((q, k, v[..., :8]), "v: expected head_dim_v = 16"),
     ):

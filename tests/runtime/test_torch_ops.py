@@ -210,11 +210,11 @@ def calls_that_fail():
         return lambda: fp.attention(*(own or (q, k, v)), plan, **options) * 2
 
     return {
-        "another length": (call(q[:59], k, v), "q: expected shape_q = (60,), as the plan was made for, got (59,)"),
+        "another length": (call(q[:59], k, v), "q: expected tokens = (60,), as the plan was made for, got (59,)"),
         "another dtype": (call(q, k.half(), v), "k: expected q's dtype torch.float32, got torch.float16"),
         "heads": (call(q[:, :3], k, v), "q: expected a multiple of the 2 key heads, got 3 heads"),
         "head_dim": (call(q[..., :8], k[..., :8], v), "q: expected head_dim = 16, as the plan was made for, got 8"),
-        "dimensions": (call(q[None], k[None], v[None]), "q: expected shape_q = (60,), as the plan was made for"),
+        "dimensions": (call(q[None], k[None], v[None]), "q: expected tokens = (60,), as the plan was made for"),
         "layout": (call(q.mT, k.mT, v.mT), "q: expected "),
         "softcap": (call(softcap=-1.0), "softcap: expected a non-negative finite number, 0.0 for none, got -1.0"),
         "softmax_scale": (call(softmax_scale=0.0), "softmax_scale: expected a positive finite number, got 0.0"),

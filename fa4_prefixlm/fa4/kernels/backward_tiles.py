@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-# Nearly eight CTAs for each SM of an H100. Folding serves so many up to head dim 128, and 1632 at 256; 128 and 206 it
+# Nearly eight CTAs for each SM of an H100. Folding serves so many up to head dim 128, and 1632 at 256; 128 and 204 it
 # slows down. Between them nothing was measured.
 MANY_KEY_TILES = 1024
 
