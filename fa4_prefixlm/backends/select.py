@@ -142,7 +142,7 @@ def choose(
         UnsupportedError: the named backend can't run the call.
         InputError: there is no such backend.
     """
-    if lengths.total_q and spec.page_size is None and isinstance(name, str):
+    if lengths.total_q and spec.page_size is None and type(name) is type(backward) is str:
         kept = _kept_choice(name, spec.of_any_size, traits, build, backward)
         if kept is not None:
             return kept
@@ -170,14 +170,14 @@ def _choose_forward(name: str, spec: CallSpec, traits: Traits, lengths: Lengths,
 
 
 def _named(name: str, spec: CallSpec, traits: Traits, build: Build | None) -> Forward:
-    if name not in BACKENDS:
+    if name not in (*BACKENDS,):  # which may be anything
         raise InputError("backend", f"one of {', '.join(['auto', *BACKENDS])}", repr(name))
     backend, paged = BACKENDS[name], spec.page_size is not None
     gathered = paged and (not backend.reads_pages or backend.refusal(spec, traits, build) is not None)
     refusal = backend.refusal(dataclasses.replace(spec, page_size=None) if gathered else spec, traits, build)
     if refusal is not None:
         raise UnsupportedError("backend", f"a backend that can run this call ({refusal})", repr(name))
-    return Forward(name, BY_NAME, gathered=gathered)
+    return Forward(backend.name, BY_NAME, gathered=gathered)
 
 
 def _first_that_runs(spec: CallSpec, traits: Traits, lengths: Lengths | None, build: Build | None) -> Forward | None:

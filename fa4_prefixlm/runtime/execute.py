@@ -107,7 +107,7 @@ def check_same(spec: CallSpec, wanted: CallSpec, fields: tuple[str, ...]) -> Non
 
 
 _ARGUMENT = {"shape_k": "k", "heads_kv": "k", "page_size": "k", "head_dim_v": "v"}
-_WORDS = {"shape_q": "tokens", "shape_k": "tokens", "heads_q": "heads", "heads_kv": "heads", "head_dim_v": "head_dim"}
+_WORDS = {"shape_q": "tokens", "shape_k": "tokens", "heads_q": "heads", "heads_kv": "heads"}
 
 
 def _through_torch(plan: Runnable) -> bool:

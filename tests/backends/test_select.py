@@ -32,6 +32,27 @@ def choose(
     return backends.choose(name, dataclasses.replace(call, arch=arch), traits or DEMAND, sizes, build)
 
 
+class Word(str):
+    """Equal to a name, and not one."""
+
+
+@pytest.mark.parametrize("odd", [["flex"], {"flex"}, {}, "nope"], ids=repr)
+def test_odd_names_of_backends(odd: object) -> None:
+    q = torch.zeros(1, 8, 2, 16)
+    for like in (q, q[:, :0]):
+        with pytest.raises(fp.InputError, match="backend: expected one of auto, causal,"):
+            fp.plan(like=(like, q, q), backend=odd)  # type: ignore[arg-type]
+    for backend in ("auto", "flex", "reference"):
+        with pytest.raises(fp.InputError, match="backward: expected one of auto,"):
+            fp.plan(like=(q, q, q), backend=backend, backward=odd)  # type: ignore[arg-type]
+
+
+def test_a_name_of_another_class_stays_with_its_caller() -> None:
+    q = torch.zeros(1, 8, 2, 16)
+    for name in (Word("flex"), "flex"):
+        assert type(fp.plan(like=(q, q, q), backend=name).choice.name) is str
+
+
 def test_auto_takes_the_first_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
     choice = choose(GOOD)
     assert (choice.name, [name for name, _ in choice.passed_over]) == ("native", ["causal"])
