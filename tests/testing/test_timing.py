@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
-from fa4_prefixlm.testing.timing import Timing, time_in_rounds
+import collections
+import itertools
+
+import pytest
+
+from fa4_prefixlm.testing.timing import Timing, orders, time_in_rounds
 
 
-def test_rounds_are_shuffled_and_led_in() -> None:
+@pytest.mark.parametrize("count", range(2, 10))
+def test_each_comes_after_every_other_one_equally_often(count: int) -> None:
+    names = [str(index) for index in range(count)]
+    rounds = orders(names, 9)
+    assert all(sorted(own) == names for own in rounds)
+    assert 6 <= len(rounds) <= 18
+    after = collections.Counter(pair for own in rounds for pair in itertools.pairwise(own))
+    assert set(after) == set(itertools.permutations(names, 2))
+    assert len(set(after.values())) == 1
+
+
+def test_few_rounds_and_one_name() -> None:
+    assert len(orders(["a", "b", "c"], 1)) == len(orders(["a", "b", "c"], 2)) - 1 == 1
+    assert orders(["a"], 3) == [["a"]] * 3
+    assert orders([], 3) == []
+
+
+def test_rounds_are_in_another_order_and_led_in() -> None:
     events: list[str] = []
 
     def clock(run, calls: int) -> float:
@@ -14,14 +36,14 @@ def test_rounds_are_shuffled_and_led_in() -> None:
         return 2.0 if events[-2] == "slow" else 0.5
 
     calls = {name: lambda name=name: events.append(name) for name in ("slow", "fast")}
-    timings = time_in_rounds(calls, rounds=5, round_ms=4.0, clock=clock)
+    timings = time_in_rounds(calls, rounds=6, round_ms=4.0, clock=clock)
     assert timings == {"slow": Timing(2.0, 0.0), "fast": Timing(0.5, 0.0)}
     in_rounds = events[4:]  # after a first look at how long each takes
-    assert in_rounds.count("timed 2") == in_rounds.count("timed 8") == 5
+    assert in_rounds.count("timed 2") == in_rounds.count("timed 8") == 6
     at = in_rounds.index("timed 8")
-    assert in_rounds[at - 5 : at] == ["fast"] * 5, "4 calls before, and the one of the clock itself"
+    assert in_rounds[at - 9 : at] == ["fast"] * 9, "8 calls before, and the one of the clock itself"
     timed = [event for event in in_rounds if event.startswith("timed")]
-    rounds = [timed[at : at + 2] for at in range(0, 10, 2)]
+    rounds = [timed[at : at + 2] for at in range(0, 12, 2)]
     assert all(sorted(own) == ["timed 2", "timed 8"] for own in rounds)
     assert len({tuple(own) for own in rounds}) == 2, "not always in the same order"
 
