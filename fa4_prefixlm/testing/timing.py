@@ -2,8 +2,8 @@
 
 Times are CUDA events around a batch of calls. A GPU that comes from lighter work has power to spare, and one that comes
 from heavier work is throttled: so before each batch the same path runs for as long, and the order is balanced: each
-path follows every other one as often. A random order of nine rounds had one path behind the two heaviest in seven of them
-and another in four, and their ratio was 8 % off that of what their kernels take.
+path follows every other one as often. A random order of nine rounds had one path behind the two heaviest in seven of
+them and another in four, and their ratio was 8 % off that of what their kernels take.
 """
 
 from __future__ import annotations
