@@ -6,8 +6,9 @@ others are stopped. Times are wall clock around `LLM.generate`: the median of th
 
 - first token: one request, or eight mixed ones, until all have their first token; nothing is in the prefix cache.
 - decode: tokens a second of all requests, at the median of the steps in which all of them decode.
-- host: what a step spends in the backend's own Python, its builders and its layers, in decoding and in a step that
-  prefills an image beside seven requests that decode. Of the layers only what is not in a CUDA graph.
+- host: what a step spends in the backend's own Python, its builders and its layers, in decoding and in steps that
+  each prefill an image beside seven requests that decode, the median of them. Of the layers only what is not in a CUDA
+  graph.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from fa4_prefixlm.testing.tables import columns
 
 OURS = "FA4_PREFIXLM"
 COUNT = 64  # tokens that are decoded
+MIXED = 6  # steps that prefill an image
 LEAST, MOST = 3, 9  # rounds
 # Per model: a checkpoint's shape, and pixels of an image, which gives 256 tokens.
 _COMMON = {"heads": 8, "kv_heads": 4, "head_dim": 256, "layer_types": ["sliding_attention"] * 5 + ["full_attention"]}
@@ -314,9 +316,10 @@ class Worker:
     def measure(self, workload: Workload, seed: int) -> dict[str, float]:
         """One sample."""
         self._engine.reset_prefix_cache()
-        return {"first token": self._first_token, "decode": self._decode, "host": self._host}[workload.what](
-            self._asks(workload, seed)
-        )
+        asks = self._asks(workload, seed)
+        if workload.what == "host":
+            return self._host(asks[:-1], [self._asks(workload, 1000 * seed + more)[-1] for more in range(1, MIXED + 1)])
+        return {"first token": self._first_token, "decode": self._decode}[workload.what](asks)
 
     def _first_token(self, asks: list[dict[str, Any]]) -> dict[str, float]:
         return {"ms": 1e3 * self._generate(asks, 1)}
@@ -338,9 +341,8 @@ class Worker:
         assert len(steps) >= COUNT // 2, f"{len(steps)} steps in which all requests decode"
         return {"tokens/s": a_step / statistics.median(steps)}
 
-    def _host(self, asks: list[dict[str, Any]]) -> dict[str, float]:
-        """Seven requests decode; then a step prefills the eighth, with an image, beside them."""
-        decoding, last = asks[:-1], asks[-1]
+    def _host(self, decoding: list[dict[str, Any]], later: list[dict[str, Any]]) -> dict[str, float]:
+        """Seven requests decode; then, again and again, a step prefills one more, with an image, beside them."""
         for one in decoding:
             self._add(one, 64)
         while any(not output.outputs[0].token_ids for output in self._step()):
@@ -352,10 +354,13 @@ class Worker:
             self._step()
         torch.cuda.synchronize() if torch.cuda.is_available() else None
         found = {f"decoding: {name}": value for name, value in self._clock.a_step().items()}
-        self._clock.reset()
-        self._add(last, 1)
-        self._step()
-        found |= {f"mixed: {name}": value for name, value in self._clock.a_step().items()}
+        mixed = []
+        for one in later:
+            self._clock.reset()
+            self._add(one, 1)
+            self._step()
+            mixed.append(self._clock.a_step())
+        found |= {f"mixed: {name}": statistics.median(own[name] for own in mixed) for name in mixed[0]}
         while self._engine.llm_engine.has_unfinished_requests():
             self._step()
         return found
