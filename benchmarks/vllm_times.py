@@ -2,7 +2,7 @@
 
 Widths of Gemma 3 4B and of Gemma 4, six layers (five local, one global). All backends' engines are up at once on one
 GPU and take turns: each round times every workload on every backend, in another order, while the processes of the
-others are stopped. Times are wall clock around `LLM.generate`: the median of the rounds, and their spread.
+others are stopped. Times are wall clock: the median of the rounds, and their spread.
 
 - first token: one request, or eight mixed ones, until all have their first token; nothing is in the prefix cache.
 - decode: tokens a second of all requests, at the median of the steps in which all of them decode.
@@ -329,17 +329,14 @@ class Worker:
         self._generate(asks, 1)  # the prompts are in the prefix cache now
         for one in asks:
             self._add(one, COUNT + 1)
-        times: list[float] = []
-        tokens = [0]
+        ended: list[tuple[float, int]] = []  # when a step was over, and the tokens by then
         while self._engine.llm_engine.has_unfinished_requests():
             outputs = self._step()
             if len(outputs) == len(asks):  # all decode; a step may as well only hand work on
-                times.append(time.perf_counter())
-                tokens.append(sum(len(output.outputs[0].token_ids) for output in outputs))
-        steps = [later - sooner for sooner, later in itertools.pairwise(times)]
-        a_step = (tokens[-1] - tokens[1]) / max(1, len(steps))
+                ended.append((time.perf_counter(), sum(len(output.outputs[0].token_ids) for output in outputs)))
+        steps = [later - sooner for (sooner, _), (later, _) in itertools.pairwise(ended)]
         assert len(steps) >= COUNT // 2, f"{len(steps)} steps in which all requests decode"
-        return {"tokens/s": a_step / statistics.median(steps)}
+        return {"tokens/s": (ended[-1][1] - ended[0][1]) / len(steps) / statistics.median(steps)}
 
     def _host(self, decoding: list[dict[str, Any]], later: list[dict[str, Any]]) -> dict[str, float]:
         """Seven requests decode; then, again and again, a step prefills one more, with an image, beside them."""

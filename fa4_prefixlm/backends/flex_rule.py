@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -148,22 +149,17 @@ class _Noted(dict[str, torch.Tensor]):
 
 @functools.lru_cache(maxsize=256)
 def _rule(mask: Mask) -> Rule | None:
-    rest = _but_for_causal(mask)
-    if rest is None:
+    factors = _factors(mask)
+    others = [own for own in factors if not isinstance(own, Causal)]
+    if not others:
         return None
+    rest, causal = functools.reduce(operator.and_, others), len(others) < len(factors)
     row_owner, latest_end, key_owner = _Noted(), _Noted(), _Noted()
     anywhere = _Noted()["any"]
     rest.visible(RulePairs(anywhere, anywhere, row_owner, latest_end, key_owner))
-    return Rule(rest, rest is not mask, *(tuple(sorted(own)) for own in (row_owner, latest_end, key_owner)))
+    return Rule(rest, causal, *(tuple(sorted(own)) for own in (row_owner, latest_end, key_owner)))
 
 
-def _but_for_causal(mask: Mask) -> Mask | None:
-    """A mask without each `causal` that all of it is under: `causal & rest`; None: there is no rest."""
-    if isinstance(mask, Causal):
-        return None
-    if not isinstance(mask, And):
-        return mask
-    left, right = _but_for_causal(mask.left), _but_for_causal(mask.right)
-    if left is mask.left and right is mask.right:
-        return mask
-    return left & right if left is not None and right is not None else right if left is None else left
+def _factors(mask: Mask) -> list[Mask]:
+    """What the mask is the `&` of."""
+    return [*_factors(mask.left), *_factors(mask.right)] if isinstance(mask, And) else [mask]

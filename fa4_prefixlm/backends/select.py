@@ -32,6 +32,8 @@ BACKENDS: dict[str, Backend] = {
     for backend in (Causal(), Native(), Varlen(), Packed(), TwoPass(), Cudnn(), Flex(), Reference())
 }
 
+NAMES = ("auto", *BACKENDS)
+
 # The same for keys in pages: (name, whether the keys are gathered). Gathering was up to 9 % faster than two passes
 # with pages of 16, and up to 14 % slower with larger ones (benchmarks/results/h200-serving.json).
 IN_PAGES = (
@@ -142,6 +144,8 @@ def choose(
         UnsupportedError: the named backend can't run the call.
         InputError: there is no such backend.
     """
+    if name not in NAMES:
+        raise InputError("backend", f"one of {', '.join(NAMES)}", repr(name))
     if lengths.total_q and spec.page_size is None and type(name) is type(backward) is str:
         kept = _kept_choice(name, spec.of_any_size, traits, build, backward)
         if kept is not None:
@@ -160,7 +164,7 @@ def _kept_choice(name: str, spec: CallSpec, traits: Traits, build: Build | None,
 
 
 def _choose_forward(name: str, spec: CallSpec, traits: Traits, lengths: Lengths, build: Build | None) -> Forward:
-    if lengths.total_q == 0 and name in ("auto", *BACKENDS):
+    if lengths.total_q == 0:
         return Forward(Reference.name, "there are no queries", gathered=spec.page_size is not None)
     if name != "auto":
         return _named(name, spec, traits, build)
@@ -170,8 +174,6 @@ def _choose_forward(name: str, spec: CallSpec, traits: Traits, lengths: Lengths,
 
 
 def _named(name: str, spec: CallSpec, traits: Traits, build: Build | None) -> Forward:
-    if name not in (*BACKENDS,):  # which may be anything
-        raise InputError("backend", f"one of {', '.join(['auto', *BACKENDS])}", repr(name))
     backend, paged = BACKENDS[name], spec.page_size is not None
     gathered = paged and (not backend.reads_pages or backend.refusal(spec, traits, build) is not None)
     refusal = backend.refusal(dataclasses.replace(spec, page_size=None) if gathered else spec, traits, build)

@@ -265,6 +265,7 @@ def _check_host(
 
 
 def _bad_span(argument: str, start: int, end: int, max_range: int | None) -> InputError:
+    """Says which of the conditions of `_check_host` a span breaks, which checks them all at once."""
     if start < 0:
         expected = "a start of at least 0"
     elif start >= end:

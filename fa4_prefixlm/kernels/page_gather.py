@@ -10,6 +10,7 @@ import os
 import torch
 
 from fa4_prefixlm.errors import InputError
+from fa4_prefixlm.geometry.tiles import ceil_div, power_of_two
 
 try:
     import triton
@@ -53,7 +54,7 @@ def gather_pages(
         return None
     sizes = constants(k_cache, v_cache)
     with torch.cuda.device_of(k_out):
-        gather_pages_kernel[(triton.cdiv(total, sizes["ROWS"]),)](
+        gather_pages_kernel[(ceil_div(total, sizes["ROWS"]),)](
             k_cache,
             v_cache,
             page_table,
@@ -96,7 +97,7 @@ def constants(k_cache: torch.Tensor, v_cache: torch.Tensor) -> dict[str, int]:
     """What the kernel is compiled for. Strides are, so that alignment is known."""
     _, page_size, heads, head_dim = k_cache.shape
     head_dim_v = v_cache.shape[3]
-    columns = min(ELEMENTS // 8, triton.next_power_of_2(heads * max(head_dim, head_dim_v)))
+    columns = min(ELEMENTS // 8, power_of_two(heads * max(head_dim, head_dim_v)))
     return {
         "PAGE_SIZE": page_size,
         "HEADS": heads,

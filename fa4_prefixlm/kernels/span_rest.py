@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from fa4_prefixlm.batch.options import Options
+from fa4_prefixlm.geometry.tiles import power_of_two
 
 # The maximum with which the online softmax begins for a row that saw nothing: below any score, finite to avoid NaN.
 LOWEST: tl.constexpr = tl.constexpr(-1e30)
@@ -128,7 +129,7 @@ def add_span_rest(
 @functools.cache
 def constants(head_dim: int, head_dim_v: int, page_size: int, windowed: bool, capped: bool) -> dict[str, int]:
     """What the kernel is compiled for. page_size: 0 for contiguous keys."""
-    dim, dim_v = (max(16, triton.next_power_of_2(size)) for size in (head_dim, head_dim_v))
+    dim, dim_v = (max(16, power_of_two(size)) for size in (head_dim, head_dim_v))
     tile = TILES[max(dim, dim_v)]
     return {
         "HEAD_DIM": head_dim,
