@@ -11,7 +11,7 @@ import functools
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,7 +69,7 @@ def tensors(total: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return q, k, v
 
 
-def paths(work: Workload) -> list[Path]:
+def paths(work: Workload, backends: Sequence[str]) -> list[Path]:
     q, k, v = tensors(BATCH * TOKENS)
     cu = [TOKENS * index for index in range(BATCH + 1)]
     spans = work.spans(TOKENS, BATCH)
@@ -93,9 +93,7 @@ def paths(work: Workload) -> list[Path]:
     ]
     any_backend = plan_for(work.mask, spans, "auto")
     exact, flops = exact_of(any_backend), any_backend.flops()
-    for backend in BACKENDS:
-        if backend == "reference":
-            continue
+    for backend in backends:
         try:
             plan = plan_for(work.mask, spans, backend)
         except fp.UnsupportedError:
@@ -152,20 +150,23 @@ def show_plans(plans: list[dict[str, float | str]]) -> None:
 
 
 def main() -> int:
-    arguments = benchmark_parser(__doc__).parse_args()
+    parser = benchmark_parser(__doc__)
+    names = [name for name in BACKENDS if name != "reference"]
+    parser.add_argument("--backends", nargs="+", default=names, choices=names, help="beside FA4's causal kernel")
+    arguments = parser.parse_args()
     if lacks_hopper():
         return 2
     works = [work for work in WORKLOADS if arguments.only in work.name]
     if arguments.once:
         for work in works:
-            for path in paths(work):
+            for path in paths(work, arguments.backends):
                 path.run()
         return 0
     results: list[Result] = []
     plans: list[dict[str, float | str]] = []
     more = {"batch": BATCH, "tokens": TOKENS, "heads": HEADS, "head_dim": HEAD_DIM, "dtype": "bfloat16"}
     for work in works:
-        results += measure(work.name, paths(work))
+        results += measure(work.name, paths(work, arguments.backends))
         show(results[-sum(own.workload == work.name for own in results) :])
         plans.append(plan_times(work))
         if arguments.save:  # at once: a run that is cut off keeps what it had

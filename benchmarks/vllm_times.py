@@ -6,6 +6,9 @@ others are stopped. Times are wall clock: the median of the rounds, and their sp
 
 - first token: one request, or eight mixed ones, until all have their first token; nothing is in the prefix cache.
 - decode: tokens a second of all requests, at the median of the steps in which all of them decode.
+- GPU: what the GPU works in the prefill of all requests, and in one decoding step of them: the sum of its kernels and
+  copies as torch's profiler has them. With the host's time, this says what a backend adds where wall clock is too
+  noisy to.
 - host: what a step spends in the backend's own Python, its builders and its layers, in decoding and in steps that
   each prefill an image beside seven requests that decode, the median of them. Of the layers only what is not in a CUDA
   graph.
@@ -35,6 +38,7 @@ from fa4_prefixlm.testing.tables import columns
 OURS = "FA4_PREFIXLM"
 COUNT = 64  # tokens that are decoded
 MIXED = 6  # steps that prefill an image
+PROFILED = 16  # decoding steps
 LEAST, MOST = 3, 9  # rounds
 # Per model: a checkpoint's shape, and pixels of an image, which gives 256 tokens.
 _COMMON = {"heads": 8, "kv_heads": 4, "head_dim": 256, "layer_types": ["sliding_attention"] * 5 + ["full_attention"]}
@@ -54,7 +58,7 @@ TINY_PIXELS = 112
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """requests: (tokens, images) of each. what: "first token", "decode" or "host"."""
+    """requests: (tokens, images) of each. what: "first token", "decode", "GPU" or "host"."""
 
     what: str
     requests: tuple[tuple[int, int], ...]
@@ -80,12 +84,15 @@ WORKLOADS = (
     Workload("decode", ((16384, 8),)),
     Workload("decode", ((4096, 1),) * 8),
     Workload("decode", _MIXED),
+    *(Workload("GPU", ((16384, images),)) for images in (0, 8)),
+    *(Workload("GPU", ((4096, images),) * 8) for images in (0, 1)),
     Workload("host", ((2048, 1),) * 8),
 )
 TINY = (
     Workload("first token", ((256, 0),)),
     Workload("first token", ((512, 2),)),
     Workload("decode", ((256, 1), (128, 0))),
+    Workload("GPU", ((256, 1), (128, 0))),
     Workload("host", ((160, 1),) * 4),
 )
 
@@ -319,7 +326,7 @@ class Worker:
         asks = self._asks(workload, seed)
         if workload.what == "host":
             return self._host(asks[:-1], [self._asks(workload, 1000 * seed + more)[-1] for more in range(1, MIXED + 1)])
-        return {"first token": self._first_token, "decode": self._decode}[workload.what](asks)
+        return {"first token": self._first_token, "decode": self._decode, "GPU": self._gpu}[workload.what](asks)
 
     def _first_token(self, asks: list[dict[str, Any]]) -> dict[str, float]:
         return {"ms": 1e3 * self._generate(asks, 1)}
@@ -337,6 +344,20 @@ class Worker:
         steps = [later - sooner for (sooner, _), (later, _) in itertools.pairwise(ended)]
         assert len(steps) >= COUNT // 2, f"{len(steps)} steps in which all requests decode"
         return {"tokens/s": (ended[-1][1] - ended[0][1]) / len(steps) / statistics.median(steps)}
+
+    def _gpu(self, asks: list[dict[str, Any]]) -> dict[str, float]:
+        with _profile() as prefill:
+            self._generate(asks, 1)
+        for one in asks:  # the prompts are in the prefix cache now
+            self._add(one, COUNT)
+        while len(self._step()) < len(asks):
+            pass
+        with _profile() as decoding:
+            for _ in range(PROFILED):
+                self._step()
+        while self._engine.llm_engine.has_unfinished_requests():
+            self._step()
+        return {"prefill, ms": _busy(prefill) / 1e3, "decoding, us a step": _busy(decoding) / PROFILED}
 
     def _host(self, decoding: list[dict[str, Any]], later: list[dict[str, Any]]) -> dict[str, float]:
         """Seven requests decode; then, again and again, a step prefills one more, with an image, beside them."""
@@ -403,6 +424,17 @@ class Worker:
             ids += text[images * each :]
             made.append(ask(ids, tuple(image(number, pixels) for number in range(images))))
         return made
+
+
+def _profile() -> torch.profiler.profile:
+    own = torch.profiler.ProfilerActivity
+    return torch.profiler.profile(activities=[own.CUDA if torch.cuda.is_available() else own.CPU])
+
+
+def _busy(profile: torch.profiler.profile) -> float:
+    """Microseconds of the GPU's work; none on a CPU."""
+    on_gpu = (own for own in profile.events() if own.device_type == torch.autograd.DeviceType.CUDA)
+    return float(sum(own.time_range.elapsed_us() for own in on_gpu if not own.is_user_annotation))
 
 
 def main() -> None:
