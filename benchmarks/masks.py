@@ -153,6 +153,7 @@ def main() -> int:
     parser = benchmark_parser(__doc__)
     names = [name for name in BACKENDS if name != "reference"]
     parser.add_argument("--backends", nargs="+", default=names, choices=names, help="beside FA4's causal kernel")
+    parser.add_argument("--plans", action="store_true", help="only what it takes to plan")
     arguments = parser.parse_args()
     if lacks_hopper():
         return 2
@@ -166,8 +167,9 @@ def main() -> int:
     plans: list[dict[str, float | str]] = []
     more = {"batch": BATCH, "tokens": TOKENS, "heads": HEADS, "head_dim": HEAD_DIM, "dtype": "bfloat16"}
     for work in works:
-        results += measure(work.name, paths(work, arguments.backends))
-        show(results[-sum(own.workload == work.name for own in results) :])
+        if not arguments.plans:
+            results += measure(work.name, paths(work, arguments.backends))
+            show(results[-sum(own.workload == work.name for own in results) :])
         plans.append(plan_times(work))
         if arguments.save:  # at once: a run that is cut off keeps what it had
             save(arguments.save, results, **more, plan_tokens=PLAN_TOKENS, plan_ms=plans)

@@ -433,7 +433,7 @@ def _profile() -> torch.profiler.profile:
 
 def _busy(profile: torch.profiler.profile) -> float:
     """Microseconds of the GPU's work; none on a CPU."""
-    on_gpu = (own for own in profile.events() if own.device_type == torch.autograd.DeviceType.CUDA)
+    on_gpu = (own for own in profile.events() if own.device_type.name == "CUDA")
     return float(sum(own.time_range.elapsed_us() for own in on_gpu if not own.is_user_annotation))
 
 
