@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
 
 import torch
-from harness import benchmark_parser, lacks_hopper
+from harness import benchmark_parser, lacks_hopper, write
 
 import fa4_prefixlm as fp
 from fa4_prefixlm.backends.base import Gradients
@@ -338,19 +337,8 @@ def main() -> int:
             "memory_mib": held,
             "results": [dataclasses.asdict(result) for result in results],
         }
-        arguments.save.parent.mkdir(parents=True, exist_ok=True)
-        arguments.save.write_text(json.dumps(_rounded(content), indent=1) + "\n")
+        write(arguments.save, content)
     return 0 if all(result.correct for result in results) else 1
-
-
-def _rounded(value: object) -> object:
-    if isinstance(value, float):
-        return float(f"{value:.4g}")
-    if isinstance(value, dict):
-        return {name: _rounded(own) for name, own in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rounded(own) for own in value]
-    return value
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import argparse
 import json
 import pathlib
 
+from harness import write
+
 from fa4_prefixlm.testing.tables import markdown
 
 BACKENDS = ("causal", "native", "varlen", "packed", "two_pass", "reference")
@@ -124,7 +126,7 @@ def main() -> None:
     new = condensed(check, doctor, arguments.commit)
     names = [own["name"] for own in new]
     content = {"builds": [*(own for own in held if own["name"] not in names), *new]}
-    arguments.save.write_text(json.dumps(content, indent=1) + "\n")
+    write(arguments.save, content)
 
 
 if __name__ == "__main__":

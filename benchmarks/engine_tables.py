@@ -33,6 +33,18 @@ def vllm_times_gemma4() -> str:
     return engine_table([row for row in kept("h100-vllm-time-gemma4")["results"] if "ms" in row])
 
 
+def vllm_gpu_times() -> str:
+    """What the GPU works in a prefill and in a decoding step, a column for each backend."""
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for row in kept("h100-vllm-gpu-time")["results"]:
+        for quantity in ("prefill, ms", "decoding, us a step"):
+            key = (row["workload"].removeprefix("GPU, "), quantity)
+            cells.setdefault(key, {})[row["backend"]] = f"{row[quantity]:.4g}"
+    backends = list(dict.fromkeys(name for own in cells.values() for name in own))
+    rows = [[*key, *(own.get(name, "") for name in backends)] for key, own in cells.items()]
+    return "\n".join(markdown(["work", "GPU", *backends], rows))
+
+
 def engine_table(results: list[dict[str, Any]]) -> str:
     backends = list(dict.fromkeys(row["backend"] for row in results))
     cells: dict[str, dict[str, str]] = {}
@@ -156,7 +168,7 @@ def mask_plans() -> str:
 
 # The page that quotes each.
 QUOTED = {
-    "docs/vllm.md": (vllm_times, vllm_times_gemma4, vllm_errors, vllm_tensor_parallel),
+    "docs/vllm.md": (vllm_times, vllm_gpu_times, vllm_times_gemma4, vllm_errors, vllm_tensor_parallel),
     "docs/transformers.md": (transformers_prefill, transformers_training, transformers_gemma4),
     "docs/training.md": (backward_times, training_steps),
     "docs/host_time.md": (host_times,),

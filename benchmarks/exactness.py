@@ -15,7 +15,7 @@ import json
 import pathlib
 from collections import defaultdict
 
-from harness import provenance
+from harness import provenance, write
 
 
 def summarise(lines: list[dict], by: str) -> list[dict[str, object]]:
@@ -53,19 +53,8 @@ def main() -> None:
     masks = summarise([line for line in lines if line.get("batch") == line["mask"]], "mask")
     for row in [*rows, *masks]:
         print(" ".join(f"{name}={value}" for name, value in row.items()))
-    save(arguments.save, rows, masks)
-
-
-def save(path: pathlib.Path, rows: list[dict], masks: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     what = (__doc__ or "").split("\n\n")[-1].replace("\n", " ").strip()
-    head = json.dumps({**provenance(), "what": what}, indent=1)[:-2]
-    tables = [f' "{name}": [\n{_lines(own)}\n ]' for name, own in (("results", rows), ("masks", masks))]
-    path.write_text(",\n".join([head, *tables]) + "\n}\n")
-
-
-def _lines(rows: list[dict]) -> str:
-    return ",\n".join(f"  {json.dumps(row)}" for row in rows)
+    write(arguments.save, {**provenance(), "what": what, "results": rows, "masks": masks})
 
 
 if __name__ == "__main__":

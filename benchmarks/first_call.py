@@ -161,10 +161,9 @@ def main() -> int:
     for what in wrong:
         print(f"WRONG: {what}")
     if arguments.save:
-        from harness import provenance
+        from harness import provenance, write
 
-        content = {**provenance(), "wrong": wrong, "results": [dataclasses.asdict(run) for run in runs]}
-        arguments.save.write_text(json.dumps(content, indent=1) + "\n")
+        write(arguments.save, {**provenance(), "wrong": wrong, "results": [dataclasses.asdict(run) for run in runs]})
     return 1 if wrong else 0
 
 

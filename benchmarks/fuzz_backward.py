@@ -19,6 +19,7 @@ import tempfile
 import time
 
 import torch
+from harness import write
 
 import fa4_prefixlm as fp
 from fa4_prefixlm.fa4.kernels import backward_tiles
@@ -109,8 +110,7 @@ def main() -> int:
     print(f"{found['batches']} batches from seed {arguments.first}, {len(found['wrong'])} wrong, {seconds:.0f} s")
     if arguments.save:
         content = {**describe_machine().facts(), "first_seed": arguments.first, **found}
-        arguments.save.parent.mkdir(parents=True, exist_ok=True)
-        arguments.save.write_text(json.dumps(content, indent=1) + "\n")
+        write(arguments.save, content)
     return 1 if found["wrong"] else 0
 
 

@@ -121,10 +121,20 @@ def save(path: pathlib.Path, results: Sequence[Any], **more: object) -> None:
 
     May be called again with more of them: the file is whole at any time.
     """
-    content = {**provenance(), **more, "results": [_rounded(dataclasses.asdict(result)) for result in results]}
+    write(path, {**provenance(), **more, "results": [dataclasses.asdict(result) for result in results]})
+
+
+def write(path: pathlib.Path, content: dict[str, Any]) -> None:
+    """As JSON: a line for each value, and for each object in a list of them; four digits of a float."""
+    lines = []
+    for name, value in rounded(content).items():
+        told = json.dumps(value)
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            told = "[\n" + ",\n".join(f"  {json.dumps(own)}" for own in value) + "\n ]"
+        lines.append(f" {json.dumps(name)}: {told}")
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.part")
-    beside.write_text(json.dumps(content, indent=1) + "\n")
+    beside.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     beside.replace(path)
     print(f"wrote {path}")
 
@@ -135,5 +145,10 @@ def provenance() -> dict[str, object]:
     return {"device": device, "versions": dict(machine.versions), "commit": machine.commit or "unknown"}
 
 
-def _rounded(values: dict[str, object]) -> dict[str, object]:
-    return {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in values.items()}
+def rounded(value: Any) -> Any:
+    """Floats to four digits, at any depth."""
+    if isinstance(value, dict):
+        return {name: rounded(own) for name, own in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(own) for own in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value

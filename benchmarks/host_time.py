@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import pathlib
 import random
 import statistics
@@ -20,7 +19,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from harness import provenance
+from harness import provenance, write
 
 import fa4_prefixlm as fp
 from fa4_prefixlm.masks.models import rswa
@@ -232,7 +231,7 @@ def main() -> int:
             "wrong": wrong,
             "results": [{**dataclasses.asdict(own), "unit": "us"} for own in results],
         }
-        arguments.save.write_text(json.dumps(content, indent=1) + "\n")
+        write(arguments.save, content)
     return 1 if wrong else 0
 
 

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import pathlib
 import sys
 import tempfile
 from typing import Any
 
 import torch
-from harness import provenance
+from harness import provenance, write
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # the tests have the engine and the models
 
@@ -192,18 +191,8 @@ def main() -> int:
         run = exact if arguments.what == "exact" else vllm_times.time_all
         content, right = run(arguments, folder)
     if arguments.save:
-        arguments.save.parent.mkdir(parents=True, exist_ok=True)
-        arguments.save.write_text(json.dumps({**provenance(), **_rounded(content)}, indent=1) + "\n")
-        print(f"wrote {arguments.save}")
+        write(arguments.save, {**provenance(), **content})
     return 0 if right else 1
-
-
-def _rounded(values: Any) -> Any:
-    if isinstance(values, dict):
-        return {name: _rounded(own) for name, own in values.items()}
-    if isinstance(values, (list, tuple)):
-        return [_rounded(own) for own in values]
-    return float(f"{values:.4g}") if isinstance(values, float) else values
 
 
 if __name__ == "__main__":

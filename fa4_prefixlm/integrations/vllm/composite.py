@@ -1,7 +1,7 @@
 """The attention backend FA4_PREFIXLM: images here, text and decoding on vLLM's own FlashAttention.
 
-vLLM composes two backends over one cache and chooses between them for every step. FlashAttention splits the keys of a
-long context over the GPU where few queries read them; FA4 on Hopper does not.
+vLLM composes two backends over one cache and chooses between them for every step. Its calls of FlashAttention split the
+keys of a long context over the GPU where few queries read them; this library's do not.
 """
 
 from __future__ import annotations
