@@ -36,9 +36,6 @@ import torch
 from fa4_prefixlm.testing.tables import columns
 
 OURS = "FA4_PREFIXLM"
-COUNT = 64  # tokens that are decoded
-MIXED = 6  # steps that prefill an image
-PROFILED = 16  # decoding steps
 LEAST, MOST = 3, 9  # rounds
 # Per model: a checkpoint's shape, and pixels of an image, which gives 256 tokens.
 _COMMON = {"heads": 8, "kv_heads": 4, "head_dim": 256, "layer_types": ["sliding_attention"] * 5 + ["full_attention"]}
@@ -54,6 +51,24 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 PIXELS = 224
 TINY_PIXELS = 112
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """How many of each kind are measured.
+
+    decoding: of a request. profiled: of them, for the GPU's work. settling, host: of them, for the host's time. mixed:
+    that prefill an image.
+    """
+
+    decoding: int = 64
+    profiled: int = 16
+    settling: int = 8
+    host: int = 24
+    mixed: int = 6
+
+
+TINY_STEPS = Steps(decoding=12, profiled=2, settling=1, host=2, mixed=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,6 +332,7 @@ class Worker:
                 "limit_mm_per_prompt": {"image": 32, **({"video": 0, "audio": 0} if job.kind == "gemma4" else {})},
             }
         self._job, self._engine, self._requests = job, make_engine(job, **settings), 0
+        self._steps = TINY_STEPS if job.cpu else Steps()
         layers = self._engine.llm_engine.vllm_config.compilation_config.static_forward_context.values()
         self._clock = HostClock([layer for layer in layers if hasattr(layer, "attn_backend")])
 
@@ -325,7 +341,8 @@ class Worker:
         self._engine.reset_prefix_cache()
         asks = self._asks(workload, seed)
         if workload.what == "host":
-            return self._host(asks[:-1], [self._asks(workload, 1000 * seed + more)[-1] for more in range(1, MIXED + 1)])
+            more = range(1000 * seed + 1, 1000 * seed + 1 + self._steps.mixed)
+            return self._host(asks[:-1], [self._asks(workload, own)[-1] for own in more])
         return {"first token": self._first_token, "decode": self._decode, "GPU": self._gpu}[workload.what](asks)
 
     def _first_token(self, asks: list[dict[str, Any]]) -> dict[str, float]:
@@ -335,40 +352,40 @@ class Worker:
         """Of the steps the median: others that use the host make some of them many times as long."""
         self._generate(asks, 1)  # the prompts are in the prefix cache now
         for one in asks:
-            self._add(one, COUNT + 1)
+            self._add(one, self._steps.decoding + 1)
         ended: list[tuple[float, int]] = []  # when a step was over, and the tokens by then
         while self._engine.llm_engine.has_unfinished_requests():
             outputs = self._step()
             if len(outputs) == len(asks):  # all decode; a step may as well only hand work on
                 ended.append((time.perf_counter(), sum(len(output.outputs[0].token_ids) for output in outputs)))
         steps = [later - sooner for (sooner, _), (later, _) in itertools.pairwise(ended)]
-        assert len(steps) >= COUNT // 2, f"{len(steps)} steps in which all requests decode"
+        assert len(steps) >= self._steps.decoding // 2, f"{len(steps)} steps in which all requests decode"
         return {"tokens/s": (ended[-1][1] - ended[0][1]) / len(steps) / statistics.median(steps)}
 
     def _gpu(self, asks: list[dict[str, Any]]) -> dict[str, float]:
         with _profile() as prefill:
             self._generate(asks, 1)
         for one in asks:  # the prompts are in the prefix cache now
-            self._add(one, COUNT)
+            self._add(one, self._steps.decoding)
         while len(self._step()) < len(asks):
             pass
         with _profile() as decoding:
-            for _ in range(PROFILED):
+            for _ in range(self._steps.profiled):
                 self._step()
         while self._engine.llm_engine.has_unfinished_requests():
             self._step()
-        return {"prefill, ms": _busy(prefill) / 1e3, "decoding, us a step": _busy(decoding) / PROFILED}
+        return {"prefill, ms": _busy(prefill) / 1e3, "decoding, us a step": _busy(decoding) / self._steps.profiled}
 
     def _host(self, decoding: list[dict[str, Any]], later: list[dict[str, Any]]) -> dict[str, float]:
         """Seven requests decode; then, again and again, a step prefills one more, with an image, beside them."""
         for one in decoding:
-            self._add(one, 64)
+            self._add(one, self._steps.decoding)
         while any(not output.outputs[0].token_ids for output in self._step()):
             pass
-        for _ in range(8):
+        for _ in range(self._steps.settling):
             self._step()
         self._clock.reset()
-        for _ in range(24):
+        for _ in range(self._steps.host):
             self._step()
         torch.cuda.synchronize() if torch.cuda.is_available() else None
         found = {f"decoding: {name}": value for name, value in self._clock.a_step().items()}
