@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from fa4_prefixlm.testing.tables import markdown
@@ -15,12 +16,31 @@ from fa4_prefixlm.testing.tables import markdown
 FLOOR = "no attention"
 # And the one that runs FA4's own causal kernel, which drops the images.
 WITHOUT_IMAGES = "FA4, images dropped"
+# What the engine's benchmark measures, but for the host.
+UNITS = ("ms", "tokens/s", "prefill, ms", "decoding, us a step")
 RESULTS = pathlib.Path(__file__).parent / "results"
+
+
+Cells = dict[tuple[str, ...], dict[str, str]]
 
 
 def kept(name: str) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
     return content
+
+
+def across(cells: Cells, *keys: str, columns: Sequence[str] = (), missing: str = "") -> str:
+    """A table of a row for each key of the cells, and a column for each name in them.
+
+    Args:
+        cells: by key, then by column.
+        keys: what the parts of a key are called.
+        columns: which ones, in their order; none: all, as they come.
+        missing: what a row has where it has no cell.
+    """
+    columns = columns or list(dict.fromkeys(name for own in cells.values() for name in own))
+    rows = [[*key, *(own.get(name, missing) for name in columns)] for key, own in cells.items()]
+    return "\n".join(markdown([*keys, *columns], rows))
 
 
 def vllm_times() -> str:
@@ -34,27 +54,18 @@ def vllm_times_gemma4() -> str:
 
 
 def vllm_gpu_times() -> str:
-    """What the GPU works in a prefill and in a decoding step, a column for each backend."""
-    cells: dict[tuple[str, str], dict[str, str]] = {}
-    for row in kept("h100-vllm-gpu-time")["results"]:
-        for quantity in ("prefill, ms", "decoding, us a step"):
-            key = (row["workload"].removeprefix("GPU, "), quantity)
-            cells.setdefault(key, {})[row["backend"]] = f"{row[quantity]:.4g}"
-    backends = list(dict.fromkeys(name for own in cells.values() for name in own))
-    rows = [[*key, *(own.get(name, "") for name in backends)] for key, own in cells.items()]
-    return "\n".join(markdown(["work", "GPU", *backends], rows))
+    """What the GPU works in a prefill and in a decoding step."""
+    return engine_table(kept("h100-vllm-gpu-time")["results"])
 
 
 def engine_table(results: list[dict[str, Any]]) -> str:
-    backends = list(dict.fromkeys(row["backend"] for row in results))
-    cells: dict[str, dict[str, str]] = {}
+    """A row for each workload and unit, a column for each backend."""
+    cells: Cells = {}
     for row in results:
-        value = row.get("ms", row.get("tokens/s"))
-        if value is not None:
-            unit = "ms" if "ms" in row else "tokens/s"
-            cells.setdefault(f"{row['workload']}, {unit}", {})[row["backend"]] = f"{value:.4g}"
-    rows = [[work, *(own.get(name, "") for name in backends)] for work, own in cells.items()]
-    return "\n".join(markdown(["work", *backends], rows))
+        for unit in UNITS:
+            if unit in row:
+                cells.setdefault((f"{row['workload']}, {unit}",), {})[row["backend"]] = f"{row[unit]:.4g}"
+    return across(cells, "work")
 
 
 def vllm_errors() -> str:
@@ -68,17 +79,14 @@ def vllm_tensor_parallel() -> str:
 
 
 def error_table(results: list[dict[str, Any]]) -> str:
-    backends = list(dict.fromkeys(row["backend"] for row in results))
-    errors: dict[tuple[str, str], dict[str, str]] = {}
+    own_error = "transformers, bfloat16"
+    cells: Cells = {}
     for row in results:
         largest = max(error for own in row["rounds"].values() for error in own.values())
-        key = (row["model"], row["mode"])
-        errors.setdefault(key, {"transformers, bfloat16": f"{row['transformers']:.3f}"})[row["backend"]] = (
-            f"{largest:.3f}"
-        )
-    columns = [*backends, "transformers, bfloat16"]
-    rows = [[model, mode, *(own.get(name, "-") for name in columns)] for (model, mode), own in errors.items()]
-    return "\n".join(markdown(["model", "mode", *columns], rows))
+        of_mode = cells.setdefault((row["model"], row["mode"]), {own_error: f"{row['transformers']:.3f}"})
+        of_mode[row["backend"]] = f"{largest:.3f}"
+    backends = dict.fromkeys(row["backend"] for row in results)
+    return across(cells, "model", "mode", columns=[*backends, own_error], missing="-")
 
 
 def transformers_prefill() -> str:
@@ -102,27 +110,25 @@ def stack_table(results: list[dict[str, Any]]) -> str:
     Last come the columns of what is no right answer: FA4's causal kernel, and the floor, a model without its attention.
     """
     results = [row for row in results if all(row[name] == results[0][name] for name in ("stack", "work"))]
+    titles = {FLOOR: f"{FLOOR} (the floor)"}
     names = sorted(dict.fromkeys(row["attention"] for row in results), key=[WITHOUT_IMAGES, FLOOR].count)
-    by_length: dict[int, dict[str, str]] = {}
+    cells: Cells = {}
     for row in results:
         timed = row["ms"] is not None
         cell = f"{row['ms']:.1f} ms, {row['peak_mib']:.0f} MiB" if timed else "not timed"
-        by_length.setdefault(row["tokens"], {})[row["attention"]] = cell
-    columns = [f"{name} (the floor)" if name == FLOOR else name for name in names]
-    rows = [[str(tokens), *(own.get(name, "") for name in names)] for tokens, own in by_length.items()]
-    return "\n".join(markdown(["tokens", *columns], rows))
+        cells.setdefault((str(row["tokens"]),), {})[titles.get(row["attention"], row["attention"])] = cell
+    return across(cells, "tokens", columns=[titles.get(name, name) for name in names])
 
 
 def backward_times() -> str:
     """A row for each workload, a column for each path; the native backward's other way to mask is left out."""
-    cells: dict[str, dict[str, str]] = {}
+    cells: Cells = {}
     for row in kept("h100-backward")["results"]:
         if not row["path"].startswith("native,"):
             cell = f"{row['ms']:.2f} ms, {row['tflops']:.0f} ({row['of_causal']:.2f})"
-            cells.setdefault(row["workload"], {})[row["path"]] = cell
-    columns = ["FA4 causal", "native", "packed", "mask_mod, every tile", "cuDNN flex_attention"]
-    rows = [[work, *(own.get(name, "") for name in columns)] for work, own in cells.items()]
-    return "\n".join(markdown(["workload", *columns], rows))
+            cells.setdefault((row["workload"],), {})[row["path"]] = cell
+    columns = ("FA4 causal", "native", "packed", "mask_mod, every tile", "cuDNN flex_attention")
+    return across(cells, "workload", columns=columns)
 
 
 def training_steps() -> str:
@@ -136,26 +142,22 @@ def training_steps() -> str:
 
 def host_times() -> str:
     """Median microseconds of the host, one column for each kept file and length that it has."""
-    cells: dict[str, dict[str, str]] = {}
+    cells: Cells = {}
     for device in ("H200", "H100"):
         for row in kept(f"{device.lower()}-host-time")["results"]:
             column = f"{device}, {row['tokens']} tokens"
-            cells.setdefault(row["name"], {})[column] = f"{row['host']:.0f}"
-    columns = list(dict.fromkeys(column for own in cells.values() for column in own))
-    rows = [[name, *(own.get(column, "") for column in columns)] for name, own in cells.items()]
-    return "\n".join(markdown(["call", *columns], rows))
+            cells.setdefault((row["name"],), {})[column] = f"{row['host']:.0f}"
+    return across(cells, "call")
 
 
 def mask_times() -> str:
     """A row for each mask, a column for each backend: milliseconds, and exact TFLOP/s over those of FA4 causal."""
-    cells: dict[str, dict[str, str]] = {}
+    cells: Cells = {}
     for row in kept("h100-masks")["results"]:
         if row["ms"] is not None:
-            cells.setdefault(row["workload"], {})[row["path"]] = f"{row['ms']:.3f} ({row['of_baseline']:.2f})"
-    columns = list(dict.fromkeys(path for own in cells.values() for path in own))
-    columns.sort(key=lambda path: path.startswith("FlexAttention"))
-    rows = [[work, *(own.get(name, "") for name in columns)] for work, own in cells.items()]
-    return "\n".join(markdown(["mask", *columns], rows))
+            cells.setdefault((row["workload"],), {})[row["path"]] = f"{row['ms']:.3f} ({row['of_baseline']:.2f})"
+    paths = dict.fromkeys(path for own in cells.values() for path in own)
+    return across(cells, "mask", columns=sorted(paths, key=lambda path: path.startswith("FlexAttention")))
 
 
 def mask_plans() -> str:

@@ -372,8 +372,7 @@ class Worker:
         with _profile() as decoding:
             for _ in range(self._steps.profiled):
                 self._step()
-        while self._engine.llm_engine.has_unfinished_requests():
-            self._step()
+        self._finish()
         return {"prefill, ms": _busy(prefill) / 1e3, "decoding, us a step": _busy(decoding) / self._steps.profiled}
 
     def _host(self, decoding: list[dict[str, Any]], later: list[dict[str, Any]]) -> dict[str, float]:
@@ -396,9 +395,12 @@ class Worker:
             self._step()
             mixed.append(self._clock.a_step())
         found |= {f"mixed: {name}": statistics.median(own[name] for own in mixed) for name in mixed[0]}
+        self._finish()
+        return found
+
+    def _finish(self) -> None:
         while self._engine.llm_engine.has_unfinished_requests():
             self._step()
-        return found
 
     def _step(self) -> list[Any]:
         outputs: list[Any] = self._engine.llm_engine.step()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import shlex
 import subprocess
 import sys
 
@@ -17,18 +18,8 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize("what", ["exact", "time"])
 def test_it_runs(what: str, tmp_path: pathlib.Path) -> None:
     file = tmp_path / "results.json"
-    command = [
-        sys.executable,
-        "benchmarks/vllm_engine.py",
-        what,
-        "--cpu",
-        "V1",
-        "--modes",
-        "eager",
-        "--models",
-        "gemma3",
-    ]
-    command += ["--backends", "FA4_PREFIXLM_ALL", "--seconds", "0", "--save", str(file)]
+    options = shlex.split("--cpu V1 --modes eager --models gemma3 --backends FA4_PREFIXLM_ALL --seconds 0")
+    command = [sys.executable, "benchmarks/vllm_engine.py", what, *options, "--save", str(file)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     rows = json.loads(file.read_text())["results"]
