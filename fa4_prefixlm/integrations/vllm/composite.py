@@ -1,4 +1,4 @@
-"""The attention backend FA4_PREFIXLM: images here, text and decoding on vLLM's own FlashAttention.
+"""The attention backend FA4_PREFIXLM: images here, text and decoding on vLLM's own FlashAttention 4.
 
 vLLM composes two backends over one cache and chooses between them for every step. Its calls of FlashAttention split the
 keys of a long context over the GPU where few queries read them; this library's do not.
@@ -11,9 +11,9 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.composite import MMPrefixAttentionRouting, create_composite_attention_backend
-from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 
 from fa4_prefixlm.integrations.vllm.backend import PrefixLMBackend
+from fa4_prefixlm.integrations.vllm.text_and_decoding import FlashAttention4Backend
 
 
 class PrefixLMRouting(MMPrefixAttentionRouting):
@@ -36,7 +36,7 @@ class PrefixLMRouting(MMPrefixAttentionRouting):
 
 RoutedPrefixLMBackend = create_composite_attention_backend(
     PrefixLMBackend,
-    FlashAttentionBackend,
+    FlashAttention4Backend,
     name="RoutedPrefixLMBackend",
     backend_name="FA4_PREFIXLM",
     module=__name__,

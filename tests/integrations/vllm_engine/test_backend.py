@@ -357,14 +357,74 @@ class TestComposite:
         assert routing.capture_variant == routing.select(self.step([1, 1], [31, 31], {0: [(10, 30)]})) == 1
 
     def test_it_is_composed_of_both(self) -> None:
-        from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
-
         from fa4_prefixlm.integrations.vllm.backend import PrefixLMBackend
         from fa4_prefixlm.integrations.vllm.composite import RoutedPrefixLMBackend
+        from fa4_prefixlm.integrations.vllm.text_and_decoding import FlashAttention4Backend
 
         assert RoutedPrefixLMBackend.get_name() == "FA4_PREFIXLM"
         assert RoutedPrefixLMBackend.general_backend_cls is PrefixLMBackend
-        assert RoutedPrefixLMBackend.causal_backend_cls is FlashAttentionBackend
+        assert RoutedPrefixLMBackend.causal_backend_cls is FlashAttention4Backend
         for refused in ("supports_dcp", "supports_pcp", "supports_non_causal", "supports_batch_invariance"):
             assert not getattr(RoutedPrefixLMBackend, refused)()
         assert not RoutedPrefixLMBackend.supports_kv_cache_dtype("fp8")
+
+
+class TestTextAndDecoding:
+    """vLLM's FlashAttention as version 4. It can't run here: how it is made, and what is compiled for it."""
+
+    @pytest.mark.parametrize(("chosen", "made"), [(None, 4), (3, 3), (2, 2)])
+    def test_it_is_made_as_version_4_unless_the_user_chose(
+        self, chosen: int | None, made: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from vllm.config import VllmConfig, get_current_vllm_config, set_current_vllm_config
+        from vllm.v1.attention.backends import flash_attn
+
+        from fa4_prefixlm.integrations.vllm.text_and_decoding import FlashAttention4Backend
+
+        seen: list[tuple[int | None, bool]] = []
+
+        def note(self: Any, *arguments: Any, **named: Any) -> None:
+            now = get_current_vllm_config()
+            seen.append((now.attention_config.flash_attn_version, now.kernel_config.enable_jit_warmup))
+            self.vllm_flash_attn_version, self.mm_prefix_query_ranges_np = 3, "read by vLLM"
+
+        for theirs in (flash_attn.FlashAttentionImpl, flash_attn.FlashAttentionMetadataBuilder):
+            monkeypatch.setattr(theirs, "__init__", note)
+        config = VllmConfig()
+        config.attention_config.flash_attn_version = chosen
+        with set_current_vllm_config(config):
+            FlashAttention4Backend.get_impl_cls()()
+            builder = FlashAttention4Backend.get_builder_cls()(None, [], config, torch.device("cpu"))
+        assert seen == [(made, True), (made, False)]
+        assert (config.attention_config.flash_attn_version, config.kernel_config.enable_jit_warmup) == (chosen, True)
+        assert builder.mm_prefix_query_ranges_np is None
+
+    @pytest.mark.parametrize(("max_requests", "variants"), [(8, 5), (256, 5), (257, 7)])
+    def test_each_kind_of_layer_is_compiled_for(
+        self, max_requests: int, variants: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from fa4_prefixlm.integrations.vllm import text_and_decoding as own
+
+        def layer(window: int | None, version: int = 4) -> Any:
+            impl = object.__new__(own.FlashAttention4Impl)
+            impl.sliding_window = (-1, -1) if window is None else (window - 1, 0)
+            impl.logits_soft_cap, impl.sinks, impl.num_heads, impl.vllm_flash_attn_version = 0, None, 4, version
+            return SimpleNamespace(impl=SimpleNamespace(get_impl_variants=lambda: (None, impl)))
+
+        ran: list[tuple[Any, Any, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+        def run(
+            impl: Any, layer: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: Any, step: Any, out: Any
+        ) -> None:
+            assert q.shape == out.shape == (step.num_actual_tokens, 4, 64)
+            assert cache.shape == (1, 2, 16, 128)
+            ran.append((impl.sliding_window, step, q, k, v))
+
+        monkeypatch.setattr(own.FlashAttention4Impl, "forward", run)
+        spec = SimpleNamespace(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
+        layers = [layer(32), layer(None), layer(32), layer(8, version=2)]
+        own.warm_up(layers, spec, max_requests, torch.device("cpu"))
+        assert [window for window, *_ in ran] == [(31, 0)] * variants + [(-1, -1)] * variants
+        said = {(min(own.num_actual_tokens, 257), own.max_query_len > 128, own.max_num_splits) for _, own, *_ in ran}
+        many = {(257, False, 1), (257, True, 1)} if max_requests > 256 else set()
+        assert said == {(1, False, 1), (1, True, 1), (1, False, 2), (1, False, 33), (1, False, 65)} | many
