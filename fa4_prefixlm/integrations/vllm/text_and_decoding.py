@@ -1,20 +1,22 @@
 """vLLM's own FlashAttention as version 4, for the steps of FA4_PREFIXLM in which every row is causal.
 
 On Hopper vLLM takes version 3 up to head dim 256. A decoding step on version 4 has less work for the GPU
-(docs/vllm.md#time). vLLM compiles its kernels where a request first needs them; here all are ready before the server
-takes requests, and kept on disk with this library's own.
+(docs/vllm.md#time). vLLM compiles most of its kernels where a request first needs them; on Hopper all are ready here
+before the server takes requests, and kept on disk with this library's own.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig, get_current_vllm_config_or_none
+from vllm.config import VllmConfig, get_current_vllm_config_or_none, set_current_vllm_config
 from vllm.logger import init_logger
+from vllm.v1.attention.backends import fa_utils
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
     FlashAttentionImpl,
@@ -27,16 +29,16 @@ from fa4_prefixlm.integrations.vllm import refusals
 
 logger = init_logger("vllm.fa4_prefixlm")
 
-# FA4 compiles a kernel of its own for more requests than this (`BIN_BATCH_SEARCH_THRESH`), and, of one kind of layer,
-# for query tokens that fit one tile, for more of them, and for keys that are split over the GPU. What adds the splits
-# up is compiled for up to 32, 64 and 128 of them.
+# For each kind of layer FA4 compiles kernels of their own for more requests than this (`BIN_BATCH_SEARCH_THRESH`), for
+# query rows (tokens by query heads of a key head) that fit one tile and for more, and for keys that are split over the
+# GPU. What adds the splits up is compiled for up to 16 (head dims up to 64), 32, 64 and 128 of them.
 MANY_REQUESTS = 256
 A_TILE_AND_MORE = 512
-SPLITS = (2, 33, 65)
+SPLITS = (2, 17, 33, 65)
 
 
 class FlashAttention4Impl(FlashAttentionImpl):
-    """A layer of vLLM's, as version 4."""
+    """A layer of vLLM's, as version 4 unless the user chose another."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         with version_4(get_current_vllm_config_or_none()):
@@ -50,15 +52,20 @@ class FlashAttention4Impl(FlashAttentionImpl):
 
 
 class FlashAttention4Builder(FlashAttentionMetadataBuilder):
-    """vLLM's, for causal steps and version 4. Nothing is scheduled ahead, and nothing is read of images."""
+    """vLLM's, for the version of the layers and causal steps: nothing is read of images."""
 
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
-        # vLLM's warm-up of these kernels fills a cache of its own.
-        with version_4(vllm_config), _holding(vllm_config.kernel_config, "enable_jit_warmup", False):
+        # vLLM asks for the current configuration's version. Its own warm-up would fill a cache of its own.
+        with (
+            set_current_vllm_config(vllm_config),
+            version_4(vllm_config),
+            _holding(vllm_config.kernel_config, "enable_jit_warmup", False),
+        ):
             super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        # Version 4 would run every step in which a row is the last one of an image with a mask_mod, on every key tile.
+        # With ranges version 4 runs a mask_mod on every key tile. Rows of an image that come here are causal all the
+        # same: the only one of their request in this step, or the image's last.
         self.mm_prefix_query_ranges_np = None
         if device.type == "cuda":
             layers = [vllm_config.compilation_config.static_forward_context[name] for name in layer_names]
@@ -79,11 +86,12 @@ class FlashAttention4Backend(FlashAttentionBackend):
 
 @contextlib.contextmanager
 def version_4(vllm_config: VllmConfig | None) -> Iterator[None]:
-    """Within the block vLLM's FlashAttention is made as version 4, unless the user chose one."""
-    if vllm_config is None or vllm_config.attention_config.flash_attn_version is not None:
+    """Within the block vLLM's FlashAttention is made as version 4, unless the user chose one or this vLLM has none."""
+    attention = None if vllm_config is None else vllm_config.attention_config
+    if attention is None or attention.flash_attn_version is not None or not fa_utils.is_fa_version_supported(4):
         yield
         return
-    with _holding(vllm_config.attention_config, "flash_attn_version", 4):
+    with _holding(attention, "flash_attn_version", 4):
         yield
 
 
@@ -98,7 +106,9 @@ def _holding(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def warm_up(layers: list[Any], kv_cache_spec: Any, max_requests: int, device: torch.device) -> None:
-    """Compile what causal steps run, or find it on disk: once for each kind of layer, with a line in vLLM's log.
+    """Compile what causal steps of a group run on Hopper, or find it on disk, with a line in vLLM's log for each kind.
+
+    On Blackwell, where nothing of this has run, some kernels are still compiled by the first requests.
 
     Args:
         layers: vLLM's, of one group.
@@ -113,13 +123,18 @@ def warm_up(layers: list[Any], kv_cache_spec: Any, max_requests: int, device: to
     for layer, own in kinds.values():
         if own.vllm_flash_attn_version != 4:  # the user's choice, or there is no version 4 of this kind
             continue
-        began = time.monotonic()
+        began, before = time.monotonic(), Counter(disk_cache.counts)
         for requests, query_len, splits in _variants(max_requests):
             _run(layer, own, kv_cache_spec, requests, query_len, splits, device)
-        seconds = time.monotonic() - began
+        new = Counter(disk_cache.counts) - before
         window = own.sliding_window[0] + 1
-        what = "text and decoding" + (f", window {window}" if window > 0 else "")
-        logger.info("FA4_PREFIXLM: ready: %s, vLLM's FlashAttention 4 (%.1f s)", what, seconds)
+        logger.info(
+            "FA4_PREFIXLM: ready: text and decoding%s, vLLM's FlashAttention 4 (%.1f s; %d kernels compiled, %d found)",
+            f", window {window}" if window > 0 else "",
+            time.monotonic() - began,
+            new["compiled"],
+            new["loaded"],
+        )
 
 
 def _variants(max_requests: int) -> list[tuple[int, int, int]]:

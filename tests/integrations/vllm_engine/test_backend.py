@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import math
 import pathlib
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -372,59 +375,155 @@ class TestComposite:
 class TestTextAndDecoding:
     """vLLM's FlashAttention as version 4. It can't run here: how it is made, and what is compiled for it."""
 
-    @pytest.mark.parametrize(("chosen", "made"), [(None, 4), (3, 3), (2, 2)])
-    def test_it_is_made_as_version_4_unless_the_user_chose(
-        self, chosen: int | None, made: int, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        from vllm.config import VllmConfig, get_current_vllm_config, set_current_vllm_config
-        from vllm.v1.attention.backends import flash_attn
+    @pytest.fixture(autouse=True)
+    def a_vllm_with_version_4(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from vllm.v1.attention.backends import fa_utils
 
-        from fa4_prefixlm.integrations.vllm.text_and_decoding import FlashAttention4Backend
+        monkeypatch.setattr(fa_utils, "is_fa_version_supported", lambda version: version in self.supported)
+
+    supported: tuple[int, ...] = (2, 3, 4)
+
+    @staticmethod
+    def config(chosen: int | None) -> Any:
+        from vllm.config import VllmConfig
+
+        config = VllmConfig()
+        config.attention_config.flash_attn_version = chosen
+        return config
+
+    @staticmethod
+    def seen_when_made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int | None, bool]]:
+        """The version and the warm-up that vLLM's classes find in the current configuration."""
+        from vllm.config import get_current_vllm_config
+        from vllm.v1.attention.backends import flash_attn
 
         seen: list[tuple[int | None, bool]] = []
 
         def note(self: Any, *arguments: Any, **named: Any) -> None:
             now = get_current_vllm_config()
-            seen.append((now.attention_config.flash_attn_version, now.kernel_config.enable_jit_warmup))
-            self.vllm_flash_attn_version, self.mm_prefix_query_ranges_np = 3, "read by vLLM"
+            version = now.attention_config.flash_attn_version
+            seen.append((version, now.kernel_config.enable_jit_warmup))
+            self.vllm_flash_attn_version, self.mm_prefix_query_ranges_np = version, "read by vLLM"
 
         for theirs in (flash_attn.FlashAttentionImpl, flash_attn.FlashAttentionMetadataBuilder):
             monkeypatch.setattr(theirs, "__init__", note)
-        config = VllmConfig()
-        config.attention_config.flash_attn_version = chosen
+        return seen
+
+    @pytest.mark.parametrize(
+        ("chosen", "supported", "made"),
+        [(None, (2, 3, 4), 4), (3, (2, 3, 4), 3), (2, (2, 3, 4), 2), (None, (2, 3), None)],
+    )
+    def test_it_is_made_as_version_4_unless_the_user_chose(
+        self, chosen: int | None, supported: tuple[int, ...], made: int | None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from vllm.config import set_current_vllm_config
+
+        from fa4_prefixlm.integrations.vllm.text_and_decoding import FlashAttention4Backend
+
+        self.supported = supported
+        seen, config = self.seen_when_made(monkeypatch), self.config(chosen)
         with set_current_vllm_config(config):
             FlashAttention4Backend.get_impl_cls()()
+        with set_current_vllm_config(self.config(2)):  # the builder's own counts
             builder = FlashAttention4Backend.get_builder_cls()(None, [], config, torch.device("cpu"))
         assert seen == [(made, True), (made, False)]
         assert (config.attention_config.flash_attn_version, config.kernel_config.enable_jit_warmup) == (chosen, True)
         assert builder.mm_prefix_query_ranges_np is None
 
-    @pytest.mark.parametrize(("max_requests", "variants"), [(8, 5), (256, 5), (257, 7)])
+    def test_the_configuration_is_as_it_was_when_making_fails(self) -> None:
+        from fa4_prefixlm.integrations.vllm.text_and_decoding import version_4
+
+        config, seen = self.config(None), []
+
+        def fail() -> None:
+            with version_4(config):
+                seen.append(config.attention_config.flash_attn_version)
+                raise RuntimeError
+
+        with pytest.raises(RuntimeError):
+            fail()
+        assert (seen, config.attention_config.flash_attn_version) == ([4], None)
+
+    def test_on_a_gpu_the_builder_compiles_for_its_layers(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from fa4_prefixlm.integrations.vllm import text_and_decoding as own
+
+        self.seen_when_made(monkeypatch)
+        asked: list[Any] = []
+        monkeypatch.setattr(own, "warm_up", lambda *given: asked.append(given))
+        config, gpu = self.config(None), torch.device("cuda")
+        config.compilation_config.static_forward_context.update(a="layer a", b="layer b", c="layer c")
+        own.FlashAttention4Builder("a cache", ["a", "c"], config, gpu)
+        assert asked == [(["layer a", "layer c"], "a cache", config.scheduler_config.max_num_seqs, gpu)]
+
+    @pytest.mark.parametrize(("version", "own_kernels"), [(4, True), (3, False)])
+    def test_kernels_of_version_4_are_kept_on_disk(
+        self, version: int, own_kernels: bool, an_fa4: None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from vllm.config import set_current_vllm_config
+        from vllm.v1.attention.backends import flash_attn
+
+        from fa4_prefixlm.integrations.vllm import text_and_decoding as own
+
+        within: list[str] = []
+
+        @contextlib.contextmanager
+        def enter(build: Any) -> Iterator[None]:
+            within.append(build.name)
+            yield
+            within.append("left")
+
+        monkeypatch.setattr(own.disk_cache, "own_kernels", enter)
+        self.seen_when_made(monkeypatch)
+        monkeypatch.setattr(flash_attn.FlashAttentionImpl, "forward", lambda self, *given: (*given, *within))
+        with set_current_vllm_config(self.config(version)):
+            run = own.FlashAttention4Impl().forward("q", "k")
+        assert run == (("q", "k", "an FA4") if own_kernels else ("q", "k"))
+        assert within == (["an FA4", "left"] if own_kernels else [])
+
+    @staticmethod
+    def layer(window: int | None, *, version: int = 4, softcap: float = 0, sinks: Any = None) -> Any:
+        from fa4_prefixlm.integrations.vllm.text_and_decoding import FlashAttention4Impl
+
+        impl = object.__new__(FlashAttention4Impl)
+        impl.sliding_window = (-1, -1) if window is None else (window - 1, 0)
+        impl.logits_soft_cap, impl.sinks, impl.num_heads, impl.vllm_flash_attn_version = softcap, sinks, 4, version
+        return SimpleNamespace(impl=SimpleNamespace(get_impl_variants=lambda: (None, impl)))
+
+    @pytest.mark.parametrize(("max_requests", "variants"), [(8, 6), (256, 6), (257, 8)])
     def test_each_kind_of_layer_is_compiled_for(
         self, max_requests: int, variants: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         from fa4_prefixlm.integrations.vllm import text_and_decoding as own
 
-        def layer(window: int | None, version: int = 4) -> Any:
-            impl = object.__new__(own.FlashAttention4Impl)
-            impl.sliding_window = (-1, -1) if window is None else (window - 1, 0)
-            impl.logits_soft_cap, impl.sinks, impl.num_heads, impl.vllm_flash_attn_version = 0, None, 4, version
-            return SimpleNamespace(impl=SimpleNamespace(get_impl_variants=lambda: (None, impl)))
-
-        ran: list[tuple[Any, Any, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        ran: list[tuple[Any, Any]] = []
 
         def run(
             impl: Any, layer: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: Any, step: Any, out: Any
         ) -> None:
-            assert q.shape == out.shape == (step.num_actual_tokens, 4, 64)
-            assert cache.shape == (1, 2, 16, 128)
-            ran.append((impl.sliding_window, step, q, k, v))
+            tokens = step.num_actual_tokens
+            assert [tuple(one.shape) for one in (q, out, k, v)] == [(tokens, 4, 64)] * 2 + [(tokens, 2, 64)] * 2
+            assert (cache.shape, step.block_table.shape) == ((1, 2, 16, 128), (tokens, 1))
+            assert {one.dtype for one in (q, out, k, v, cache)} == {torch.bfloat16}
+            assert step.query_start_loc.tolist() == list(range(tokens + 1))
+            assert step.seq_lens.tolist() == [1] * tokens
+            ran.append((impl, step))
 
         monkeypatch.setattr(own.FlashAttention4Impl, "forward", run)
         spec = SimpleNamespace(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
-        layers = [layer(32), layer(None), layer(32), layer(8, version=2)]
-        own.warm_up(layers, spec, max_requests, torch.device("cpu"))
-        assert [window for window, *_ in ran] == [(31, 0)] * variants + [(-1, -1)] * variants
-        said = {(min(own.num_actual_tokens, 257), own.max_query_len > 128, own.max_num_splits) for _, own, *_ in ran}
+        kinds = [self.layer(32), self.layer(None), self.layer(32, softcap=50.0), self.layer(32, sinks=torch.ones(4))]
+        own.warm_up([*kinds, self.layer(32), self.layer(8, version=2)], spec, max_requests, torch.device("cpu"))
+        impls = [layer.impl.get_impl_variants()[1] for layer in kinds]
+        assert [impl for impl, _ in ran] == [impl for impl in impls for _ in range(variants)]
+        said = {(step.num_actual_tokens, step.max_query_len > 256, step.max_num_splits) for _, step in ran}
         many = {(257, False, 1), (257, True, 1)} if max_requests > 256 else set()
-        assert said == {(1, False, 1), (1, True, 1), (1, False, 2), (1, False, 33), (1, False, 65)} | many
+        assert said == {(1, False, 1), (1, True, 1)} | {(1, False, splits) for splits in own.SPLITS} | many
+
+    @pytest.mark.parametrize("head_dim", [64, 80, 128, 256, 512])
+    def test_any_number_of_splits_finds_its_kernel(self, head_dim: int) -> None:
+        """What adds splits up is compiled by the power of 2 that holds them (`_flash_attn_fwd_combine` of FA4)."""
+        from fa4_prefixlm.integrations.vllm.text_and_decoding import SPLITS
+
+        def kernel(splits: int) -> int:
+            return max(math.ceil(math.log2(splits)), 4 if head_dim <= 64 else 5)
+
+        assert {kernel(splits) for splits in SPLITS} == {kernel(splits) for splits in range(2, 129)}
