@@ -54,18 +54,19 @@ def vllm_times_gemma4() -> str:
 
 
 def vllm_gpu_times() -> str:
-    """What the GPU works in a prefill and in a decoding step."""
-    return engine_table(kept("h100-vllm-gpu-time")["results"])
+    """What the GPU works in a prefill and in a decoding step of each model."""
+    return engine_table(kept("h100-vllm-gpu-time")["results"], models=True)
 
 
-def engine_table(results: list[dict[str, Any]]) -> str:
-    """A row for each workload and unit, a column for each backend."""
+def engine_table(results: list[dict[str, Any]], *, models: bool = False) -> str:
+    """A row for each workload and unit, and model where asked for, and a column for each backend."""
     cells: Cells = {}
     for row in results:
         for unit in UNITS:
             if unit in row:
-                cells.setdefault((f"{row['workload']}, {unit}",), {})[row["backend"]] = f"{row[unit]:.4g}"
-    return across(cells, "work")
+                key = (*((row["model"],) if models else ()), f"{row['workload']}, {unit}")
+                cells.setdefault(key, {})[row["backend"]] = f"{row[unit]:.4g}"
+    return across(cells, *(("model", "work") if models else ("work",)))
 
 
 def vllm_errors() -> str:
