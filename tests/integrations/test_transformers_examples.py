@@ -72,7 +72,7 @@ def test_benchmark(tmp_path: Path) -> None:
     results = json.loads(file.read_text())["results"]
     ours = [own for own in results if own["attention"] == "fa4_prefixlm"]
     assert len(ours) == 2
-    assert all(own["ms"] > 0 and own["error"] < 0.5 for own in ours)
+    assert all(own["ms"] > 0 and own["error"] < 0.05 and own["dropped"] > 0.2 for own in ours)
     floor = [own for own in results if own["attention"] == "no attention"]
     assert len(floor) == 2
     assert all(own["ms"] > 0 and own["error"] is None for own in floor)
@@ -97,6 +97,28 @@ def test_benchmark_keeps_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert kept["transformers"]
     assert [(own["work"], own["attention"]) for own in kept["results"]] == [("prefill", a) for a in module.ATTENTIONS]
     assert [own.name for own in tmp_path.iterdir()] == ["results.json"]
+
+
+@pytest.mark.parametrize(
+    ("errors", "dropped", "timed", "notes"),
+    [
+        ((0.01, 0.0124, 0.0126), 0.031, ["sdpa", "flex_attention"], ["", "", "WRONG"]),
+        ((0.01, float("nan"), None), 0.031, ["sdpa"], ["", "WRONG", ""]),
+        ((0.6, 0.6, 0.6), 0.9, [], ["NOT TOLD FROM WRONG"] * 3),  # bfloat16 itself is too far off
+        ((0.01, 0.01, 0.01), float("nan"), [], ["NOT TOLD FROM WRONG"] * 3),
+        ((None, 0.01, 0.01), None, [], [""] * 3),  # nothing to hold them against
+    ],
+)
+def test_benchmark_times_what_it_knows_to_be_right(
+    errors: tuple[float | None, ...], dropped: float | None, timed: list[str], notes: list[str]
+) -> None:
+    module = benchmark("transformers_models")
+    results = {
+        name: module.Result("a stack", "prefill", 8192, name, error=error)
+        for name, error in zip(module.ATTENTIONS, errors, strict=True)
+    }
+    assert module.right(results, dropped) == timed
+    assert [own.note.partition(":")[0] for own in results.values()] == notes
 
 
 def test_benchmark_says_what_is_out_of_reach() -> None:

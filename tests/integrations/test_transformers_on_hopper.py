@@ -100,6 +100,19 @@ def test_flex_attention_is_for_many_queries_without_gradients(monkeypatch: pytes
     assert asked == [False, not grad]
 
 
+@pytest.mark.parametrize(("grad", "head_dim", "hint"), [(True, 256, True), (True, 264, False), (False, 256, False)])
+def test_flex_attention_is_named_where_it_may_train_faster(
+    monkeypatch: pytest.MonkeyPatch, grad: bool, head_dim: int, hint: bool
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(attention_module, "plan_of", lambda *_, flex: "no kernel")
+    monkeypatch.setattr(attention_module, "warn_once", said.append)
+    q, k, v = (torch.randn(1, 2, 8, head_dim, requires_grad=grad) for _ in range(3))
+    attention_module.attention(torch.nn.Module(), q, k, v, masks.mask(1, 8, 8, device="cpu"))
+    assert [("flex_attention" in own) for own in said] == [hint]
+    assert "no kernel" in said[0]
+
+
 def test_rows_of_which_one_sees_nothing_are_not_plainly_causal() -> None:
     """Each but the first ends a key after the one before: more queries than keys."""
     for empty in (False, True):
