@@ -107,8 +107,8 @@ def test_flex_attention_is_named_where_it_may_train_faster(
     said: list[str] = []
     monkeypatch.setattr(attention_module, "plan_of", lambda *_, flex: "no kernel")
     monkeypatch.setattr(attention_module, "warn_once", said.append)
-    q, k, v = (torch.randn(1, 2, 8, head_dim, requires_grad=grad) for _ in range(3))
-    attention_module.attention(torch.nn.Module(), q, k, v, masks.mask(1, 8, 8, device="cpu"))
+    q, k, v = (torch.randn(1, 2, 40, head_dim, requires_grad=grad) for _ in range(3))
+    attention_module.attention(torch.nn.Module(), q, k, v, masks.mask(1, 40, 40, device="cpu"))
     assert [("flex_attention" in own) for own in said] == [hint]
     assert "no kernel" in said[0]
 
