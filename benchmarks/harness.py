@@ -10,6 +10,8 @@ import argparse
 import dataclasses
 import json
 import pathlib
+import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -62,6 +64,11 @@ def benchmark_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def report(where: str, what: str) -> None:
+    """Progress, with the time."""
+    print(f"{time.strftime('%H:%M:%S')} {where}: {what}", file=sys.stderr, flush=True)
+
+
 def lacks_hopper() -> bool:
     """There is no Hopper GPU here; says so."""
     lacking = not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9
@@ -77,6 +84,7 @@ def measure(workload: str, paths: list[Path]) -> list[Result]:
     errors: dict[str, float] = {}
     rows: dict[str, float] = {}
     for path in [baseline, *(path for path in paths if path is not baseline)]:
+        report(workload, f"compiling and verifying {path.name}")
         if path.exact not in exact:
             exact.clear()  # one float64 answer at a time: they are large
             exact[path.exact] = path.exact()
@@ -89,6 +97,7 @@ def measure(workload: str, paths: list[Path]) -> list[Result]:
         for path in paths
         if errors[path.name] <= BAND * errors[baseline.name] and rows[path.name] <= ROW_BAND * rows[baseline.name]
     }
+    report(workload, "timing")
     timings = time_in_rounds({name: path.run for name, path in correct.items()}, rounds=ROUNDS, round_ms=ROUND_MS)
     speed = {name: path.flops / timings[name].ms / 1e9 for name, path in correct.items()}
     results = []

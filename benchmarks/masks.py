@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from harness import Path, Result, benchmark_parser, lacks_hopper, measure, save, show
+from harness import Path, Result, benchmark_parser, lacks_hopper, measure, report, save, show
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 import fa4_prefixlm as fp
@@ -118,6 +118,7 @@ def their_plan(work: Workload, tokens: int, batch: int) -> BlockMask:
 
 def plan_times(work: Workload) -> dict[str, float | str]:
     """Milliseconds to plan one sequence of `PLAN_TOKENS`, the median of several calls with the device's work."""
+    report(work.name, "planning")
     like, cu = tensors(PLAN_TOKENS), [0, PLAN_TOKENS]
     spans = work.spans(PLAN_TOKENS, 1)
     rule = work.mask.flex(seqlen=PLAN_TOKENS, ranges=spans, device="cuda")
@@ -160,8 +161,10 @@ def main() -> int:
     works = [work for work in WORKLOADS if arguments.only in work.name]
     if arguments.once:
         for work in works:
-            for path in paths(work, arguments.backends):
+            for path in [] if arguments.plans else paths(work, arguments.backends):
+                report(work.name, path.name)
                 path.run()
+            plan_times(work)
         return 0
     results: list[Result] = []
     plans: list[dict[str, float | str]] = []

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 import transformers
 from engine_tables import FLOOR, WITHOUT_IMAGES
-from harness import BAND, save
+from harness import BAND, report, save
 
 import fa4_prefixlm.integrations.transformers  # noqa: F401 (registers "fa4_prefixlm")
 from fa4_prefixlm.testing.tables import columns
@@ -211,10 +211,6 @@ WORK: dict[str, Callable[[Any, dict[str, torch.Tensor]], torch.Tensor]] = {
 def without_images(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same tokens, all text."""
     return {name: torch.zeros_like(own) if name.endswith("type_ids") else own for name, own in inputs.items()}
-
-
-def report(where: str, what: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {where}: {what}", file=sys.stderr, flush=True)
 
 
 def synchronise() -> None:
