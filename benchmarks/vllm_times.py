@@ -351,7 +351,7 @@ class Worker:
         return {"ms": 1e3 * self._generate(asks, 1)}
 
     def _decode(self, asks: list[dict[str, Any]]) -> dict[str, float]:
-        """The median step, and the fastest few in a row: others that use the host make steps longer, and never shorter."""
+        """The median step, and the fastest few in a row: others on the host only make steps longer."""
         self._generate(asks, 1)  # the prompts are in the prefix cache now
         for one in asks:
             self._add(one, self._steps.decoding + 1)
