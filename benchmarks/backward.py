@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from harness import benchmark_parser, lacks_hopper, write
+from harness import benchmark_parser, lacks_hopper, provenance, write
 
 import fa4_prefixlm as fp
 from fa4_prefixlm.backends.base import Gradients
@@ -27,7 +27,6 @@ from fa4_prefixlm.batch.forward_pass import ForwardPass
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.fa4.kernels.launch import mask_code
 from fa4_prefixlm.testing.accuracy import relative_error
-from fa4_prefixlm.testing.machine import describe_machine
 from fa4_prefixlm.testing.tables import columns, markdown
 from fa4_prefixlm.testing.timing import time_in_rounds
 
@@ -329,7 +328,7 @@ def main() -> int:
         print("\n".join(markdown(HEADER, rows_of(results))))
     if arguments.save:
         content = {
-            **describe_machine().facts(),
+            **provenance(),
             "heads": HEADS,
             "dtype": "bfloat16",
             "spans": f"{SPAN} tokens every {EVERY}",

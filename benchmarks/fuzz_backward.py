@@ -19,7 +19,7 @@ import tempfile
 import time
 
 import torch
-from harness import write
+from harness import provenance, write
 
 import fa4_prefixlm as fp
 from fa4_prefixlm.fa4.kernels import backward_tiles
@@ -38,7 +38,6 @@ from fa4_prefixlm.testing.gradients import (
     plan_of,
     rounded_of,
 )
-from fa4_prefixlm.testing.machine import describe_machine
 
 BAND = 1.25
 LIMIT_S = 200
@@ -109,7 +108,7 @@ def main() -> int:
     seconds = time.monotonic() - began
     print(f"{found['batches']} batches from seed {arguments.first}, {len(found['wrong'])} wrong, {seconds:.0f} s")
     if arguments.save:
-        content = {**describe_machine().facts(), "first_seed": arguments.first, **found}
+        content = {**provenance(), "first_seed": arguments.first, **found}
         write(arguments.save, content)
     return 1 if found["wrong"] else 0
 

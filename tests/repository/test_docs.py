@@ -69,6 +69,15 @@ def test_pages_quote_the_kept_results(page: str, name: str) -> None:
     assert table(results) in (ROOT / page).read_text()
 
 
+def test_every_kept_result_says_what_it_came_from() -> None:
+    for file in (ROOT / "benchmarks" / "results").glob("*.json"):
+        content = json.loads(file.read_text())
+        for own in content.get("builds", [content]):
+            assert own["device"].startswith("NVIDIA "), file.name
+            assert own["commit"], file.name
+            assert {"fa4_prefixlm", "torch"} <= set(own["versions"]), file.name
+
+
 def test_pages_quote_the_kept_results_of_engines() -> None:
     sys.path.insert(0, str(ROOT / "benchmarks"))
     from engine_tables import QUOTED
