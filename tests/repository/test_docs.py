@@ -75,7 +75,7 @@ def test_every_kept_result_says_what_it_came_from() -> None:
         for own in content.get("builds", [content]):
             assert own["device"].startswith("NVIDIA "), file.name
             assert own["commit"], file.name
-            assert {"fa4_prefixlm", "torch"} <= set(own["versions"]), file.name
+            assert {"torch", "flash-attn-4"} <= set(own["versions"]), file.name
 
 
 def test_pages_quote_the_kept_results_of_engines() -> None:
