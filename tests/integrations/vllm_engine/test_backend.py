@@ -318,12 +318,22 @@ class TestComposite:
     """The form that leaves text to vLLM's FlashAttention. It can't run here: what it routes where."""
 
     @staticmethod
-    def routing() -> Any:
+    def config(window: int | None = 64, *, clamp: bool = False, of_model: int | None = 64) -> Any:
+        layers = {
+            "local": SimpleNamespace(sliding_window=window, mm_prefix_clamp_sliding_window=clamp),
+            "global": SimpleNamespace(sliding_window=None, mm_prefix_clamp_sliding_window=False),
+            "no attention": SimpleNamespace(),
+        }
+        return SimpleNamespace(
+            compilation_config=SimpleNamespace(static_forward_context=layers),
+            model_config=SimpleNamespace(get_sliding_window=lambda: of_model),
+        )
+
+    @classmethod
+    def routing(cls, *layers: str, **windows: Any) -> Any:
         from fa4_prefixlm.integrations.vllm.composite import PrefixLMRouting
 
-        layers = {"local": SimpleNamespace(sliding_window=64, mm_prefix_clamp_sliding_window=False)}
-        config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=layers))
-        return PrefixLMRouting(["local"], config)
+        return PrefixLMRouting(list(layers or ["local"]), cls.config(**windows))
 
     @staticmethod
     def step(rows: list[int], keys: list[int], ranges: dict[int, list[tuple[int, int]]] | None) -> Any:
@@ -356,8 +366,29 @@ class TestComposite:
         from vllm.v1.attention.backend import AttentionCGSupport
 
         routing = self.routing()
-        assert routing.get_cudagraph_support(None, None) == AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        assert routing.get_cudagraph_support(self.config(), None) == AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
         assert routing.capture_variant == routing.select(self.step([1, 1], [31, 31], {0: [(10, 30)]})) == 1
+
+    @pytest.mark.parametrize(
+        ("windows", "can"),
+        [
+            ({"window": 64, "of_model": 64}, False),
+            ({"window": 63, "of_model": 64}, True),  # vLLM keeps a span of 64
+            ({"window": 63, "of_model": 64, "clamp": True}, False),
+            ({"window": 64, "of_model": None}, True),  # vLLM drops none
+            ({"window": None, "of_model": 64}, False),
+        ],
+    )
+    def test_where_a_span_can_be_longer_than_a_window_a_single_query_in_it_runs_here(
+        self, windows: dict[str, Any], can: bool
+    ) -> None:
+        from vllm.v1.attention.backend import AttentionCGSupport
+
+        routing, last_of_a_span = self.routing(**windows), self.step([1], [31], {0: [(10, 30)]})
+        assert routing.select(last_of_a_span) == (0 if can else 1)
+        assert self.routing("global", **windows).select(last_of_a_span) == 1
+        graphs = routing.get_cudagraph_support(self.config(**windows), None)
+        assert graphs == (AttentionCGSupport.NEVER if can else AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE)
 
     def test_it_is_composed_of_both(self) -> None:
         from fa4_prefixlm.integrations.vllm.backend import PrefixLMBackend
