@@ -16,7 +16,7 @@ from fa4_prefixlm.testing.tables import markdown
 FLOOR = "no attention"
 # And the one that runs FA4's own causal kernel, which drops the images.
 WITHOUT_IMAGES = "FA4, images dropped"
-# What the engine's benchmark measures, but for the host.
+# What pages quote of what the engine's benchmark measures.
 UNITS = ("ms", "tokens/s", "prefill, ms", "decoding, us a step")
 RESULTS = pathlib.Path(__file__).parent / "results"
 

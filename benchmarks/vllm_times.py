@@ -5,8 +5,8 @@ GPU and take turns: each round times every workload on every backend, in another
 others are stopped. Times are wall clock: the median of the rounds, and their spread.
 
 - first token: one request, or eight mixed ones, until all have their first token; nothing is in the prefix cache.
-- decode: tokens a second of all requests, at the median of the steps in which all of them decode, and the fastest of
-  them, whose best round is what a host alone with the engine would give.
+- decode: tokens a second of all requests, at the median of the steps in which all of them decode; and microseconds of a
+  step in the fastest four in a row, whose best round is what a host alone with the engine would give.
 - GPU: what the GPU works in the prefill of all requests, and in one decoding step of them: the sum of its kernels and
   copies as torch's profiler has them. With the host's time, this says what a backend adds where wall clock is too
   noisy to.
