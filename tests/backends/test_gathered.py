@@ -135,6 +135,21 @@ def test_bad_input(change: dict[str, object], message: str) -> None:
         fp.attention(q, pages.k, pages.v, **{**where(batch, pages), **change})
 
 
+@pytest.mark.parametrize(("entry", "holds_a_key"), [(6, True), (7, False)])
+def test_every_page_that_holds_a_key_is_checked_and_no_other(entry: int, holds_a_key: bool) -> None:
+    """Of 100 keys in pages of 16 the seventh holds four."""
+    batch = Batch(((40, 100),), ((),))
+    q, _, _, pages = paged(batch, page_size=16)
+    table = torch.cat([pages.table[:, :7], pages.table[:, :1]], dim=1)
+    where_else = {**where(batch, pages), "page_table": table}
+    table[0, entry] = -1
+    if holds_a_key:
+        with pytest.raises(fp.InputError, match=r"page_table\[0\]: expected pages of 0 to \d+, got -1"):
+            fp.attention(q, pages.k, pages.v, **where_else)
+    else:
+        fp.attention(q, pages.k, pages.v, **where_else)
+
+
 def test_bad_shapes() -> None:
     batch = Batch(((60, 60),), ((),))
     q, k, v, pages = paged(batch)

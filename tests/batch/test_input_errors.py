@@ -45,6 +45,7 @@ def test_ranges(ranges, message: str) -> None:
     ("values", "message"),
     [
         (torch.tensor([0, 4, 2**31]), "cu_seqlens_q: expected values that fit int32, got 2147483648"),
+        (torch.tensor([-(2**31) - 1, 4, 10]), "cu_seqlens_q: expected values that fit int32, got 2147483649"),
         (cu(0, 4, 9), "cu_seqlens_q[-1]: expected the tensor's length 10, got 9"),
         (cu(1, 4, 10), "cu_seqlens_q[0]: expected 0, got 1"),
         (cu(0, 7, 4, 10), "cu_seqlens_q[2]: expected an ascending value, at least 7, got 4"),
@@ -121,6 +122,7 @@ def test_tensors(tensors, message: str) -> None:
         ({"out": torch.zeros(10, 4, 8)}, "out: expected shape (10, 4, 16), got (10, 4, 8)"),
         ({"out": torch.zeros(10, 4, 16).double()}, "out: expected q's dtype torch.float32, got torch.float64"),
         ({"out": torch.zeros(10, 16, 4).transpose(1, 2)}, "out: expected a contiguous tensor"),
+        ({"out": torch.zeros(641)[1:].view(10, 4, 16)}, "out: expected memory aligned to 16 bytes, got an offset of 4"),
         ({"deterministic": "x"}, "deterministic: expected True, False or None, got 'x'"),
         ({"build": 3}, "build: expected the name of a package, a string, got 3"),
         ({"mask": "causal"}, "mask: expected a fa4_prefixlm mask such as PrefixLM(window=1024), got 'causal'"),

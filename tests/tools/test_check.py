@@ -145,6 +145,8 @@ BAND = dataclasses.replace(RIGHT, backend=CAUSAL, error=2e-3, row_error=3e-3)
         ({"error": math.nan}, "error nan"),
         ({"row_error": 0.03}, "here is off by 0.03"),
         ({"row_error": math.inf}, "off by inf"),
+        ({"row_error": math.nan}, "off by nan"),
+        ({"lse_error": math.nan}, "LSE off by nan"),
         ({"lse_error": 1e-3}, "LSE off by 0.001"),
         ({"bad_rows": 3}, "3 rows not written"),
         ({"repeats": False}, "two runs differ"),
@@ -190,7 +192,10 @@ def test_builds_agree_within_both_limits() -> None:
     same = judge.Agreement(True)
     assert judge.judge_agreement(fine, fine, same) is fine
     assert judge.judge_agreement(fine, fine, judge.Agreement(False, 3e-3)) is fine
-    assert judge.judge_agreement(fine, fine, judge.Agreement(False, 0.1)).is_bad
+    assert fine.limits is not None
+    both = 2 * fine.limits.error
+    assert judge.judge_agreement(fine, fine, judge.Agreement(False, 0.99 * both)) is fine
+    assert judge.judge_agreement(fine, fine, judge.Agreement(False, 1.01 * both)).is_bad
     out, lse = torch.randn(10, 2, 64), torch.randn(2, 10)
     assert judge.compare((out, lse), (out.clone(), lse.clone())) == same
     assert judge.compare((out, lse), (out * 1.01, lse)).difference == pytest.approx(0.0099, rel=1e-2)
