@@ -120,3 +120,29 @@ def test_rows_of_which_one_sees_nothing_are_not_plainly_causal() -> None:
         bounds = torch.stack([torch.zeros_like(end), end], dim=1).unsqueeze(0)
         seen = Seen.of(masks._to_read(bounds).numbers())
         assert seen == Seen(1, False, True, int(end.max()), int(end.max()), not empty)
+
+
+@pytest.mark.parametrize("given", ["none", "none, not causal", "none, one row", "shared", "by heads", "added"])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_plain_torch_is_softmax_pair_by_pair(given: str, sinks: bool) -> None:
+    """Where SDPA lacks softcap and sinks: four query heads on two key heads."""
+    generator = torch.Generator().manual_seed(0)
+    rows, keys, causal = (1 if given == "none, one row" else 5), 5, given == "none"
+    q = torch.randn(2, 4, rows, 8, generator=generator, dtype=torch.float64)
+    k, v = (torch.randn(2, 2, keys, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    sink = torch.randn(4, generator=generator) if sinks else None
+    sees = torch.rand(2, 4 if given == "by heads" else 1, rows, keys, generator=generator) < 0.6
+    sees[..., 0] = True
+    mask = {"shared": sees, "by heads": sees, "added": torch.where(sees, 0.0, float("-inf"))}.get(given)
+    is_causal = None if given in ("none", "none, one row") else False  # None: as the module says, True by default
+    call = attention_module.Call(torch.nn.Module(), q, k, v, 0.5, 3.0, sink, is_causal, {})
+    out, _ = attention_module.dense(call, mask)
+    for batch, head, row in ((b, h, r) for b in range(2) for h in range(4) for r in range(rows)):
+        scores = 3.0 * torch.tanh(0.5 * (k[batch, head // 2] @ q[batch, head, row]) / 3.0)
+        seen = [
+            column <= row if causal else mask is None or bool(sees[batch, head % sees.shape[1], row, column])
+            for column in range(keys)
+        ]
+        weights = scores.exp() * torch.tensor(seen)
+        total = weights.sum() + (sink[head].double().exp() if sink is not None else 0)
+        torch.testing.assert_close(out[batch, row, head], (weights / total) @ v[batch, head // 2], rtol=1e-5, atol=1e-5)
