@@ -146,3 +146,37 @@ def test_plain_torch_is_softmax_pair_by_pair(given: str, sinks: bool) -> None:
         weights = scores.exp() * torch.tensor(seen)
         total = weights.sum() + (sink[head].double().exp() if sink is not None else 0)
         torch.testing.assert_close(out[batch, row, head], (weights / total) @ v[batch, head // 2], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "keys", "offset", "window", "plainly_causal"),
+    [(40, 40, 0, None, True), (40, 60, 20, None, False), (40, 40, 0, 12, False), (40, 60, 0, None, False)],
+    ids=["whole", "chunk", "window", "longer cache"],
+)
+def test_what_goes_to_sdpa_is_the_mask(
+    monkeypatch: pytest.MonkeyPatch, rows: int, keys: int, offset: int, window: int | None, plainly_causal: bool
+) -> None:
+    """SDPA's own causal mask only where it is this one: it counts queries from the first key."""
+    from transformers import masking_utils
+
+    monkeypatch.setattr(attention_module, "plan_of", lambda *_, flex: "no kernel")
+    monkeypatch.setattr(attention_module, "warn_once", lambda _: None)
+    asked: list[bool] = []
+    sdpa = attention_module.sdpa_attention_forward
+    monkeypatch.setattr(
+        attention_module,
+        "sdpa_attention_forward",
+        lambda module, q, k, v, mask, **rest: asked.append(mask is None) or sdpa(module, q, k, v, mask, **rest),
+    )
+    rule = masking_utils.causal_mask_function
+    if window is not None:
+        rule = masking_utils.sliding_window_causal_mask_function(window)
+    q = torch.randn(1, 2, rows, 16)
+    k, v = (torch.randn(1, 2, keys, 16) for _ in range(2))
+    bounds = masks.mask(1, rows, keys, offset, mask_function=rule)
+    out, _ = attention_module.attention(torch.nn.Module(), q, k, v, bounds)
+    position, key = offset + torch.arange(rows).unsqueeze(1), torch.arange(keys)
+    sees = (key <= position) & (position - key < (window or keys))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=sees)
+    torch.testing.assert_close(out, expected.transpose(1, 2), rtol=1e-5, atol=1e-5)
+    assert asked == [plainly_causal]
