@@ -14,7 +14,7 @@ import torch._dynamo.testing
 import transformers
 
 import fa4_prefixlm.integrations.transformers as integration
-from fa4_prefixlm.integrations.transformers import compiled
+from fa4_prefixlm.integrations.transformers import compiled, masks
 from fa4_prefixlm.integrations.transformers import layer_attention as attention_module
 from tests.integrations.tiny_models import CACHE, NAME, NAMES, WITH_WINDOW, inputs, logits, model, text_model, types_of
 
@@ -145,3 +145,29 @@ def test_more_runs_than_bounds_hold_in_a_graph() -> None:
     given.pop("mm_encoder_outputs")
     with torch.no_grad(), pytest.raises(RuntimeError, match="run this batch without torch.compile"):
         torch.compile(made.model, fullgraph=True, backend="aot_eager")(**given, use_cache=False)
+
+
+@pytest.mark.parametrize(
+    ("layers", "kinds", "shared"),
+    [
+        ((0, 1), (0, 0), True),
+        ((5, 5), (0, 0), False),  # the only layer of its kind, in the next forward
+        ((1, 0), (0, 0), False),
+        ((0, 1), (32, 0), False),  # the mask of another kind of layer, in memory that a graph used again
+    ],
+)
+def test_a_plan_is_of_one_forward_and_kind_of_layer(
+    layers: tuple[int, int], kinds: tuple[int, int], shared: bool
+) -> None:
+    """Where it is not shared, the second mask stands in the memory of the first."""
+    bounds = masks.mask(1, 40, 40)
+    assert bounds is not None
+    first = compiled._record(bounds, 40, layers[0], kinds[0])
+    if not shared:
+        bounds[..., 1] -= (torch.arange(40, dtype=torch.int32) > 20).int()  # rows past 20 do not see themselves
+    second = compiled._record(bounds, 40, layers[1], kinds[1])
+    assert (first is second) is shared
+    assert first.seen is not None
+    assert second.seen is not None
+    assert (first.seen == second.seen) is shared
+    assert torch.equal(second.as_dense(), masks.visible(bounds, 40))
