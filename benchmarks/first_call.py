@@ -156,7 +156,7 @@ def main() -> int:
                 runs.append(run)
                 seconds = f"{run.importing:9.2f} {run.first_call:8.2f} {run.second_call:9.4f}"
                 print(f"{run.kernel:28} {run.cache:18} {seconds} {run.compiled:8} {run.loaded:6}", flush=True)
-    wrong = [f"{run.kernel}, {run.cache}: relative error {run.error:.1e}" for run in runs if run.error > BAND]
+    wrong = [f"{run.kernel}, {run.cache}: relative error {run.error:.1e}" for run in runs if not run.error <= BAND]
     wrong += [f"{run.kernel}, {run.cache}: compiled" for run in runs if run.cache == "filled" and run.compiled]
     for what in wrong:
         print(f"WRONG: {what}")

@@ -147,7 +147,7 @@ def verify(work: Work, calls: dict[str, Callable[[], Any]]) -> list[str]:
         )
         for name in ("attention(ranges)", "attention(plan)", "attention(ranges), device tensors"):
             error = relative_error(calls[name](), exact)
-            if error > BAND:
+            if not error <= BAND:  # a NaN is wrong
                 wrong.append(f"{name}: relative error {error:.1e}")
     return wrong
 

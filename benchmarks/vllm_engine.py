@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import pathlib
 import sys
 import tempfile
@@ -140,7 +141,9 @@ _known: dict[Any, torch.Tensor] = {}
 
 
 def _furthest(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one - other).abs().max())
+    """Infinity where a logprob is missing or not a number: `max` would pass over a NaN."""
+    furthest = float((one - other).abs().max())
+    return furthest if math.isfinite(furthest) else math.inf
 
 
 def _show(rows: list[dict[str, Any]], bands: list[dict[str, Any]]) -> None:

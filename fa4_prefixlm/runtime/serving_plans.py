@@ -216,14 +216,16 @@ def serving_plan(
             their batches to the sizes that they capture.
     """
     spec = describe(*three(like), cache="pages")
-    for name, value in (("max_tokens", max_tokens), ("max_sequences", max_sequences), ("max_pages", max_pages)):
-        if whole_number(name, value, "a positive integer", least=1) > END_OF_KEYS:
-            raise InputError(name, f"at most {END_OF_KEYS}, int32", value)
+    given = {"max_tokens": max_tokens, "max_sequences": max_sequences, "max_pages": max_pages}
+    sizes = {name: whole_number(name, value, "a positive integer", least=1) for name, value in given.items()}
+    for name, size in sizes.items():
+        if size > END_OF_KEYS:
+            raise InputError(name, f"at most {END_OF_KEYS}, int32", size)
     if not isinstance(graphs_take_any_batch, bool):
         raise InputError("graphs_take_any_batch", "True or False", graphs_take_any_batch)
     check_mask(mask)
     assert spec.page_size is not None
-    limits = Limits(max_tokens, max_sequences, max_pages, spec.page_size)
+    limits = Limits(sizes["max_tokens"], sizes["max_sequences"], sizes["max_pages"], spec.page_size)
     return ServingPlan(mask, spec, limits, find_build(build), graphs_take_any_batch)
 
 

@@ -158,7 +158,8 @@ def _attention_backward(
         deterministic=deterministic,
         of_sink=of_sink,
     )
-    return dq, dk, dv, q.new_empty(0) if dsink is None else dsink
+    # As the fake says: a backend may keep the strides of what it got.
+    return dq.contiguous(), dk.contiguous(), dv.contiguous(), q.new_empty(0) if dsink is None else dsink
 
 
 def _attention_backward_fake(

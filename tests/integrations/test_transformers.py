@@ -323,8 +323,33 @@ def test_gemma4s_audio_tower_gets_its_own_kind_of_mask() -> None:
     overlay = transformers.models.gemma4.modeling_gemma4.sliding_window_mask_function((3, 4))
     function = masking_utils.and_masks(masking_utils.bidirectional_mask_function, overlay)
     sizes = {"batch_size": 1, "q_length": 30, "kv_length": 30, "mask_function": function, "use_vmap": True}
-    found = integration.mask(**sizes, dtype=torch.float32)
+    # The arguments that transformers gives to every mask function.
+    skips = {"allow_is_causal_skip": True, "allow_is_bidirectional_skip": False, "local_size": None}
+    found = integration.mask(**sizes, **skips, dtype=torch.float32)
     assert (found == masking_utils.eager_mask(**sizes)).all()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_windows_that_look_both_ways(padded: bool) -> None:
+    """ModernBERT without padding: transformers lets a mask be left out where the window holds every key."""
+    sizes = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4}
+    tokens = {f"{name}_token_id": index for index, name in enumerate(("pad", "bos", "eos", "cls", "sep"))}
+    windows = {"num_attention_heads": 4, "local_attention": 8, "global_attn_every_n_layers": 2}
+    config = transformers.AutoConfig.for_model("modernbert", **sizes, **tokens, **windows)
+    torch.manual_seed(0)
+    made = transformers.AutoModel.from_config(config, attn_implementation="eager").eval()
+    for weight in made.parameters():
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=0.4)
+    given: dict[str, Any] = {"input_ids": torch.randint(6, 32, (2, 64))}
+    if padded:
+        given["attention_mask"] = torch.ones(2, 64, dtype=torch.long)
+    hidden = {}
+    for name in ("eager", NAME):
+        made.set_attn_implementation(name)
+        with torch.no_grad():
+            hidden[name] = made(**given).last_hidden_state
+    assert (hidden[NAME] - hidden["eager"]).abs().max() < 1e-4 * hidden["eager"].abs().max()
 
 
 @pytest.mark.parametrize("pad", [False, True])

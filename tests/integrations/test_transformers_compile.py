@@ -101,6 +101,7 @@ def test_prefill(name: str, pad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         expected = logits(made, "eager", **given)
         made.set_attn_implementation(NAME)
         plans.clear()
+        compiled._running.__dict__.clear()  # the masks of a text are those of the one before
         with torch.no_grad():
             found = run(**given, use_cache=False).logits
         close(found[real], expected[real])
@@ -128,8 +129,8 @@ def test_another_forward_in_the_same_memory() -> None:
     bounds[..., 1] = torch.arange(1, 21)
     call = (None, 0.0, None)
     for _ in range(2):
-        first = torch.ops.fa4_prefixlm.bounded_attention(q, q, q, bounds, *call, 0, 0)
-        close(torch.ops.fa4_prefixlm.bounded_attention(q, q, q, bounds, *call, 1, 0), first)
+        first = torch.ops.fa4_prefixlm.bounded_attention(q, q, q, bounds, *call)
+        close(torch.ops.fa4_prefixlm.bounded_attention(q, q, q, bounds, *call), first)
         with torch.no_grad():
             seen = integration.masks.visible(bounds, 20)
         expected = torch.nn.functional.scaled_dot_product_attention(*(q.transpose(1, 2),) * 3, attn_mask=seen)
@@ -147,27 +148,38 @@ def test_more_runs_than_bounds_hold_in_a_graph() -> None:
         torch.compile(made.model, fullgraph=True, backend="aot_eager")(**given, use_cache=False)
 
 
-@pytest.mark.parametrize(
-    ("layers", "kinds", "shared"),
-    [
-        ((0, 1), (0, 0), True),
-        ((5, 5), (0, 0), False),  # the only layer of its kind, in the next forward
-        ((1, 0), (0, 0), False),
-        ((0, 1), (32, 0), False),  # the mask of another kind of layer, in memory that a graph used again
-    ],
-)
-def test_a_plan_is_of_one_forward_and_kind_of_layer(
-    layers: tuple[int, int], kinds: tuple[int, int], shared: bool
-) -> None:
-    """Where it is not shared, the second mask stands in the memory of the first."""
+def test_a_plan_is_of_the_values_of_a_mask() -> None:
+    """Not of the memory that a graph used again, nor of where layers stand; and copies of a mask share one."""
     bounds = masks.mask(1, 40, 40)
     assert bounds is not None
-    first = compiled._record(bounds, 40, layers[0], kinds[0])
-    if not shared:
-        bounds[..., 1] -= (torch.arange(40, dtype=torch.int32) > 20).int()  # rows past 20 do not see themselves
-    second = compiled._record(bounds, 40, layers[1], kinds[1])
-    assert (first is second) is shared
-    assert first.seen is not None
-    assert second.seen is not None
-    assert (first.seen == second.seen) is shared
-    assert torch.equal(second.as_dense(), masks.visible(bounds, 40))
+    causal = bounds.clone()
+    first = compiled._kept(bounds, 40)
+    assert compiled._kept(causal, 40) is first
+    assert compiled._kept(causal, 41) is not first
+    bounds[..., 1] -= (torch.arange(40, dtype=torch.int32) > 20).int()  # rows past 20 do not see themselves
+    other = compiled._kept(bounds, 40)
+    assert other is not first
+    assert torch.equal(other.record.as_dense(), masks.visible(bounds, 40))
+    assert torch.equal(first.record.as_dense(), masks.visible(causal, 40))
+    bounds.zero_()
+    assert torch.equal(compiled._kept(causal, 40).record.as_dense(), masks.visible(causal, 40))
+    for end in range(1, 20):
+        bounds[..., 1] = end
+        compiled._kept(bounds, 40)
+    assert len(compiled._running.masks) == compiled._KINDS
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kinds", [["chunked_attention", "full_attention"] * 2, ["full_attention"] * 2])
+def test_inductor_gives_masks_of_other_layers_the_same_memory(kinds: list[str]) -> None:
+    """Llama 4: two kinds of layers, neither of which has a window of its own."""
+    sizes = {"num_local_experts": 2, "intermediate_size_mlp": 32, "num_hidden_layers": len(kinds)}
+    made = text_model("llama4_text", attention_chunk_size=8, layer_types=kinds, **sizes)
+    ids = torch.randint(6, 32, (2, LENGTH), generator=torch.Generator().manual_seed(0))
+    given = {"input_ids": ids, "attention_mask": torch.ones(2, LENGTH, dtype=torch.long), "use_cache": False}
+    with torch.no_grad():
+        expected = made(**given).logits
+        made.set_attn_implementation(NAME)
+        run = torch.compile(made, backend="inductor")
+        for _ in range(2):
+            close(run(**given).logits, expected)

@@ -1,8 +1,8 @@
 """Attention under row bounds as one operation of a graph that `torch.compile` made.
 
-The bounds are data of the graph, so the plan is made when it runs: by the first layer of a kind, for all of that kind.
-A graph reuses memory behind everybody's back, so a tensor's address does not say that it is the same mask. Layers run
-in order: a layer that does not come after the one that used the plan last begins another forward.
+The bounds are data of the graph, so the plan is made when it runs: by the first layer that has them, for all that have
+the same. A graph reuses memory, and copies, behind everybody's back, so neither a tensor's address nor its layer says
+which mask it is: the values do. A plan is made from a copy of them, and looking at them waits for the device.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from fa4_prefixlm.integrations.transformers.masks import Record, warn_once
 from fa4_prefixlm.runtime.execute import run
 
 
-@dataclass
-class _Forward:
-    """The masks of a running forward. bounds is held, so that its memory is not given to another tensor."""
+@dataclass(frozen=True)
+class _Kept:
+    """A mask of a forward. bounds: a copy, for the graph may write something else where it had them."""
 
     bounds: torch.Tensor
     record: Record
-    layer: int
+    keys: int
 
 
 _running = threading.local()
-_KINDS = 8
+_KINDS = 8  # of masks in one forward, at most; more are right, and planned again
 
 
 def _attention(
@@ -40,14 +40,13 @@ def _attention(
     scaling: float | None,
     softcap: float,
     sink: torch.Tensor | None,
-    layer: int,
-    kind: int,
 ) -> torch.Tensor:
-    record = _record(bounds, k.shape[1], layer, kind)
+    kept = _kept(bounds, k.shape[1])
+    record = kept.record
     assert record.seen is not None
     end = max(1, record.seen.end)
     spec = describe(q, k[:, :end], v[:, :end])
-    made = plan_of(record, bounds.squeeze(1), spec)
+    made = plan_of(record, kept.bounds.squeeze(1), spec)
     if isinstance(made, str):
         warn_once(no_kernel(made))
         return _sdpa(q, k, v, record.as_dense(), scaling, softcap, sink)
@@ -55,20 +54,20 @@ def _attention(
     return run(made, q, k, v, spec=spec, softmax_scale=scaling, softcap=softcap, learnable_sink=sink)[0]
 
 
-def _record(bounds: torch.Tensor, keys: int, layer: int, kind: int) -> Record:
-    kept: dict[object, _Forward] = _running.__dict__.setdefault("forwards", {})
-    name = (bounds.data_ptr(), bounds.shape, bounds.stride(), bounds.device, keys, kind)
-    forward = kept.get(name)
-    if forward is not None and layer > forward.layer:
-        forward.layer = layer
-        return forward.record
-    kept.pop(name, None)
-    while len(kept) >= _KINDS:
-        kept.pop(next(iter(kept)))
-    record = masks.record_of(bounds, keys)
+def _kept(bounds: torch.Tensor, keys: int) -> _Kept:
+    """What is known of these bounds, the mask that was used last first."""
+    masks_of_forward: list[_Kept] = _running.__dict__.setdefault("masks", [])
+    for at, own in enumerate(masks_of_forward):
+        same = own.keys == keys and own.bounds.device == bounds.device and own.bounds.shape == bounds.shape
+        if same and torch.equal(own.bounds, bounds):
+            masks_of_forward.insert(0, masks_of_forward.pop(at))
+            return own
+    copy = bounds.detach().clone()
+    record = masks.record_of(copy, keys)
     masks.read_back([record])
-    kept[name] = _Forward(bounds.detach(), record, layer)
-    return record
+    masks_of_forward.insert(0, _Kept(copy, record, keys))
+    del masks_of_forward[_KINDS:]
+    return masks_of_forward[0]
 
 
 def _sdpa(
@@ -96,8 +95,7 @@ if hasattr(torch.Tag, "cudagraph_unsafe"):
 _NAME = "fa4_prefixlm::bounded_attention"
 torch.library.define(
     _NAME,
-    "(Tensor q, Tensor k, Tensor v, Tensor bounds, float? scaling, float softcap, Tensor? sink, int layer, int kind)"
-    " -> Tensor",
+    "(Tensor q, Tensor k, Tensor v, Tensor bounds, float? scaling, float softcap, Tensor? sink) -> Tensor",
     tags=_TAGS,
 )
 torch.library.impl(_NAME, "CompositeExplicitAutograd", _attention)

@@ -200,15 +200,12 @@ def _in_graph(call: Call, bounds: torch.Tensor) -> Output:
     """What `torch.compile` traces: an operation that makes the eager call; with gradients, SDPA."""
     if call.needs_grad:
         return dense(call, masks.visible(bounds, call.key.shape[2]))
-    kind = call.rest.get("sliding_window")
     out = torch.ops.fa4_prefixlm.bounded_attention(
         *call.packed(),
         bounds,
         call.scaling,
         call.softcap,
         call.sink,
-        int(getattr(call.module, "layer_idx", 0) or 0),
-        kind if isinstance(kind, int) else 0,
     )
     return out, None
 

@@ -184,14 +184,15 @@ def mask(
         "device": device,
         "allow_is_causal_skip": False,
     }
-    if allow_is_bidirectional_skip and attention_mask is None:
+    local = kwargs.get("local_size")  # of a window that looks both ways, which may be narrower than the keys
+    if allow_is_bidirectional_skip and attention_mask is None and (local is None or kv_length < local):
         return None
     if torch.compiler.is_compiling():
         return _dense(sizes) if q_length <= FEW_QUERIES else _evaluated(sizes)
     expression = read(mask_function)
     if not is_known(expression) and is_bidirectional(expression):
         # Models that work on such a mask themselves (Gemma 4's audio tower) take it as eager attention has it.
-        return masking_utils.eager_mask(**sizes, **kwargs)
+        return masking_utils.eager_mask(**{**kwargs, **sizes})
     if q_length <= FEW_QUERIES:
         return _dense(sizes)
     in_several = functools.partial(_bounds, expression, sizes)
