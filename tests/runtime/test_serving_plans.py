@@ -6,6 +6,7 @@ import dataclasses
 import random
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -95,6 +96,9 @@ class TestServing:
             sizes = {"max_tokens": 9, "max_sequences": 9, "max_pages": 9, name: 0}
             with pytest.raises(fp.InputError, match=name):
                 fp.serving_plan(like=(q, pages.k, pages.v), **sizes)
+        # Of whatever integer: numpy's int16 would wrap at 32768 keys.
+        sizes = {"max_tokens": torch.tensor(9), "max_sequences": 9, "max_pages": np.int16(4096)}
+        assert fp.serving_plan(like=(q, pages.k, pages.v), **sizes).limits == serving_plans.Limits(9, 9, 4096, 16)
 
 
 @pytest.mark.parametrize("on_host", [True, False])

@@ -453,3 +453,21 @@ def test_a_capture_of_compiled_code_follows_the_serving_plan() -> None:
         graph.replay()
         assert_same(got, layer(q, *cache, serving))
     assert counter.frame_count == 1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_gradients_of_transposed_tensors_under_inductor() -> None:
+    """Strides are those that the graph was told of, whatever the backend gives."""
+    heads_first = [torch.randn(heads, 12, 4, requires_grad=True) for heads in (2, 1, 1)]
+    q, k, v = (own.transpose(0, 1) for own in heads_first)
+    plan = fp.plan([[(1, 4)], [(0, 3)]], like=(q, k, v), cu_seqlens_q=[0, 5, 12], cu_seqlens_k=[0, 5, 12])
+
+    def loss(*leaves: torch.Tensor) -> torch.Tensor:
+        return plan(*(own.transpose(0, 1) for own in leaves)).square().sum()
+
+    grads = [
+        torch.autograd.grad(run(*heads_first), heads_first)
+        for run in (loss, torch.compile(loss, fullgraph=True, backend="inductor"))
+    ]
+    for found, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(found, expected)
