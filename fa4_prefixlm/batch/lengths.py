@@ -340,7 +340,7 @@ def _integers(name: str, values: object, least: int) -> list[int]:
         host = [operator.index(value) for value in values]  # type: ignore[attr-defined]
     except TypeError:
         host = []
-    if not host:
+    if not host or any(isinstance(value, bool) for value in values):  # type: ignore[attr-defined]
         raise InputError(name, f"an int32 tensor or a list of batch{' + 1' * least} integers", values)
     return host
 

@@ -230,6 +230,8 @@ def _pairs(argument: str, spans: object) -> SequenceSpans:
     for index, pair in enumerate(spans):
         try:
             start, end = pair
+            if isinstance(start, bool) or isinstance(end, bool):
+                raise TypeError
             pairs.append((operator.index(start), operator.index(end)))
         except (TypeError, ValueError):
             raise InputError(f"{argument}[{index}]", "a pair of integers (start, end)", _hinted(pair)) from None

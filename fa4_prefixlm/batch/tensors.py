@@ -18,6 +18,7 @@ from fa4_prefixlm.errors import InputError
 # What `k` and `v` are beside keys and nothing else, see `describe`.
 Cache = Literal["pages", "static"] | None
 QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # in shorter ones torch does not even add
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def _are_alike(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: Cache) 
     if cache is not None or not (q.ndim == k.ndim == v.ndim and q.ndim in (3, 4)):
         return False
     dtype, device = q.dtype, q.device
-    if not dtype.is_floating_point or k.dtype != dtype or v.dtype != dtype or k.device != device or v.device != device:
+    if dtype not in DTYPES or k.dtype != dtype or v.dtype != dtype or k.device != device or v.device != device:
         return False
     if q.stride(-1) != 1 or k.stride(-1) != 1 or v.stride(-1) != 1:
         return False
@@ -151,8 +152,8 @@ def _say_what_differs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: 
     """Refuse the first of the tensors that is not as it should be by itself, or not as `q`."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         _check_layout(name, tensor, q, cache)
-        if not tensor.dtype.is_floating_point:
-            raise InputError(name, "a floating point dtype", tensor.dtype)
+        if tensor.dtype not in DTYPES:
+            raise InputError(name, f"one of {', '.join(map(str, DTYPES))}", tensor.dtype)
         if tensor.dtype != q.dtype:
             raise InputError(name, f"q's dtype {q.dtype}", tensor.dtype)
         if tensor.device != q.device:

@@ -149,7 +149,8 @@ def attention(
         batch = BatchArguments(ranges, **of_the_batch).checked()  # type: ignore[arg-type]
         spec = describe(q, k, v, cache=batch.cache)
         own_mask = DEFAULT_MASK if mask is None else mask
-        ready = plan_for(spec, batch, own_mask, find_build(build), backend or "auto", backward or "auto")
+        names = ("auto" if name is None else name for name in (backend, backward))
+        ready = plan_for(spec, batch, own_mask, find_build(build), *names)
     pair = run(
         ready,
         q,

@@ -225,6 +225,8 @@ def serving_plan(
         raise InputError("graphs_take_any_batch", "True or False", graphs_take_any_batch)
     check_mask(mask)
     assert spec.page_size is not None
+    if sizes["max_pages"] * spec.page_size > END_OF_KEYS:
+        raise InputError("max_pages", f"at most {END_OF_KEYS // spec.page_size} pages of {spec.page_size}", max_pages)
     limits = Limits(sizes["max_tokens"], sizes["max_sequences"], sizes["max_pages"], spec.page_size)
     return ServingPlan(mask, spec, limits, find_build(build), graphs_take_any_batch)
 

@@ -10,7 +10,9 @@ import argparse
 import contextlib
 import functools
 import json
+import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -95,6 +97,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
+    """The exit status; what was done goes to stdout."""
+    try:
+        shape = _shape(arguments)
+    except InputError as error:
+        print(f"fa4-prefixlm warmup: {error}", file=sys.stderr)
+        return 2
     if arguments.arch is not None:
         os.environ.update(TARGETS[arguments.arch])
         if arguments.sms is not None:
@@ -104,7 +112,6 @@ def main(arguments: argparse.Namespace) -> int:
     if trouble is not None or folder is None:
         print(trouble)
         return 2
-    shape = _shape(arguments)
     began = time.monotonic()
     warmed = warm(shape, arguments.build, arguments.arch, quiet=arguments.json)
     seconds = time.monotonic() - began
@@ -148,9 +155,20 @@ def _trouble(arguments: argparse.Namespace) -> str | None:
 
 
 def _shape(arguments: argparse.Namespace) -> Shape:
-    for name in ("head_dim", "heads", "kv_heads"):
-        if getattr(arguments, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')}", "a positive number", getattr(arguments, name))
+    """What was asked for. Raises `InputError`."""
+    for name in ("head_dim", "head_dim_v", "heads", "kv_heads", "page_size", "sms"):
+        given = getattr(arguments, name)
+        if given is not None and given < 1:
+            raise InputError(f"--{name.replace('_', '-')}", "a positive number", given)
+    if arguments.heads % arguments.kv_heads:
+        raise InputError("--heads", f"a multiple of --kv-heads = {arguments.kv_heads}", arguments.heads)
+    for window in arguments.window or []:
+        if window < 0:
+            raise InputError("--window", "a number of tokens, 0 for layers without a window", window)
+    if not (math.isfinite(arguments.softcap) and arguments.softcap >= 0):
+        raise InputError("--softcap", "a number of at least 0, 0 for layers without one", arguments.softcap)
+    if arguments.sms is not None and arguments.arch is None:
+        raise InputError("--sms", "--arch beside it", "none")
     return Shape(
         head_dim=arguments.head_dim,
         head_dim_v=arguments.head_dim_v or arguments.head_dim,

@@ -30,6 +30,8 @@ def test_the_error_is_a_value_error_with_its_parts() -> None:
         (5, "ranges: expected an int32 tensor, or a list of spans per sequence, got int"),
         ([[], 4], "ranges[1]: expected a list of pairs (start, end), got 4"),
         ([[], [4]], "ranges[1][0]: expected a pair of integers (start, end), got 4"),
+        ([[], [(False, 2)]], "ranges[1][0]: expected a pair of integers (start, end), got (False, 2)"),
+        ([[], [(0, True)]], "ranges[1][0]: expected a pair of integers (start, end), got (0, True)"),
         ([[], [(0.5, 2)]], "ranges[1][0]: expected a pair of integers (start, end), got (0.5, 2)"),
         (torch.zeros(2, 1, 2), "ranges: expected dtype torch.int32 or torch.int64, got torch.float32"),
         (torch.zeros(2, 2, dtype=torch.int32), "ranges: expected shape (batch, max_ranges, 2), got (2, 2)"),
@@ -50,6 +52,7 @@ def test_ranges(ranges, message: str) -> None:
         (cu(1, 4, 10), "cu_seqlens_q[0]: expected 0, got 1"),
         (cu(0, 7, 4, 10), "cu_seqlens_q[2]: expected an ascending value, at least 7, got 4"),
         (cu(0, 10).reshape(1, 2), "cu_seqlens_q: expected shape (batch + 1,), got (1, 2)"),
+        ([False, 4, 10], "cu_seqlens_q: expected an int32 tensor or a list of batch + 1 integers"),
         ([0, 4.0, 10], "cu_seqlens_q: expected an int32 tensor or a list of batch + 1 integers"),
     ],
 )
@@ -95,7 +98,9 @@ def changed(index: int, change) -> tuple:
         (changed(2, lambda v: v.to("meta")), "v: expected q's device cpu, got meta"),
         (changed(0, lambda q: q[0]), "q: expected (total, heads, head_dim) or (batch, seqlen, heads, head_dim), got"),
         (changed(1, lambda k: k[None]), "k: expected 3 dimensions, as q, got shape (1, 10, 2, 16)"),
-        (changed(0, lambda q: q.int()), "q: expected a floating point dtype, got torch.int32"),
+        (changed(0, lambda q: q.int()), "q: expected one of torch.bfloat16, torch.float16, torch.float32, torch.float64"),
+        (changed(0, lambda q: q.int()), "got torch.int32"),
+        (changed(0, lambda q: q.to(torch.float8_e4m3fn)), "torch.float64, got torch.float8_e4m3fn"),
         (
             changed(0, lambda q: q.transpose(1, 2).contiguous().transpose(1, 2)),
             "q: expected a contiguous last dimension",
@@ -130,6 +135,8 @@ def test_tensors(tensors, message: str) -> None:
             {"backend": "flash"},
             "backend: expected one of auto, causal, native, varlen, packed, two_pass, cudnn, flex, reference",
         ),
+        ({"backend": 0}, "cudnn, flex, reference, got 0"),
+        ({"backward": ""}, "backward: expected one of auto, causal, native, packed, cudnn, flex, reference, got ''"),
     ],
 )
 def test_options(options, message: str) -> None:

@@ -96,6 +96,8 @@ class TestServing:
             sizes = {"max_tokens": 9, "max_sequences": 9, "max_pages": 9, name: 0}
             with pytest.raises(fp.InputError, match=name):
                 fp.serving_plan(like=(q, pages.k, pages.v), **sizes)
+        with pytest.raises(fp.InputError, match=f"max_pages: expected at most {2**27 - 1} pages of 16, got {2**27}"):
+            fp.serving_plan(like=(q, pages.k, pages.v), max_tokens=9, max_sequences=9, max_pages=2**27)
         # Of whatever integer: numpy's int16 would wrap at 32768 keys.
         sizes = {"max_tokens": torch.tensor(9), "max_sequences": 9, "max_pages": np.int16(4096)}
         assert fp.serving_plan(like=(q, pages.k, pages.v), **sizes).limits == serving_plans.Limits(9, 9, 4096, 16)

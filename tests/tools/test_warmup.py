@@ -45,8 +45,31 @@ def test_the_second_time_finds_all_of_it(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_kernel_that_does_not_compile_is_a_failure(tmp_path: pathlib.Path) -> None:
-    done = run(tmp_path, "--arch", "sm_90", "--head-dim-v", "-8")
-    assert done.returncode != 0
+    done = run(tmp_path, "--arch", "sm_90", "--head-dim-v", "12")
+    assert done.returncode == 1, done.stderr
+    assert "failed: " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--head-dim", "0", "a positive number"),
+        ("--head-dim-v", "-8", "a positive number"),
+        ("--heads", "3", "a multiple of --kv-heads = 2"),
+        ("--kv-heads", "0", "a positive number"),
+        ("--page-size", "0", "a positive number"),
+        ("--window", "-5", "a number of tokens"),
+        ("--softcap", "-1", "a number of at least 0"),
+        ("--softcap", "nan", "a number of at least 0"),
+        ("--sms", "0", "a positive number"),
+        ("--sms", "132", "--arch beside it"),
+    ],
+)
+def test_a_bad_option_is_named(capsys, option: str, value: str, expected: str) -> None:
+    assert cli.main(["warmup", *SHAPE, option, value]) == 2
+    said = capsys.readouterr()
+    assert not said.out
+    assert said.err.startswith(f"fa4-prefixlm warmup: {option}: expected {expected}"), said.err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
