@@ -98,7 +98,10 @@ def changed(index: int, change) -> tuple:
         (changed(2, lambda v: v.to("meta")), "v: expected q's device cpu, got meta"),
         (changed(0, lambda q: q[0]), "q: expected (total, heads, head_dim) or (batch, seqlen, heads, head_dim), got"),
         (changed(1, lambda k: k[None]), "k: expected 3 dimensions, as q, got shape (1, 10, 2, 16)"),
-        (changed(0, lambda q: q.int()), "q: expected one of torch.bfloat16, torch.float16, torch.float32, torch.float64"),
+        (
+            changed(0, lambda q: q.int()),
+            "q: expected one of torch.bfloat16, torch.float16, torch.float32, torch.float64",
+        ),
         (changed(0, lambda q: q.int()), "got torch.int32"),
         (changed(0, lambda q: q.to(torch.float8_e4m3fn)), "torch.float64, got torch.float8_e4m3fn"),
         (
