@@ -27,6 +27,8 @@ from fa4_prefixlm.batch.forward_pass import ForwardPass
 from fa4_prefixlm.batch.options import Options
 from fa4_prefixlm.fa4.kernels.launch import mask_code
 from fa4_prefixlm.testing.accuracy import relative_error
+from fa4_prefixlm.testing.bands import WORST_CAUSAL
+from fa4_prefixlm.testing.gradients import TYPICAL
 from fa4_prefixlm.testing.tables import columns, markdown
 from fa4_prefixlm.testing.timing import time_in_rounds
 
@@ -211,6 +213,9 @@ def measure(work: Workload) -> list[Result]:
         path.name: tuple(map(relative_error, case.of_first_head(path.run()), exact[path.masked])) for path in found
     }
     baseline = found[0].name
+    usual = WORST_CAUSAL * TYPICAL[torch.bfloat16][0]
+    if not all(own <= usual for own in errors[baseline]):
+        raise RuntimeError(f"{work}: {baseline} is {errors[baseline]} off, nothing to hold others to")
     right = {
         path.name: path
         for path in found

@@ -2,7 +2,8 @@
 
 2 x 8192 tokens, 16 query and 8 key heads of 128, bfloat16. Each mask on every backend that takes it, and on torch's own
 FlexAttention with the block mask that `create_block_mask` makes of the same rule; TFLOP/s count the mask's exact work,
-and are compared with FA4's causal kernel. Then what it takes to plan a batch of 16384 tokens: ours and theirs.
+and are compared with FA4's causal kernel. Beside the time of a call, what the GPU works in one, by torch's profiler: a
+slow host makes short calls longer, and this not. Then what it takes to plan a batch of 16384 tokens: ours and theirs.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from fa4_prefixlm.masks import causal, key_in, one_block, prefix, same_span, win
 from fa4_prefixlm.masks.base import Mask
 from fa4_prefixlm.testing.accuracy import exact_attention
 from fa4_prefixlm.testing.tables import columns
+from fa4_prefixlm.testing.timing import gpu_work
 
 BATCH, TOKENS, HEADS, HEAD_DIM = 2, 8192, (16, 8), 128
 PLAN_TOKENS = 16384
@@ -145,9 +147,20 @@ def _median_ms(make: Callable[[], object]) -> float:
     return float(f"{statistics.median(times[3:]):.4g}")
 
 
-def show_plans(plans: list[dict[str, float | str]]) -> None:
-    header = list(plans[0])
-    print("\n".join(columns([header, *[[str(own[name]) for name in header] for own in plans]], right=range(1, 4))))
+def work_times(work: Workload, paths: Sequence[Path], measured: Sequence[Result]) -> dict[str, float | str]:
+    """Microseconds that the GPU works in a call of each path that was timed."""
+    timed = {own.path for own in measured if own.correct}
+    return {"workload": work.name, **{path.name: gpu_work(path.run) for path in paths if path.name in timed}}
+
+
+def show_rows(rows: Sequence[dict[str, float | str]]) -> None:
+    header = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [[_cell(row.get(name, "")) for name in header] for row in rows]
+    print("\n".join(columns([header, *cells], right=range(1, len(header)))), flush=True)
+
+
+def _cell(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.4g}"
 
 
 def main() -> int:
@@ -168,15 +181,23 @@ def main() -> int:
         return 0
     results: list[Result] = []
     plans: list[dict[str, float | str]] = []
+    on_gpu: list[dict[str, float | str]] = []
     more = {"batch": BATCH, "tokens": TOKENS, "heads": HEADS, "head_dim": HEAD_DIM, "dtype": "bfloat16"}
     for work in works:
         if not arguments.plans:
-            results += measure(work.name, paths(work, arguments.backends))
-            show(results[-sum(own.workload == work.name for own in results) :])
+            own = paths(work, arguments.backends)
+            measured = measure(work.name, own)
+            show(measured)
+            results += measured
+            on_gpu.append(work_times(work, own, measured))
         plans.append(plan_times(work))
         if arguments.save:  # at once: a run that is cut off keeps what it had
-            save(arguments.save, results, **more, plan_tokens=PLAN_TOKENS, plan_ms=plans)
-    show_plans(plans)
+            save(arguments.save, results, **more, gpu_us=on_gpu, plan_tokens=PLAN_TOKENS, plan_ms=plans)
+    if on_gpu:
+        print("microseconds of the GPU's work in a call")
+        show_rows(on_gpu)
+    print(f"milliseconds to plan {PLAN_TOKENS} tokens")
+    show_rows(plans)
     return 0 if all(result.correct for result in results) else 1
 
 

@@ -12,13 +12,15 @@ others are stopped. Times are wall clock: the median of the rounds, and their sp
   noisy to.
 - host: what a step spends in the backend's own Python, its builders and its layers, in decoding and in steps that
   each prefill an image beside seven requests that decode, the median of them. Of the layers only what is not in a CUDA
-  graph.
+  graph. And the calls of functions, Python's and C's, in a decoding step of the whole engine: what a backend adds to
+  the host's work, wherever it does, and the same number on a slow host.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import cProfile
 import dataclasses
 import itertools
 import os
@@ -35,6 +37,7 @@ from typing import Any
 import torch
 
 from fa4_prefixlm.testing.tables import columns
+from fa4_prefixlm.testing.timing import gpu_busy, profile_gpu
 
 OURS = "FA4_PREFIXLM"
 LEAST, MOST = 3, 9  # rounds
@@ -59,18 +62,19 @@ TINY_PIXELS = 112
 class Steps:
     """How many of each kind are measured.
 
-    decoding: of a request. profiled: of them, for the GPU's work. settling, host: of them, for the host's time. mixed:
-    that prefill an image.
+    decoding: of a request. profiled: of them, for the GPU's work. settling, host: of them, for the host's time.
+    counted: of them, for the calls of functions. mixed: that prefill an image.
     """
 
     decoding: int = 64
     profiled: int = 16
     settling: int = 8
     host: int = 24
+    counted: int = 8
     mixed: int = 6
 
 
-TINY_STEPS = Steps(decoding=12, profiled=2, settling=1, host=2, mixed=1)
+TINY_STEPS = Steps(decoding=12, profiled=2, settling=1, host=2, counted=1, mixed=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -369,17 +373,20 @@ class Worker:
         }
 
     def _gpu(self, asks: list[dict[str, Any]]) -> dict[str, float]:
-        with _profile() as prefill:
+        with profile_gpu() as prefill:
             self._generate(asks, 1)
         for one in asks:  # the prompts are in the prefix cache now
             self._add(one, self._steps.decoding)
         while len(self._step()) < len(asks):
             pass
-        with _profile() as decoding:
+        with profile_gpu() as decoding:
             for _ in range(self._steps.profiled):
                 self._step()
         self._finish()
-        return {"prefill, ms": _busy(prefill) / 1e3, "decoding, us a step": _busy(decoding) / self._steps.profiled}
+        return {
+            "prefill, ms": gpu_busy(prefill) / 1e3,
+            "decoding, us a step": gpu_busy(decoding) / self._steps.profiled,
+        }
 
     def _host(self, decoding: list[dict[str, Any]], later: list[dict[str, Any]]) -> dict[str, float]:
         """Seven requests decode; then, again and again, a step prefills one more, with an image, beside them."""
@@ -394,6 +401,11 @@ class Worker:
             self._step()
         torch.cuda.synchronize() if torch.cuda.is_available() else None
         found = {f"decoding: {name}": value for name, value in self._clock.a_step().items()}
+        with cProfile.Profile() as profile:
+            for _ in range(self._steps.counted):
+                self._step()
+        called = sum(own.callcount for own in profile.getstats())
+        found["decoding: calls of functions a step"] = called / self._steps.counted
         mixed = []
         for one in later:
             self._clock.reset()
@@ -449,17 +461,6 @@ class Worker:
             ids += text[images * each :]
             made.append(ask(ids, tuple(image(number, pixels) for number in range(images))))
         return made
-
-
-def _profile() -> torch.profiler.profile:
-    own = torch.profiler.ProfilerActivity
-    return torch.profiler.profile(activities=[own.CUDA if torch.cuda.is_available() else own.CPU])
-
-
-def _busy(profile: torch.profiler.profile) -> float:
-    """Microseconds of the GPU's work; none on a CPU."""
-    on_gpu = (own for own in profile.events() if own.device_type.name == "CUDA")
-    return float(sum(own.time_range.elapsed_us() for own in on_gpu if not own.is_user_annotation))
 
 
 def main() -> None:

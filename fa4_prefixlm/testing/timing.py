@@ -84,3 +84,25 @@ def milliseconds(run: Call, calls: int) -> float:
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / calls
+
+
+def profile_gpu() -> torch.profiler.profile:
+    """What the GPU works while this is open; on a CPU what that does, for programs to be tested there."""
+    activity = torch.profiler.ProfilerActivity
+    return torch.profiler.profile(activities=[activity.CUDA if torch.cuda.is_available() else activity.CPU])
+
+
+def gpu_busy(profile: torch.profiler.profile) -> float:
+    """Microseconds of the GPU's kernels and copies, whatever the host did meanwhile; 0 on a CPU."""
+    on_gpu = (own for own in profile.events() if own.device_type.name == "CUDA")
+    return float(sum(own.time_range.elapsed_us() for own in on_gpu if not own.is_user_annotation))
+
+
+def gpu_work(run: Call, calls: int = 10) -> float:
+    """Microseconds that the GPU works in one call, the mean of so many. The host may be as slow as it likes."""
+    with profile_gpu() as profile:
+        for _ in range(calls):
+            run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    return gpu_busy(profile) / calls

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import collections
 import itertools
+import time
 
 import pytest
+import torch
 
-from fa4_prefixlm.testing.timing import Timing, orders, time_in_rounds
+from fa4_prefixlm.testing.timing import Timing, gpu_work, orders, time_in_rounds
 
 
 @pytest.mark.parametrize("count", range(2, 10))
@@ -50,3 +52,26 @@ def test_rounds_are_in_another_order_and_led_in() -> None:
 
 def test_a_time_is_the_median_and_its_spread() -> None:
     assert Timing.of([1.0, 9.0, 2.0]) == Timing(2.0, 4.0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_on_a_cpu_no_gpu_works() -> None:
+    done: list[int] = []
+    assert gpu_work(lambda: done.append(1), calls=3) == 0.0
+    assert len(done) == 3
+
+
+@pytest.mark.gpu
+def test_the_gpus_work_is_that_of_its_kernels(gpu_report) -> None:
+    """However long the host takes between them."""
+    matrix = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+
+    def slowly() -> None:
+        torch.matmul(matrix, matrix)
+        time.sleep(0.02)
+
+    slowly()
+    slow, quick = gpu_work(slowly), gpu_work(lambda: torch.matmul(matrix, matrix))
+    gpu_report(slow=slow, quick=quick)
+    assert 50 < quick < 2000
+    assert 0.5 < slow / quick < 2.0
