@@ -34,7 +34,7 @@ BACKENDS: dict[str, Backend] = {
 
 NAMES = ("auto", *BACKENDS)
 
-# The same for keys in pages: (name, whether the keys are gathered). Gathering was up to 9 % faster than two passes
+# The same for keys in pages: (name, whether the keys are gathered). Gathering was up to 10 % faster than two passes
 # with pages of 16, and up to 14 % slower with larger ones (benchmarks/results/h200-serving.json).
 IN_PAGES = (
     *(("causal", False), ("native", False), ("causal", True), ("native", True), ("varlen", True)),
