@@ -27,7 +27,7 @@ class Block:
     def run(self, names: dict[str, object]) -> None:
         # Code that is compiled from its source (a CuTe kernel) looks it up by its file.
         linecache.cache[self.file] = (len(self.code), None, self.code.splitlines(keepends=True), self.file)
-        exec(compile(self.code, self.file, "exec"), names)
+        exec(compile(self.code, self.file, "exec", dont_inherit=True), names)  # as a program of its own has it
 
 
 def blocks(page: pathlib.Path) -> list[Block]:
