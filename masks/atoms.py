@@ -364,6 +364,9 @@ def same_span(name: str = "image", *, before: int = 0) -> Mask:
     Args:
         name: of the span set.
         before: tokens before the span that all of its tokens see as well.
+
+    Raises:
+        InputError: `name` is no string, or empty, or `before` is no number of tokens.
     """
     before_as_int = _as_int(before)
     return SameSpan(name, before if before_as_int is None else before_as_int)
@@ -372,22 +375,49 @@ def same_span(name: str = "image", *, before: int = 0) -> Mask:
 def prefix(name: str = "prompt") -> Mask:
     """Keys before the end of the last span of `name` that starts at or before the query: all of it and what is left of
     it. One span at 0 is a prompt that every later token keeps in sight.
+
+    Args:
+        name: of the span set.
+
+    Raises:
+        InputError: `name` is no string, or empty.
     """
     return Prefix(name)
 
 
 def key_in(name: str) -> Mask:
-    """Keys in any span of `name`. A row sees as many intervals as the sequence has spans."""
+    """Keys in any span of `name`. A row sees as many intervals as the sequence has spans.
+
+    Args:
+        name: of the span set.
+
+    Raises:
+        InputError: `name` is no string, or empty.
+    """
     return KeyIn(name)
 
 
 def key_outside(name: str) -> Mask:
-    """Keys in no span of `name`. A row sees as many intervals as the sequence has spans, and one more."""
+    """Keys in no span of `name`. A row sees as many intervals as the sequence has spans, and one more.
+
+    Args:
+        name: of the span set.
+
+    Raises:
+        InputError: `name` is no string, or empty.
+    """
     return KeyOutside(name)
 
 
 def query_in(name: str) -> Mask:
-    """Queries in any span of `name` see everything, others nothing. Combine it by `&`."""
+    """Queries in any span of `name` see everything, others nothing. Combine it by `&`.
+
+    Args:
+        name: of the span set.
+
+    Raises:
+        InputError: `name` is no string, or empty.
+    """
     return QueryIn(name)
 
 
@@ -395,5 +425,11 @@ def one_block(name: str = "image") -> Mask:
     """All spans of `name` in a sequence are one block, whose tokens see each other.
 
     Written as `mask | one_block(name)` it costs one tag per token, however many spans there are.
+
+    Args:
+        name: of the span set.
+
+    Raises:
+        InputError: `name` is no string, or empty.
     """
     return OneBlock(name)

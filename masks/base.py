@@ -70,7 +70,7 @@ class Mask(abc.ABC):
 
     @abc.abstractmethod
     def visible(self, pairs: Pairs) -> torch.Tensor:
-        """Boolean, in the shape that the pairs broadcast to."""
+        """Bool, in the shape that `pairs.query` and `pairs.key` broadcast to, or one that broadcasts to that."""
 
     def reach(self, longest: Mapping[str, int]) -> Reach:
         """Upper bound over all rows, for spans of at most `longest[name]` tokens. It sizes buffers, nothing else."""
@@ -143,6 +143,11 @@ class Mask(abc.ABC):
 
         Returns:
             bool `(seqlen_q, seqlen)` on the CPU, True attends.
+
+        Raises:
+            InputError: a length is no number of tokens; `seqlen_q` is more than `seqlen` (which masks may have that do
+                not use the position, such as `key_in`); or `ranges` are not spans of the sets that the mask reads,
+                overlap, or are cut by the end of the keys where that hides some from a row.
         """
         rows = self._checked_rows(seqlen, seqlen_q)
         return dense_mask(self, rows, seqlen, one_sequence(self, ranges, seqlen))
@@ -152,6 +157,12 @@ class Mask(abc.ABC):
 
         Args:
             seqlen, ranges, seqlen_q: as for `dense`.
+
+        Returns:
+            a picture with `image()`, for Pillow, and `save(path)`.
+
+        Raises:
+            InputError: as `dense`; ranges are looked at when it is drawn.
         """
         self._checked_rows(seqlen, seqlen_q)
         return MaskPicture(self, seqlen, ranges, seqlen_q)
@@ -163,8 +174,16 @@ class Mask(abc.ABC):
 
         Args:
             seqlen, seqlen_q: as for `dense`; `q_idx` counts from the first query.
-            ranges: per batch entry, as `plan` takes them for batched tensors.
+            ranges: per batch entry, as `plan` takes them for batched tensors. None: no spans, and a batch of one
+                for masks that read some.
             device: where the mask_mod will be evaluated.
+
+        Returns:
+            a function of integer tensors, 0-d under `torch.vmap`, that returns a bool one. `b` indexes the sequences of
+            `ranges`, and is not checked; `h` is ignored.
+
+        Raises:
+            InputError: as `dense`, but that there is one list of spans per sequence; or `device` is no device.
         """
         self._checked_rows(seqlen, seqlen_q)
         return to_flex(self, seqlen=seqlen, ranges=ranges, seqlen_q=seqlen_q, device=device)

@@ -38,14 +38,20 @@ def from_cute(mask_mod: Callable[..., Any], *, aux_tensors: Sequence[torch.Tenso
             local to the sequence; the absolute position of the query is `q_idx + seqlen_k - seqlen_q`, its row in the
             packed queries `q_idx + seqlen_info.offset_q`. It is also called for rows and keys past the end of a
             sequence, up to a tile.
-        aux_tensors: CUDA tensors it reads, padded by 256 entries where it indexes them by row or by key.
+        aux_tensors: a list of the CUDA tensors it reads, on the device of `q`, of the shapes and dtypes that it takes;
+            padded by 256 entries where it indexes them by row or by key. A flag per packed key is int32
+            `(total_k + 256,)`.
         twin: the same mask as a FlexAttention mask_mod of absolute positions `(b, h, q_idx, kv_idx)`. The reference
             backend runs it, and every block list is derived from it, so where the two disagree the output is wrong:
             compare `attention(..., backend="varlen")` with `backend="reference"` in a test of yours. A plan holds the
             twin's runs of keys, so its memory grows with the tokens times the most runs that a row has.
 
     Returns:
-        A mask that stands alone: combining it by `&` or `|` is refused.
+        A mask that stands alone: combining it by `&` or `|` is an `InputError`.
+
+    Raises:
+        InputError: here if `mask_mod` or `twin` is no function, or `aux_tensors` no list of tensors; when a plan is
+            made if the twin is not one that `from_flex` takes.
     """
     for name, function in (("mask_mod", mask_mod), ("twin", twin)):
         if not callable(function):

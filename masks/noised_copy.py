@@ -38,6 +38,9 @@ def block_diffusion(block: int) -> Mask:
 
     Args:
         block: tokens of a block.
+
+    Raises:
+        InputError: `block` is no positive number of tokens.
     """
     return BlockDiffusion(whole_number("block", block, "a positive number of tokens", least=1))
 
@@ -50,6 +53,12 @@ def noised_and_clean(lengths: Sequence[int], *, first: str = NOISED) -> dict[str
     Args:
         lengths: tokens of one copy, per sequence.
         first: the copy at the start, "noised" or "clean".
+
+    Returns:
+        by name, per sequence a list of one half-open `(start, end)`, or of none where the copy has no tokens.
+
+    Raises:
+        InputError: `lengths` are no numbers of tokens, or `first` is neither of the two.
     """
     if first not in (NOISED, CLEAN):
         raise InputError("first", f"{NOISED!r} or {CLEAN!r}", repr(first))

@@ -9,10 +9,10 @@ them. And `mask | one_block(name)` is one block per document, but it no longer r
 intervals as the sequence has spans, and above 4 the mask runs on slower kernels than FlashAttention-4's.
 
 Source: this library. It is what transformers 5.24.0 builds from `position_ids` that restart, given neither an attention
-mask nor a cache (`find_packed_sequence_indices` in `masking_utils.py`; tests/test_catalogue.py runs its models), except
-on the sliding layers of Gemma 3 and Gemma 4. Those read the token types of every document from the start of the row,
-in 5.23.0 as well: a defect. In 5.23.0 spans cross the borders of documents, `in_documents(causal) | one_block(name)`:
-the images of all documents of a row see each other in Molmo 2, and so do the prefixes in PaliGemma.
+mask nor a cache (`find_packed_sequence_indices` in `masking_utils.py`; tests/masks/models/test_transformers.py runs its
+models), except on the sliding layers of Gemma 3 and Gemma 4. Those read the token types of every document from the
+start of the row, in 5.23.0 as well: a defect. In 5.23.0 spans cross the borders of documents, `in_documents(causal) |
+one_block(name)`: the images of all documents of a row see each other in Molmo 2, and so do the prefixes in PaliGemma.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def in_documents(mask: Mask, name: str = "document") -> Mask:
         name: of the span set that has the documents.
 
     Raises:
-        InputError: `mask` reads a span set of that name itself.
+        InputError: `mask` is no mask, `name` is no string or empty, or `mask` reads a span set of that name itself.
     """
     if not isinstance(mask, Mask):
         raise InputError("mask", "a mask", type(mask).__name__)

@@ -28,6 +28,9 @@ class PrefixLM(Mask):
         clamp: with a window, True is (causal or span) and window: a span longer than the window loses its far left
             keys (transformers: Gemma 3 and Gemma 4, `masking_utils.py`). False is (causal and window) or span: a span
             is always whole (vLLM: Gemma 3, `v1/attention/backends`). Without a window the two are the same.
+
+    Raises:
+        InputError: `window` is no positive number of tokens, or `clamp` is neither True nor False.
     """
 
     window: int | None = None

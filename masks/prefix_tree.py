@@ -68,7 +68,7 @@ def prefix_trees(trees: Sequence[Tree], *, levels: int | None = None) -> PrefixT
 
     Raises:
         InputError: a node is no such pair, or not in depth-first order: its parent is neither the node before it nor
-            above that one.
+            above that one. Or the deepest tree has more than `levels` levels.
     """
     if not isinstance(trees, Sequence) or isinstance(trees, str):
         raise InputError("trees", "a list of nodes per sequence", type(trees).__name__)
@@ -92,6 +92,9 @@ def tree_mask(levels: int) -> Mask:
     Args:
         levels: nodes on a path from a root, at most. The span sets are "node 0" to "node {levels - 1}" and "subtree 0"
             to "subtree {levels - 2}": each node's own tokens, and those with all that is below it.
+
+    Raises:
+        InputError: `levels` is no positive number.
     """
     levels = whole_number("levels", levels, "a positive number", least=1)
     above = [prefix(f"node {level}") & same_span(f"subtree {level}") for level in range(levels - 1)]

@@ -39,14 +39,23 @@ class Rows(Protocol):
 
 
 class Pairs(Protocol):
-    """What `Mask.visible` may look at: positions of queries and keys that broadcast, and who is in which span."""
+    """What `Mask.visible` may look at: positions of queries and keys that broadcast, and who is in which span.
+
+    They come in two kinds: rows against the keys of one sequence, 2-d, and a single query and key, 0-d (`Mask.flex`).
+    So a rule is written in operations that broadcast and that `torch.vmap` takes: no `if` on values, no fixed number of
+    dimensions. Methods return a tensor that broadcasts with both, bool or, of offsets, an integer one.
+
+    Attributes:
+        query: positions of queries in their sequence, int64 `(rows, 1)`; or 0-d, int64 or int32.
+        key: positions of keys in their sequence, int64 `(1, keys)`; or 0-d, int64 or int32.
+    """
 
     query: torch.Tensor
     key: torch.Tensor
 
     @property
     def sequence(self) -> int | torch.Tensor:
-        """Index of the sequence in the batch."""
+        """Index of the sequence in the batch: an int, or where `query` and `key` are 0-d a 0-d integer tensor."""
 
     def same_span(self, name: str) -> torch.Tensor:
         """Query and key are in the same span of `name`."""

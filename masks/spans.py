@@ -45,10 +45,10 @@ def runs_of(
             sequence, and counts from its start. Tokens past `cu_seqlens[-1]` are of no sequence.
 
     Returns:
-        Per sequence a list of half-open `(start, end)`, ascending.
+        per sequence a list of half-open `(start, end)`, ascending, in tokens from its start.
 
     Raises:
-        InputError: `joined`, and a row has more than one run; or wrong `cu_seqlens`.
+        InputError: an argument is not as above; or `joined`, and a row has more than one run.
     """
     types = _checked(token_types, values, packed=cu_seqlens is not None)
     merge, joined = true_or_false("merge", merge), true_or_false("joined", joined)
@@ -128,8 +128,15 @@ def drop_longer(spans: Sequence[Sequence[tuple[int, int]]], window: int) -> Batc
     `v1/attention/backends/utils.py`). For Gemma 4 it drops none, and transformers drops none for any model.
 
     Args:
-        spans: per sequence, half-open `(start, end)`.
+        spans: per sequence, half-open `(start, end)`; or an integer tensor `(batch, max_spans, 2)` with unused rows
+            `(0, 0)`, which is read on the host.
         window: sliding window in tokens.
+
+    Returns:
+        those that are left, per sequence a list of half-open `(start, end)`, in the order given.
+
+    Raises:
+        InputError: `spans` are not such pairs with `0 <= start < end`, or `window` is no positive number of tokens.
     """
     window = whole_number("window", window, "a positive number of tokens", least=1)
     if not isinstance(spans, (Sequence, torch.Tensor)) or isinstance(spans, (str, bytes)) or _is_scalar(spans):

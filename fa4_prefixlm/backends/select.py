@@ -78,7 +78,18 @@ class Forward:
 
 @dataclass(frozen=True)
 class Choice:
-    """The backends of a call, forward and backward, each with its reason."""
+    """The backends of a call, forward and backward, each with its reason. `print(choice)` shows the forward's.
+
+    Attributes:
+        name: the backend of the forward, as `backend=` takes it.
+        reason: why the forward runs on it.
+        passed_over: (name, reason) of the forward backends that were preferred and not taken, in order.
+        gathered: keys are copied out of their pages first.
+        forward: these four as one value.
+        backward: what computes gradients, with a `name` as `backward=` takes it (None: nothing does), a `reason` and a
+            `passed_over` of its own. Values of a mask may still rule it out when a gradient is first needed.
+        backend: the object that runs the forward.
+    """
 
     forward: Forward
     backward: Backward
@@ -100,7 +111,7 @@ class Choice:
 
     @property
     def passed_over(self) -> tuple[tuple[str, str], ...]:
-        """(name, reason) of the forward backends that were preferred and can't run the call."""
+        """(name, reason) of the forward backends that were preferred and not taken, in order."""
         return self.forward.passed_over
 
     @property

@@ -35,11 +35,16 @@ class Plan(CallablePlan):
         mask: the mask.
         choice: the backends, forward and backward, with their reasons.
         spec: what `q`, `k`, `v` must look like.
-        lengths: of the sequences.
-        spans: the checked ranges.
+        lengths: of the sequences, in tokens: `cu_seqlens_q` and `cu_seqlens_k`, int32 `(batch + 1,)`, and on the host
+            `total_q`, `total_k`, `max_seqlen_q` and `max_seqlen_k`.
+        spans: the checked ranges by name, `values` int32 `(batch, max_spans, 2)`: half-open key positions of the
+            sequence, unused rows `(0, 0)`.
         traits: what the mask asks of a kernel (intervals per row, a block of tags).
-        bounds: the keys each row sees.
-        keys: where the keys are, contiguous or in pages.
+        bounds: the keys each row sees, `lo` and `hi` int32 `(total_q, K)`: half-open intervals of keys of the row's own
+            sequence, counted from its first, disjoint and ascending; an empty one is `(2**31 - 1, 0)`. `tags`, of a
+            `one_block` that runs by tags, are keys it sees besides; else None.
+        keys: where the keys are: contiguous, `cu_seqlens_k`, int32 `(batch + 1,)`; or in pages, `seqused_k`, int32
+            `(batch,)`, keys of each sequence, and `page_table`, int32 `(batch, max_pages)`.
         build: the FA4 it runs on.
         prepared: the backend's own state.
     """
@@ -213,9 +218,10 @@ def plan(
         a `Plan`, to be called with tensors like `like`, or given to `attention`.
 
     Raises:
-        InputError: an argument is wrong; nothing was launched. Values that are on the device are checked by a
-            device-side assertion instead (or here, in debug mode).
-        UnsupportedError: the named backend can't run this call exactly.
+        InputError: an argument is wrong, or there is no such `backend`, `backward` or `build`; nothing was launched.
+            Values that are on the device are checked by a device-side assertion instead (or here, in debug mode).
+        UnsupportedError: the `backend` or `backward` that was named can't run this call exactly; "auto" finds one that
+            can. A named backward that only the mask's values rule out says so when a gradient is first needed.
     """
     batch = BatchArguments(
         ranges, cu_seqlens_q, cu_seqlens_k, seqused_k, page_table, max_seqlen_q, max_seqlen_k, max_range

@@ -109,9 +109,10 @@ def attention(
             into it stay out. In code that `torch.compile` compiles it has to be a plan, made outside of it.
         cu_seqlens_q, cu_seqlens_k, seqused_k, page_table: see `plan`.
         max_seqlen_q, max_seqlen_k, max_range, mask, backend, backward, build: see `plan`.
-        softmax_scale: default `1 / sqrt(head_dim)`.
-        softcap: scores become `softcap * tanh(scores / softcap)`; 0.0 is off.
-        learnable_sink: `(heads,)` logits, one per query head, that join the softmax of every row and carry no value.
+        softmax_scale: positive and finite; default `1 / sqrt(head_dim)`.
+        softcap: scores become `softcap * tanh(scores / softcap)`; finite and not negative, 0.0 is off.
+        learnable_sink: `(heads,)` logits, one per query head, that join the softmax of every row and carry no value;
+            float32, bfloat16 or float16 (float64 where q is), on q's device.
         return_lse: also return the log-sum-exp of each row's scores (natural log, the sink included).
         out: where to write the output: contiguous, the output's shape and dtype. Not where a gradient is needed.
         deterministic: gradients are the same bits in every run; a backward that can't is refused before the forward.
@@ -122,7 +123,11 @@ def attention(
         `(heads, total_q)`, or `(batch, heads, seqlen_q)`. A row that sees no key gives 0 and an LSE of -inf.
 
     Raises:
-        InputError, UnsupportedError: see `plan`; no kernel was launched.
+        InputError: see `plan`; or an option is out of its range, or what goes into a plan is given beside one. No
+            kernel was launched.
+        UnsupportedError: see `plan`; or a gradient is needed of keys in pages, which the reference alone has, or a
+            `deterministic` one of a named backward that has none; or "cudnn" was named and there is a softcap or a
+            sink. No kernel was launched.
     """
     of_the_batch = {
         "cu_seqlens_q": cu_seqlens_q,

@@ -26,5 +26,8 @@ def all_layers(block: int) -> Mask:
 
     Args:
         block: tokens of a block.
+
+    Raises:
+        InputError: `block` is no positive number of tokens.
     """
     return block_diffusion(block)

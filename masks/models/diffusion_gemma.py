@@ -59,6 +59,9 @@ def canvas_local_layers(window: int) -> Mask:
 
     Args:
         window: the configuration's sliding window in tokens; `window - 1` cached tokens are seen.
+
+    Raises:
+        InputError: `window` is no positive number of tokens.
     """
     sliding_window(window)  # which checks it
     return same_span("canvas", before=window - 1)
@@ -70,6 +73,9 @@ def encoder_global_layers(*, like: Like, canvas: bool = False) -> Mask:
     Args:
         like: the program to agree with, see above.
         canvas: sequences with a canvas may be in the batch. The cache before a canvas is seen as by causal tokens.
+
+    Raises:
+        InputError: `like` is no such program, or `canvas` is neither True nor False.
     """
     mask = variant(like, {"transformers-generate": causal | same_span("image"), "transformers-forward": causal})
     return mask | same_span("canvas") if true_or_false("canvas", canvas) else mask
@@ -82,6 +88,10 @@ def encoder_local_layers(window: int, *, like: Like, canvas: bool = False) -> Ma
         window: sliding window in tokens, the query's own included.
         like: the program to agree with, see above.
         canvas: sequences with a canvas may be in the batch.
+
+    Raises:
+        InputError: `window` is no positive number of tokens, `like` is no such program, or `canvas` is neither True nor
+            False.
     """
     near = causal & sliding_window(window)
     mask = variant(like, {"transformers-generate": near | same_span("image"), "transformers-forward": near})

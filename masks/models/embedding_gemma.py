@@ -40,6 +40,9 @@ def local_layers(sliding_window: int, *, version: Literal[1, 2]) -> Mask:
         sliding_window: the number in config.json, in tokens: of version 1 the window from end to end (512), of version
             2 the tokens on each side (512).
         version: 1 or 2.
+
+    Raises:
+        InputError: `sliding_window` is no positive number of tokens, or `version` is neither 1 nor 2.
     """
     if type(version) is not int or version not in (1, 2):
         raise InputError("version", "1 or 2", repr(version))

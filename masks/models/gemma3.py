@@ -13,8 +13,8 @@ it keeps, the two local rules are the same mask. Only an image longer than the w
 vLLM reads it as text. (An image has `mm_tokens_per_image` tokens, 256.)
 
 Source: `create_masks_for_vision_model` and `get_block_sequence_ids_for_mask` in `models/gemma3/modeling_gemma3.py` of
-transformers 5.24.0 (tests/test_catalogue.py runs them; 5.23.0 has the same masks, and other packed rows: packing.py).
-5.24.0 refuses flash attention for the model; 5.23.0 ran images causally with it, silently.
+transformers 5.24.0 (tests/masks/models/test_transformers.py runs them; 5.23.0 has the same masks, and other packed
+rows: packing.py). 5.24.0 refuses flash attention for the model; 5.23.0 ran images causally with it, silently.
 vLLM 0.33.0, read: `compute_mm_prefix_ranges` in `v1/attention/backends/utils.py` (what is dropped),
 `_make_mm_prefix_mask_mod` in `v1/attention/backends/flash_attn.py` (the mask), `get_image_repl` in
 `model_executor/models/gemma3_mm.py` (the spans), `Gemma3Attention` in `gemma3.py` (the window). Not this mask:
@@ -49,6 +49,9 @@ def local_layers(window: int, *, like: Literal["transformers", "vllm"]) -> Mask:
         window: sliding window in tokens, the query's own included.
         like: "transformers" clips a span to the window. "vllm" keeps spans whole and leaves out those longer than the
             window: give that mask the spans of `drop_longer`.
+
+    Raises:
+        InputError: `window` is no positive number of tokens, or `like` is no such program.
     """
     return variant(
         like,
@@ -69,5 +72,13 @@ def spans_from_token_types(
         cu_seqlens: `(batch + 1,)` int32, where packed sequences begin and end.
         max_spans: None: the tensor is read on the host, see `spans.runs_of`. A number: nothing waits for the device,
             and the spans are an int32 tensor there, `(batch, max_spans, 2)`, see `spans.runs_on_device`.
+
+    Returns:
+        per sequence a list of half-open `(start, end)`, ascending, in tokens from its start; with `max_spans` a tensor
+        as above, unused rows `(0, 0)`.
+
+    Raises:
+        InputError: an argument is not as above, or a sequence has more than `max_spans` runs (on a GPU, an assertion
+            there).
     """
     return read_spans(token_types, {1}, cu_seqlens=cu_seqlens, max_spans=max_spans)

@@ -20,8 +20,8 @@ In vLLM each image and each frame of a video is a span of its own; its processor
 
 Source: `create_masks_for_vision_model` in `models/gemma4/modeling_gemma4.py`, `Gemma4UnifiedModel.forward` and
 `create_masks_for_generate` in `models/gemma4_unified/modeling_gemma4_unified.py` of transformers 5.24.0
-(tests/test_catalogue.py runs them; 5.23.0 has the same masks, and other packed rows: packing.py). 5.24.0 refuses flash
-attention for both models; 5.23.0 ran images causally with it, silently.
+(tests/masks/models/test_transformers.py runs them; 5.23.0 has the same masks, and other packed rows: packing.py).
+5.24.0 refuses flash attention for both models; 5.23.0 ran images causally with it, silently.
 vLLM 0.33.0, read: `mm_prefix_clamp_sliding_window` and `_clear_mm_prefix_for_full_attn_layers` in
 `model_executor/models/gemma4_mm.py`, which `gemma4_unified.py` inherits,
 `Gemma4Attention` in `gemma4.py`, `_make_mm_prefix_mask_mod` in `v1/attention/backends/flash_attn.py`,
@@ -50,6 +50,9 @@ def global_layers(*, like: Literal["transformers", "vllm"] = "transformers") -> 
 
     Args:
         like: need not be given, both programs have the same mask.
+
+    Raises:
+        InputError: `like` is no such program.
     """
     return variant(like, dict.fromkeys(("transformers", "vllm"), causal))
 
@@ -60,6 +63,9 @@ def local_layers(window: int, *, like: Literal["transformers", "vllm"] = "transf
     Args:
         window: sliding window in tokens, the query's own included.
         like: need not be given, both programs have the same mask.
+
+    Raises:
+        InputError: `window` is no positive number of tokens, or `like` is no such program.
     """
     return variant(like, dict.fromkeys(("transformers", "vllm"), _clipped(window)))
 
@@ -69,6 +75,9 @@ def unified_global_layers(*, like: UnifiedLike) -> Mask:
 
     Args:
         like: the program to agree with, see above.
+
+    Raises:
+        InputError: `like` is no such program.
     """
     joined = causal | same_span("image")
     return variant(like, {"transformers-forward": joined, "transformers-static-cache": causal, "vllm": causal})
@@ -80,6 +89,9 @@ def unified_local_layers(window: int, *, like: UnifiedLike) -> Mask:
     Args:
         window: sliding window in tokens, the query's own included.
         like: the program to agree with, see above.
+
+    Raises:
+        InputError: `window` is no positive number of tokens, or `like` is no such program.
     """
     clipped = _clipped(window)
     whole = (causal & sliding_window(window)) | same_span("image")
@@ -96,6 +108,14 @@ def spans_from_token_types(
         cu_seqlens: `(batch + 1,)` int32, where packed sequences begin and end.
         max_spans: None: the tensor is read on the host, see `spans.runs_of`. A number: nothing waits for the device,
             and the spans are an int32 tensor there, `(batch, max_spans, 2)`, see `spans.runs_on_device`.
+
+    Returns:
+        per sequence a list of half-open `(start, end)`, ascending, in tokens from its start; with `max_spans` a tensor
+        as above, unused rows `(0, 0)`.
+
+    Raises:
+        InputError: an argument is not as above, or a sequence has more than `max_spans` runs (on a GPU, an assertion
+            there).
     """
     return read_spans(token_types, {1, 2}, cu_seqlens=cu_seqlens, max_spans=max_spans)
 

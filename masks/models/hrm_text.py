@@ -27,6 +27,9 @@ def all_layers(*, gaps: bool = False) -> Mask:
 
     Args:
         gaps: the prompt of a row may be several runs.
+
+    Raises:
+        InputError: `gaps` is neither True nor False.
     """
     return causal | (one_block("prefix") if true_or_false("gaps", gaps) else same_span("prefix"))
 
@@ -48,8 +51,13 @@ def spans_from_token_types(
             and the spans are an int32 tensor there, `(batch, max_spans, 2)`, see `spans.runs_on_device`; without
             `gaps` its width is 1.
 
+    Returns:
+        per sequence a list of half-open `(start, end)`, ascending, in tokens from its start; with `max_spans` a tensor
+        as above, unused rows `(0, 0)`.
+
     Raises:
-        InputError: a row has several runs, and `gaps` is False (on a device, an assertion there).
+        InputError: an argument is not as above; or a row has several runs, and `gaps` is False, or more than
+            `max_spans` of them (with `max_spans` on a GPU, an assertion there).
     """
     joined = not true_or_false("gaps", gaps)
     return read_spans(token_types, {1}, cu_seqlens=cu_seqlens, max_spans=max_spans, joined=joined)

@@ -30,6 +30,9 @@ def local_layers(local_attention: int) -> Mask:
 
     Args:
         local_attention: the configuration's number, in tokens: the window from end to end, 128.
+
+    Raises:
+        InputError: `local_attention` is no positive number of tokens.
     """
     half = whole_number("local_attention", local_attention, "a positive number of tokens", least=1) // 2
     return window(half + 1, half)

@@ -14,8 +14,8 @@ Spans in vLLM: the range of the tokens of each image, for a single one `(0, n)`,
 adds BOS. For PaliGemma 2, on all layers, without those longer than the window: `drop_longer(spans, window)`.
 
 Source: `PaliGemmaModel.forward` in `models/paligemma/modeling_paligemma.py` of transformers 5.24.0
-(tests/test_catalogue.py runs it; 5.23.0 has the same masks, and other packed rows: packing.py). 5.24.0 refuses flash
-attention for the model; 5.23.0 ran the prefix causally with it, silently.
+(tests/masks/models/test_transformers.py runs it; 5.23.0 has the same masks, and other packed rows: packing.py). 5.24.0
+refuses flash attention for the model; 5.23.0 ran the prefix causally with it, silently.
 vLLM 0.33.0, read: `PaliGemmaMultiModalProcessor` in
 `model_executor/models/paligemma.py` (the spans), `Gemma2Attention` in `gemma2.py` (the window),
 `compute_mm_prefix_ranges` in `v1/attention/backends/utils.py`, `_make_mm_prefix_mask_mod` in `flash_attn.py` there.
@@ -42,6 +42,9 @@ def global_layers(*, like: Literal["transformers", "vllm"], gaps: bool = False) 
     Args:
         like: the program to agree with.
         gaps: the prefix of a row may be several runs; for transformers only.
+
+    Raises:
+        InputError: `like` is no such program, or `gaps` is neither True nor False.
     """
     return variant(like, {"transformers": causal | _prefix(gaps), "vllm": causal | same_span("image")})
 
@@ -53,6 +56,10 @@ def local_layers(window: int, *, like: Literal["transformers", "vllm"], gaps: bo
         window: sliding window in tokens, the query's own included.
         like: the program to agree with.
         gaps: the prefix of a row may be several runs; for transformers only.
+
+    Raises:
+        InputError: `window` is no positive number of tokens, `like` is no such program, or `gaps` is neither True nor
+            False.
     """
     near = causal & sliding_window(window)
     return variant(like, {"transformers": near | _prefix(gaps), "vllm": near | same_span("image")})
@@ -71,15 +78,20 @@ def spans_from_token_types(
     Args:
         token_types: `(batch, seqlen)`, or packed `(total,)` with `cu_seqlens`; any integer dtype, on any device; 0 is
             the prefix.
-        attention_mask: of the same shape; 0 is padding, which is then in no span.
+        attention_mask: of the same shape and on the same device, any dtype; 0 is padding, which is then in no span.
         gaps: take a row with several runs, for masks made with `gaps=True`.
         cu_seqlens: `(batch + 1,)` int32, where packed sequences begin and end.
         max_spans: None: the tensor is read on the host, see `spans.runs_of`. A number: nothing waits for the device,
             and the spans are an int32 tensor there, `(batch, max_spans, 2)`, see `spans.runs_on_device`; without
             `gaps` its width is 1.
 
+    Returns:
+        per sequence a list of half-open `(start, end)`, ascending, in tokens from its start; with `max_spans` a tensor
+        as above, unused rows `(0, 0)`.
+
     Raises:
-        InputError: a row has several runs, and `gaps` is False (on a device, an assertion there).
+        InputError: an argument is not as above; or a row has several runs, and `gaps` is False, or more than
+            `max_spans` of them (with `max_spans` on a GPU, an assertion there).
     """
     joined = not true_or_false("gaps", gaps)
     if attention_mask is not None:

@@ -31,6 +31,9 @@ def prefix_layers(*, padding: bool = False) -> Mask:
 
     Args:
         padding: there is padding inside of the prefix, given as in `expert_layers`.
+
+    Raises:
+        InputError: `padding` is neither True nor False.
     """
     return key_in("real") if true_or_false("padding", padding) else everything
 
@@ -40,6 +43,9 @@ def expert_layers(*, padding: bool = False) -> Mask:
 
     Args:
         padding: there is padding inside of the prefix, which the spans "real" leave out.
+
+    Raises:
+        InputError: `padding` is neither True nor False.
     """
     mask = causal | same_span("action")
     return mask & key_in("real") if true_or_false("padding", padding) else mask
@@ -49,9 +55,16 @@ def ranges(attention_mask: torch.Tensor, actions: int) -> dict[str, BatchSpans]:
     """The ranges of `expert_layers(padding=True)`.
 
     Args:
-        attention_mask: `(batch, prefix)` of the prefix, 0 is padding. Reads the tensor on the host, see
-            `spans.runs_of`.
+        attention_mask: `(batch, prefix)` of the prefix, of any dtype, 0 or False is padding. Reads the tensor on the
+            host, see `spans.runs_of`.
         actions: tokens of the actions; the state is one token before them.
+
+    Returns:
+        "real" and "action", each per sequence a list of half-open `(start, end)` in positions of `[prefix | state |
+        actions]`. `expert_layers()` takes the second alone.
+
+    Raises:
+        InputError: `attention_mask` is no tensor of two dimensions, or `actions` is no positive number of tokens.
     """
     actions = whole_number("actions", actions, "a positive number of tokens", least=1)
     if not isinstance(attention_mask, torch.Tensor):

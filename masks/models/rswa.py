@@ -11,8 +11,8 @@ prompt is hidden until the cache drops tokens; from then on every dropped token 
 defect of 5.24.0, which this mask does not have (`packing.in_documents` hides padding).
 
 Source: `create_reference_sliding_window_causal_mask` in `models/unlimited_ocr/modeling_unlimited_ocr.py` of
-transformers 5.24.0 (tests/test_catalogue.py runs it, and `generate`); 5.23.0 does not have the model. vLLM 0.33.0,
-read: `_make_rswa_mask_mod` in `v1/attention/backends/flash_attn.py`.
+transformers 5.24.0 (tests/masks/models/test_transformers.py runs it, and `generate`); 5.23.0 does not have the model.
+vLLM 0.33.0, read: `_make_rswa_mask_mod` in `v1/attention/backends/flash_attn.py`.
 """
 
 from __future__ import annotations
@@ -27,5 +27,8 @@ def all_layers(window: int) -> Mask:
 
     Args:
         window: tokens of output that stay in sight, the query's own included.
+
+    Raises:
+        InputError: `window` is no positive number of tokens.
     """
     return causal & (prefix("prompt") | sliding_window(window))

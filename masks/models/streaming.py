@@ -23,6 +23,9 @@ def all_layers(window: int) -> Mask:
 
     Args:
         window: tokens that stay in sight besides the sinks, the query's own included.
+
+    Raises:
+        InputError: `window` is no positive number of tokens.
     """
     return causal & (prefix("sink") | sliding_window(window))
 
@@ -33,6 +36,12 @@ def sinks(batch: int, tokens: int) -> BatchSpans:
     Args:
         batch: sequences.
         tokens: sink tokens of a sequence.
+
+    Returns:
+        `[(0, tokens)]` for each sequence, half-open.
+
+    Raises:
+        InputError: `batch` is no number of sequences, or `tokens` no positive number of tokens.
     """
     tokens = whole_number("tokens", tokens, "a positive number of tokens", least=1)
     return [[(0, tokens)] for _ in range(whole_number("batch", batch, "a number of sequences"))]

@@ -29,6 +29,12 @@ def spans_from_lengths(input_lengths: Sequence[int]) -> BatchSpans:
 
     Args:
         input_lengths: tokens of each input.
+
+    Returns:
+        per sequence a list of one half-open `(start, end)`, or of none.
+
+    Raises:
+        InputError: `input_lengths` are no numbers of tokens.
     """
     known = whole_numbers("input_lengths", input_lengths, "a number of tokens")
     return [[(0, length)] if length else [] for length in known]

@@ -46,6 +46,9 @@ def encoder_local_layers(sliding_window: int, *, version: Literal[1, 2]) -> Mask
     Args:
         sliding_window: the configuration's number, in tokens.
         version: 1 or 2, which count it in two ways.
+
+    Raises:
+        InputError: `sliding_window` is no positive number of tokens, or `version` is neither 1 nor 2.
     """
     tokens = whole_number("sliding_window", sliding_window, "a positive number of tokens", least=1)
     if type(version) is not int or version not in (1, 2):
@@ -63,6 +66,9 @@ def decoder_local_layers(sliding_window: int) -> Mask:
 
     Args:
         sliding_window: the configuration's number, in tokens.
+
+    Raises:
+        InputError: `sliding_window` is no positive number of tokens.
     """
     return causal & looking_back(sliding_window)
 
@@ -77,6 +83,9 @@ def merged_local_layers(sliding_window: int) -> Mask:
 
     Args:
         sliding_window: the configuration's number, in tokens. It limits what the decoder sees of itself.
+
+    Raises:
+        InputError: `sliding_window` is no positive number of tokens.
     """
     return causal & (key_in("encoder") | looking_back(sliding_window) & same_span("decoder"))
 
@@ -89,6 +98,12 @@ def merged_ranges(encoder_lengths: Sequence[int], decoder_lengths: Sequence[int]
     Args:
         encoder_lengths: tokens of the encoder, per sequence.
         decoder_lengths: tokens of the decoder, those to come included if the ranges are to stay for all steps.
+
+    Returns:
+        "encoder" and "decoder", each per sequence a list of one half-open `(start, end)` of key positions, or of none.
+
+    Raises:
+        InputError: the lengths are no numbers of tokens, or not as many of one as of the other.
     """
     encoders = whole_numbers("encoder_lengths", encoder_lengths, "a number of tokens, at least 0")
     decoders = whole_numbers("decoder_lengths", decoder_lengths, "a number of tokens, at least 0")

@@ -39,6 +39,9 @@ def teacher_forcing(frame: int) -> Mask:
 
     Args:
         frame: tokens of a frame.
+
+    Raises:
+        InputError: `frame` is no positive number of tokens.
     """
     return block_diffusion(frame)
 
@@ -49,6 +52,12 @@ def frames(lengths: Sequence[int], frame: int) -> BatchSpans:
     Args:
         lengths: tokens of each video.
         frame: tokens of a frame.
+
+    Returns:
+        per video a list of half-open `(start, end)`, ascending; its last frame may be shorter.
+
+    Raises:
+        InputError: `lengths` are no numbers of tokens, or `frame` is no positive one.
     """
     frame = whole_number("frame", frame, "a positive number of tokens", least=1)
     known = whole_numbers("lengths", lengths, "a number of tokens, at least 0")

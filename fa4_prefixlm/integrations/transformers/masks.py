@@ -168,9 +168,32 @@ def mask(
 ) -> torch.Tensor | None:
     """The mask of a forward for one kind of layer. Registered as `fa4_prefixlm` with `AttentionMaskInterface`.
 
+    The arguments are those that transformers gives any mask function, and are not checked here.
+
+    Args:
+        batch_size: sequences.
+        q_length: queries of a sequence, in tokens.
+        kv_length: keys of a sequence that the layer gets, in tokens.
+        q_offset: position of the first query, in tokens; of a static cache a 0-d integer tensor.
+        kv_offset: position of the first key, in tokens; not 0 where a cache has dropped keys.
+        mask_function: transformers' `(batch_idx, head_idx, q_idx, kv_idx)` of positions, without padding. One that is
+            not made of transformers' own functions is evaluated for every pair, of head 0.
+        attention_mask: bool `(batch, positions)` on the device, False is padding, as are positions past its end. None:
+            no padding.
+        allow_is_bidirectional_skip: every query sees every key but for padding, and a window of `local_size`.
+        use_vmap: evaluate a mask function by `torch.vmap`, and not on tensors that broadcast.
+        device: of the mask.
+        kwargs: `local_size`, the window of a mask that looks both ways, in tokens, and `dtype` are read.
+
     Returns:
-        row bounds, int32 `(batch, 1, q, 2 * n)`; SDPA's dense mask, bool `(batch, 1, q, kv)`, for a few queries and for
-        what bounds can't say; or None where every query sees every key.
+        row bounds, int32 `(batch, 1, q, 2 * n)`, n at most 4: the keys `[bounds[..., k], bounds[..., n + k])`, counted
+        from `kv_offset`, or -1 throughout where a row sees more runs than that; SDPA's dense mask, bool `(batch, 1, q,
+        kv)`, for up to 16 queries; eager attention's, in `dtype`, of a mask that looks both ways by a function which
+        is not transformers' own; or None where every query sees every key.
+
+    Raises:
+        RuntimeError: in a graph of `torch.compile`, where it runs, if a row sees more than 4 runs of keys (on a GPU, an
+            assertion there).
     """
     sizes: Sizes = {
         "batch_size": batch_size,
