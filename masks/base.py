@@ -174,8 +174,7 @@ class Mask(abc.ABC):
 
         Args:
             seqlen, seqlen_q: as for `dense`; `q_idx` counts from the first query.
-            ranges: per batch entry, as `plan` takes them for batched tensors. None: no spans, and a batch of one
-                for masks that read some.
+            ranges: per batch entry, as `plan` takes them for batched tensors. None: no spans, in a batch of any size.
             device: where the mask_mod will be evaluated.
 
         Returns:

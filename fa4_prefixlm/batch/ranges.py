@@ -300,18 +300,19 @@ def _check_whole(argument: str, spans: SequenceSpans, rows: int | None, keys: in
 
 def _assert_on_device(ranges: torch.Tensor, lengths: Lengths, longest: int | None, whole: Whole) -> None:
     start, end = ranges.unbind(2)
-    keys = lengths.cu_seqlens_k.diff().unsqueeze(1)
+    rows, keys = (own.diff().unsqueeze(1) for own in (lengths.cu_seqlens_q, lengths.cu_seqlens_k))
     used = (start != 0) | (end != 0)
     fine = (start >= 0) & (start < end)
     if longest is not None:
-        fine &= (torch.minimum(end, keys) - start <= longest) | (start >= keys)
-    past = used & (end > keys)
+        fine &= torch.minimum(end, keys) - start <= longest
+    past = (end > keys) & (rows > 0)  # where there is no row, none misses the keys to come
     if whole == "span":
         fine &= (start >= keys) | past.logical_not()
-    elif whole != "nothing":
-        first = lengths.query_starts().unsqueeze(1)
-        held = used & (start < keys) & (end > first) if whole == "block" else first < keys
-        fine &= (past.any(1, keepdim=True) & held.any(1, keepdim=True)).logical_not()
+    elif whole == "block":
+        held = used & (start < keys) & (end > lengths.query_starts().unsqueeze(1))
+        fine &= (past & held.any(1, keepdim=True)).logical_not()
+    elif whole == "all":
+        fine &= past.logical_not()
     assert_on_device(
         (fine | used.logical_not()).all(),
         "ranges: a span is reversed, is cut by the end of its keys, or is longer than max_range",

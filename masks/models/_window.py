@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from fa4_prefixlm.errors import InputError
+from fa4_prefixlm.batch.integers import whole_number
 from fa4_prefixlm.masks.atoms import window
 from fa4_prefixlm.masks.base import Mask
 
 
-def sliding_window(tokens: int) -> Mask:
-    """`window(tokens)`. A layer without a window is a global one: None is a mistake here."""
-    if tokens is None:
-        raise InputError("window", "a positive number of tokens", None)
-    return window(tokens)
+def sliding_window(tokens: int, argument: str = "window") -> Mask:
+    """`window(tokens)`. A layer without a window is a global one: None is a mistake here. argument: as errors name it."""
+    return window(whole_number(argument, tokens, "a positive number of tokens", least=1))

@@ -70,7 +70,7 @@ def decoder_local_layers(sliding_window: int) -> Mask:
     Raises:
         InputError: `sliding_window` is no positive number of tokens.
     """
-    return causal & looking_back(sliding_window)
+    return causal & looking_back(sliding_window, "sliding_window")
 
 
 def merged_global_layers() -> Mask:
@@ -87,7 +87,7 @@ def merged_local_layers(sliding_window: int) -> Mask:
     Raises:
         InputError: `sliding_window` is no positive number of tokens.
     """
-    return causal & (key_in("encoder") | looking_back(sliding_window) & same_span("decoder"))
+    return causal & (key_in("encoder") | looking_back(sliding_window, "sliding_window") & same_span("decoder"))
 
 
 def merged_ranges(encoder_lengths: Sequence[int], decoder_lengths: Sequence[int]) -> dict[str, BatchSpans]:

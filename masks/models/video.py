@@ -43,7 +43,7 @@ def teacher_forcing(frame: int) -> Mask:
     Raises:
         InputError: `frame` is no positive number of tokens.
     """
-    return block_diffusion(frame)
+    return block_diffusion(whole_number("frame", frame, "a positive number of tokens", least=1))
 
 
 def frames(lengths: Sequence[int], frame: int) -> BatchSpans:

@@ -336,6 +336,44 @@ def test_all_masks_of_a_forward_are_read_at_once(monkeypatch: pytest.MonkeyPatch
     assert len(reads) == 2
 
 
+def test_a_mask_is_waited_for_once_and_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one that was read before, that another layer has a view of, or that is on another GPU."""
+    made = [both(CAUSAL)[0] for _ in range(3)]
+    before, own, elsewhere = (masks.found(bounds, KEYS) for bounds in made)
+    masks.known(made[0], KEYS)
+    view = made[1][:]
+    assert masks.found(view, KEYS) is own
+    elsewhere.seen, elsewhere.read.device = None, torch.device("cuda", 1)
+    own.seen = None
+    reads: list[list[masks.Record]] = []
+    read = masks.read_back
+    monkeypatch.setattr(masks, "read_back", lambda waiting: reads.append(waiting) or read(waiting))
+    assert masks.known(made[1], KEYS).seen == before.seen
+    assert [list(map(id, waiting)) for waiting in reads] == [[id(own)]]
+    assert elsewhere.seen is None
+
+
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_too_many_runs_are_read_once(evaluated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And once more in several intervals, where the first were of one; whatever number of layers asks."""
+    ids = torch.full((BATCH, KEYS), -1)
+    ids[:, ::3] = 0
+
+    def every_third(batch: torch.Tensor, head: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+        return kv % 3 == 0
+
+    bounds, _, expected = both(every_third if evaluated else gemma_global(ids, 0))
+    reads: list[int] = []
+    read = masks.read_back
+    monkeypatch.setattr(masks, "read_back", lambda waiting: reads.append(len(waiting)) or read(waiting))
+    for _ in range(2):
+        record = masks.known(bounds, KEYS)
+        assert record.seen is not None
+        assert record.seen.overflow
+        assert (record.as_dense() == expected).all()
+    assert reads == ([1] if evaluated else [1, 1])
+
+
 def test_records_go_with_their_masks() -> None:
     bounds, _, _ = both(CAUSAL)
     rows = bounds[:, :, -20:]
@@ -362,6 +400,63 @@ def test_rows_of_a_mask(joined: bool, own_first: bool) -> None:
     assert (record.as_dense() == expected[:, :, -20:]).all()
     few = bounds[:, :, -3:]
     assert (masks.found(few, KEYS).as_dense() == expected[:, :, -3:]).all()
+
+
+VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "first rows": lambda own: own[:, :, :15],
+    "every second row": lambda own: own[:, :, ::2],
+    "a sequence": lambda own: own[:1],
+    "another sequence": lambda own: own[1:2],
+    "a copy": lambda own: own.clone(),
+    "the same": lambda own: own[:],
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_parts_of_a_mask(name: str) -> None:
+    """Beside the mask, its last and its first rows, each of which has a record: no part takes that of another."""
+    whole, _, expected = both(FUNCTIONS["gemma3 local"](block_ids(BATCH, KEYS, seed=5), 9))
+    parts = whole, whole[:, :, -20:], whole[:, :, :20]
+    for part in parts:
+        masks.known(part, KEYS).as_dense()
+    view = VIEWS[name](whole)
+    record = masks.known(view, KEYS)
+    assert record.seen is not None
+    assert not record.seen.overflow
+    assert torch.equal(record.as_dense(), VIEWS[name](expected))
+    assert torch.equal(masks.visible(view, KEYS), VIEWS[name](expected))
+
+
+@pytest.mark.parametrize("begins", [(0, 20), (20, 0)])
+def test_rows_of_a_mask_that_is_not_known(begins: tuple[int, int]) -> None:
+    """Two halves of one: neither is rows of the other."""
+    bounds, _, expected = both(FUNCTIONS["sliding"](torch.empty(0), 9))
+    whole = bounds.clone()
+    del bounds
+    halves = [whole[:, :, begin : begin + 20] for begin in begins]
+    for begin, rows in zip(begins, halves, strict=True):
+        assert torch.equal(masks.known(rows, KEYS).as_dense(), expected[:, :, begin : begin + 20])
+
+
+def test_masks_in_the_same_memory_or_of_the_same_shape() -> None:
+    """Side by side, as a compiler may lay them out; and elsewhere. None is rows of another."""
+    made = [both(FUNCTIONS["sliding"](torch.empty(0), window)) for window in (3, 9)]
+    together = torch.cat([bounds for bounds, _, _ in made], dim=3)
+    parts = [together[..., :2], together[..., 2:], together, made[1][0].clone()]
+    wanted = [made[0][2], made[1][2], masks.visible(together, KEYS), made[1][2]]
+    for part, expected in zip(parts, wanted, strict=True):
+        assert torch.equal(masks.known(part, KEYS).as_dense(), expected)
+
+
+@torch.inference_mode()
+def test_a_view_keeps_what_is_known_of_a_mask() -> None:
+    """That of a mask which is gone: in inference mode nothing else keeps it."""
+    bounds, _, expected = both(FUNCTIONS["global"](block_ids(BATCH, KEYS, seed=5, joined=True), 9))
+    view = bounds[:]
+    record = masks.known(view, KEYS)
+    del bounds
+    assert masks.known(view, KEYS) is record
+    assert (masks.visible(record.in_several(), KEYS) == expected).all()
 
 
 def test_rows_of_a_mask_of_too_many_runs() -> None:

@@ -11,8 +11,8 @@ pytest.importorskip("flash_attn.cute")
 
 import fa4_prefixlm.integrations.transformers  # noqa: F401
 from fa4_prefixlm.batch.tensors import describe
+from fa4_prefixlm.integrations.transformers import compiled, masks
 from fa4_prefixlm.integrations.transformers import layer_attention as attention_module
-from fa4_prefixlm.integrations.transformers import masks
 from fa4_prefixlm.integrations.transformers.masks import Record, Seen
 from fa4_prefixlm.runtime.bounded_plans import BoundedBatch
 from fa4_prefixlm.runtime.plans import Plan
@@ -120,6 +120,46 @@ def test_rows_of_which_one_sees_nothing_are_not_plainly_causal() -> None:
         bounds = torch.stack([torch.zeros_like(end), end], dim=1).unsqueeze(0)
         seen = Seen.of(masks._to_read(bounds).numbers())
         assert seen == Seen(1, False, True, int(end.max()), int(end.max()), not empty)
+
+
+@pytest.mark.parametrize("in_graph", [False, True])
+@pytest.mark.parametrize("end", [0, 1, 33])
+def test_keys_that_no_row_sees_are_not_read(in_graph: bool, end: int) -> None:
+    """The slots of a static cache that nobody wrote. Rows that see nothing are 0."""
+    q = torch.randn(1, 4, 20, 16)
+    k, v = (torch.randn(1, 2, 40, 16) for _ in range(2))
+    bounds = torch.zeros(1, 1, 20, 2, dtype=torch.int32)
+    bounds[..., 1] = end
+    k[:, :, max(1, end) :] = v[:, :, max(1, end) :] = float("nan")
+    if in_graph:
+        tensors = (own.transpose(1, 2) for own in (q, k, v))
+        out = torch.ops.fa4_prefixlm.bounded_attention(*tensors, bounds, None, 0.0, None)
+    else:
+        out, _ = attention_module.attention(torch.nn.Module(), q, k, v, bounds)
+    expected = torch.zeros(1, 4, 20, 16)
+    if end:
+        seen = (own[:, :, :end].repeat_interleave(2, dim=1) for own in (k, v))
+        expected = torch.nn.functional.scaled_dot_product_attention(q, *seen)
+    torch.testing.assert_close(out, expected.transpose(1, 2), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (6, 2), (4, 1), (3, 3)])
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_sdpa_in_a_graph_has_groups_of_heads(
+    monkeypatch: pytest.MonkeyPatch, heads: tuple[int, int], softcap: float
+) -> None:
+    """Where no kernel takes the layer; some are taken by SDPA, some by plain torch."""
+    monkeypatch.setattr(compiled, "plan_of", lambda *_: "no kernel")
+    monkeypatch.setattr(compiled, "warn_once", lambda _: None)
+    q, (k, v) = torch.randn(2, 20, heads[0], 16), (torch.randn(2, 20, heads[1], 16) for _ in range(2))
+    bounds = masks.mask(2, 20, 20, device="cpu")
+    assert bounds is not None
+    out = torch.ops.fa4_prefixlm.bounded_attention(q, k, v, bounds, 0.3, softcap, None)
+    scores = 0.3 * torch.einsum("bqhd,bkhd->bhqk", q, k.repeat_interleave(heads[0] // heads[1], dim=2))
+    scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+    weights = scores.masked_fill(~masks.visible(bounds, 20), float("-inf")).softmax(-1)
+    expected = torch.einsum("bhqk,bkhd->bqhd", weights, v.repeat_interleave(heads[0] // heads[1], dim=2))
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("given", ["none", "none, not causal", "none, one row", "shared", "by heads", "added"])

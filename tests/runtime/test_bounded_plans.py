@@ -68,6 +68,13 @@ def test_a_run_of_tiles_covers_what_the_map_says(rows: int, keys: int, seed: int
     assert (full == exact.is_full).all()
 
 
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_key_tiles_are_a_run_for_one_interval_a_row(n: int) -> None:
+    """Of several, a run would hold the tiles between them too."""
+    q = torch.empty(1, 64, 1, 8)
+    assert BoundedBatch(describe(q, q, q), random_bounds(1, 64, 64, n, seed=n)).traits.banded is (n == 1)
+
+
 def test_backend_by_intervals() -> None:
     """What would run it on a Hopper GPU, where the choice needs no tensors."""
     q = torch.empty(1, 64, 2, 128, dtype=torch.bfloat16)

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fa4_prefixlm as fp
 from fa4_prefixlm.batch.options import Options
-from fa4_prefixlm.runtime import execute
+from fa4_prefixlm.runtime import autograd, execute
 from fa4_prefixlm.testing.accuracy import exact_gradients
 from fa4_prefixlm.testing.batches import UGLY, Batch, random_batch, random_mask
 from fa4_prefixlm.testing.empty_rows import Blind
@@ -77,6 +77,44 @@ def test_ugly_batches(own_backward: None, name: str) -> None:
 @pytest.mark.parametrize("sink", [False, True])
 def test_rows_that_see_nothing(own_backward: None, sink: bool) -> None:
     check(Batch(((60, 60),), (((20, 30),),)), Blind(), sink=sink)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_comes_back_for_the_lse_of_nothing_is_not_read(own_backward: None, bad: float) -> None:
+    """As from `torch.where(lse > -inf, lse.square(), 0)`, which sends back 0 times infinity there."""
+    batch = Batch(((60, 60),), (((20, 30),),))
+    leaves = leaves_of(batch)
+    out, lse = fp.attention(*leaves, plan_of(batch, leaves, Blind()), return_lse=True)
+    nothing = lse == float("-inf")
+    assert nothing.any()
+    dlse = torch.randn(lse.shape)
+    right, got = (
+        torch.autograd.grad([out, lse], leaves, [out.detach(), dlse.masked_fill(nothing, own)], retain_graph=True)
+        for own in (0.0, bad)
+    )
+    for mine, expected in zip(got, right, strict=True):
+        assert torch.equal(mine, expected)
+
+
+def test_a_sink_of_minus_infinity_is_none(own_backward: None) -> None:
+    """Also beside rows that see nothing, whose LSE it is."""
+    batch = Batch(((60, 60),), (((20, 30),),))
+    leaves = leaves_of(batch)
+    plan = plan_of(batch, leaves, Blind())
+    sink = torch.full((4,), float("-inf"), dtype=torch.float64, requires_grad=True)
+    *got, dsink = torch.autograd.grad(fp.attention(*leaves, plan, learnable_sink=sink).sum(), (*leaves, sink))
+    assert (dsink == 0).all()
+    for mine, right in zip(got, torch.autograd.grad(fp.attention(*leaves, plan).sum(), leaves), strict=True):
+        torch.testing.assert_close(mine, right)
+
+
+@pytest.mark.parametrize("numbers", [1, 5 * 32], ids=["a row", "five rows"])
+def test_the_sinks_gradient_is_summed_in_chunks_of_rows(
+    own_backward: None, monkeypatch: pytest.MonkeyPatch, numbers: int
+) -> None:
+    """Of `(rows, 4 heads, 8)`, of which the last one is smaller, or of a row where not even that is as small."""
+    monkeypatch.setattr(autograd, "SINK_CHUNK", numbers)
+    check(BATCH, fp.PrefixLM(), sink=True)
 
 
 @pytest.mark.parametrize("own", [False, True])

@@ -102,6 +102,49 @@ class TestServing:
         sizes = {"max_tokens": torch.tensor(9), "max_sequences": 9, "max_pages": np.int16(4096)}
         assert fp.serving_plan(like=(q, pages.k, pages.v), **sizes).limits == serving_plans.Limits(9, 9, 4096, 16)
 
+    @pytest.mark.parametrize(
+        ("heads", "dims", "dtype", "message"),
+        [
+            ((8, 2), (16, 24), torch.float64, "q: expected heads = 4, as the plan was made for, got 8"),
+            ((4, 4), (16, 24), torch.float64, "k: expected heads = 2, as the plan was made for, got 4"),
+            ((4, 2), (8, 24), torch.float64, "q: expected head_dim = 16, as the plan was made for, got 8"),
+            ((4, 2), (16, 16), torch.float64, "v: expected head_dim_v = 24, as the plan was made for, got 16"),
+            ((4, 2), (16, 24), torch.float32, r"q: expected dtype = torch.float64, .*, got torch.float32"),
+        ],
+    )
+    def test_tensors_that_the_plan_is_not_for(
+        self, heads: tuple[int, int], dims: tuple[int, int], dtype: torch.dtype, message: str
+    ) -> None:
+        batch = Batch(((60, 60),), ((),))
+        q, _, _, pages = paged(batch)
+        serving = self.plan(q, pages)
+        serving.update(**where(batch, pages))
+        other, k, v = batch.tensors(heads, dims, dtype, "cpu")
+        there = batch.in_pages(k, v, 16, seed=0)
+        with pytest.raises(fp.InputError, match=f"^{message}"):
+            fp.attention(other, there.k, there.v, serving)
+
+    def test_a_device_that_the_plan_is_not_for(self) -> None:
+        q, _, _, pages = paged(Batch(((60, 60),), ((),)))
+        serving = self.plan(q, pages)
+        with pytest.raises(fp.InputError, match="^q: expected device = cpu, as the plan was made for, got cuda:1"):
+            serving.check(dataclasses.replace(serving.spec, device=torch.device("cuda", 1)))
+
+
+@pytest.mark.parametrize(("keys", "pages"), [(0, 0), (1, 3), (15, 3), (16, 3), (17, 8), (32, 8), (33, 10)])
+def test_pages_that_hold_keys_are_named(keys: int, pages: int) -> None:
+    """Of 16 keys each. What the table has past them is not read."""
+    table = torch.tensor([[2, 7, 9, -1], [-1, -1, -1, -1]], dtype=torch.int32)
+    assert serving_plans._pages_named(table, [keys, 0], 16) == pages
+    assert serving_plans._pages_named(table, torch.tensor([keys, 0], dtype=torch.int32), 16) == pages
+
+
+def test_pages_are_not_named_where_that_would_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    table, keys = torch.tensor([[2, 7]], dtype=torch.int32), torch.tensor([20], dtype=torch.int32)
+    for there in (table, keys):
+        monkeypatch.setattr(serving_plans, "host_knows", lambda values, there=there: values is not there)
+        assert serving_plans._pages_named(table, keys, 16) == 0
+
 
 @pytest.mark.parametrize("on_host", [True, False])
 def test_the_spans_of_two_sets_are_read_in_the_order_of_the_form(on_host: bool, monkeypatch) -> None:

@@ -28,6 +28,7 @@ from fa4_prefixlm.fa4.builds.defects import CAUSAL_KEPT, PAGED_LISTS, SM90_LIST_
 from fa4_prefixlm.fa4.builds.describe import BEST, MASKED_ARGUMENTS
 from fa4_prefixlm.fa4.builds.locate import GivenBuild, given
 from fa4_prefixlm.tools.check import command, crosscheck, judge, session, workers
+from fa4_prefixlm.tools.check import run as run_module
 from fa4_prefixlm.tools.check.cases import CASES, EVERY, Case, cases, inputs
 from fa4_prefixlm.tools.check.judge import CAUSAL, Outcome, ProbeOutcome, Speed, in_short
 from fa4_prefixlm.tools.check.probes import PROBES
@@ -275,6 +276,19 @@ def test_an_off_by_one_of_one_row_is_caught_where_the_whole_output_looks_right(m
     assert outcome.error <= verdict.limits.error
     assert verdict.status == "WRONG"
     assert "sequence 0, position 370" in verdict.reason
+
+
+def test_a_row_is_named_by_its_sequence_and_position() -> None:
+    """Of 100 queries on 600 keys, 64 on 512, and 1 on 300: the queries are the last positions."""
+    assert CASE.seqlens_q[:3] == (100, 64, 1)
+    assert CASE.seqlens_k[:3] == (600, 512, 300)
+    for row, place in (
+        (0, "0, position 500"),
+        (99, "0, position 599"),
+        (100, "1, position 448"),
+        (164, "2, position 299"),
+    ):
+        assert run_module._where(CASE, row, 3) == f"sequence {place}, head 3"
 
 
 def test_an_output_that_is_not_written_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -757,6 +771,16 @@ def test_cases_that_share_kernels_are_compiled_once() -> None:
     assert len(variants) == len({case.kernel for case in cases()})
     assert crosscheck.variant_of(CASES["prompts, hd128 two intervals"], CAUSAL).mask == "prefix_lm"
     assert {variant.mask for variant in variants} == {"prefix_lm", "two"}
+
+
+@pytest.mark.parametrize("case", EVERY, ids=lambda case: case.name)
+def test_what_is_compiled_is_the_kernel_of_the_case(case: Case) -> None:
+    variant, kernel = crosscheck.variant_of(case, "varlen"), case.kernel
+    assert variant.backend == "varlen"
+    assert (variant.head_dim, variant.head_dim_v) == kernel.dims
+    assert variant.heads[0] == kernel.group * variant.heads[1]
+    assert (variant.window is not None, variant.sink) == (kernel.windowed, kernel.sink is not None)
+    assert (variant.dtype, variant.softcap, variant.page_size) == (kernel.dtype, kernel.softcap, kernel.page_size)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
@@ -96,3 +97,21 @@ def test_windows_are_layers() -> None:
     assert warmup._shape(parser.parse_args(SHAPE)).windows == (None,)
     with pytest.raises(InputError, match="--heads: expected a positive number"):
         warmup._shape(parser.parse_args([*SHAPE, "--heads", "0"]))
+
+
+@pytest.mark.parametrize(
+    ("made", "found", "how"),
+    [
+        (0, 0, "ready"),
+        (0, 2, "found on disk"),
+        (2, 0, "compiled"),
+        (2, 1, "2 compiled, 1 found on disk"),
+    ],
+)
+@pytest.mark.parametrize("before", [{}, {"compiled": 3, "loaded": 5}], ids=["first", "later"])
+def test_what_a_call_did_is_what_was_added(
+    monkeypatch: pytest.MonkeyPatch, before: dict[str, int], made: int, found: int, how: str
+) -> None:
+    counts = Counter(before) + Counter(compiled=made, loaded=found)
+    monkeypatch.setattr(warmup.disk_cache, "counts", counts)
+    assert warmup._how(before) == how
