@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch._dynamo.testing
 import transformers
 
 import fa4_prefixlm.integrations.transformers as integration
+from fa4_prefixlm.errors import InputError
 from fa4_prefixlm.integrations.transformers import compiled, masks
 from fa4_prefixlm.integrations.transformers import layer_attention as attention_module
 from tests.integrations.tiny_models import CACHE, NAME, NAMES, WITH_WINDOW, inputs, logits, model, text_model, types_of
@@ -144,8 +146,31 @@ def test_more_runs_than_bounds_hold_in_a_graph() -> None:
     given = inputs("molmo2", types_of("molmo2", images, LENGTH))
     given["inputs_embeds"] = made.get_input_embeddings()(given.pop("input_ids"))
     given.pop("mm_encoder_outputs")
-    with torch.no_grad(), pytest.raises(RuntimeError, match="run this batch without torch.compile"):
-        torch.compile(made.model, fullgraph=True, backend="aot_eager")(**given, use_cache=False)
+    compiled_model = torch.compile(made.model, fullgraph=True, backend="aot_eager")
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients), pytest.raises(InputError, match="run this batch without torch.compile"):
+            compiled_model(**given, use_cache=False)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_layers_that_are_compiled_get_masks_that_are_not(backend: str, gradients: bool) -> None:
+    """Of which rows see several runs of keys: two images of Molmo 2, a hole in the padding."""
+    for name, images, hole in (("molmo2", [[(3, 12), (20, 30)]], False), ("gemma3", [[(3, 12)]], True)):
+        made = model(name, NAME)
+        given = inputs(name, types_of(name, images, LENGTH))
+        if hole:
+            given["attention_mask"] = torch.ones(1, LENGTH, dtype=torch.long)
+            given["attention_mask"][:, 17:23] = 0
+        made.set_attn_implementation("eager")
+        real = given.get("attention_mask", torch.ones(1, LENGTH)) == 1
+        with torch.no_grad():
+            wanted = made(**copy.deepcopy(given), use_cache=False).logits[real]
+        made.set_attn_implementation(NAME)
+        made.model.language_model.compile(backend=backend)
+        for _ in range(2):  # another forward has another mask of the same values
+            with torch.set_grad_enabled(gradients):
+                close(made(**copy.deepcopy(given), use_cache=False).logits[real], wanted)
 
 
 def test_a_plan_is_of_the_values_of_a_mask() -> None:

@@ -6,6 +6,7 @@ By torch's operations, and once more, in a process where Triton interprets, by t
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 masking_utils = pytest.importorskip("transformers.masking_utils")
 
 import fa4_prefixlm.integrations.transformers as integration  # noqa: E402
+from fa4_prefixlm.errors import InputError  # noqa: E402
 from fa4_prefixlm.integrations.transformers import masks  # noqa: E402
 from fa4_prefixlm.integrations.transformers.mask_functions import is_known, read  # noqa: E402
 from tests.kernels.triton_processes import INTERPRETED, run_interpreted  # noqa: E402
@@ -439,13 +441,41 @@ def test_rows_of_a_mask_that_is_not_known(begins: tuple[int, int]) -> None:
 
 
 def test_masks_in_the_same_memory_or_of_the_same_shape() -> None:
-    """Side by side, as a compiler may lay them out; and elsewhere. None is rows of another."""
+    """Side by side, as a compiler may lay them out; and elsewhere. None is rows of another, nor are both one mask."""
     made = [both(FUNCTIONS["sliding"](torch.empty(0), window)) for window in (3, 9)]
     together = torch.cat([bounds for bounds, _, _ in made], dim=3)
-    parts = [together[..., :2], together[..., 2:], together, made[1][0].clone()]
-    wanted = [made[0][2], made[1][2], masks.visible(together, KEYS), made[1][2]]
+    parts = [together[..., :2], together[..., 2:], made[1][0].clone()]
+    wanted = [made[0][2], made[1][2], made[1][2]]
     for part, expected in zip(parts, wanted, strict=True):
         assert torch.equal(masks.known(part, KEYS).as_dense(), expected)
+    for padding in (0, 1, -1, KEYS):  # T5Gemma 2 puts two masks side by side, DeepSeek V4 pads one
+        padded = torch.nn.functional.pad(made[0][0], (0, 6), value=padding)
+        for other in (together, padded):
+            with pytest.raises(InputError, match="attention_mask: expected a mask as the mask function made it"):
+                masks.known(other, KEYS)
+
+
+def test_what_another_thread_reads_late_is_left() -> None:
+    """It reads every mask that waits, also one whose own thread has gone on to its several intervals."""
+    bounds, _, expected = both(FUNCTIONS["global"](block_ids(BATCH, KEYS, seed=5, joined=True), 9))
+    record, late = masks.found(bounds, KEYS), threading.Event()
+    first, numbers = record.read, record.read.numbers
+
+    def wait() -> list[int]:
+        if threading.current_thread() is not threading.main_thread():
+            assert late.wait(30)
+        return numbers()
+
+    first.numbers = wait  # type: ignore[method-assign]
+    other = threading.Thread(target=masks.read_back, args=([record],))
+    other.start()
+    record = masks.known(bounds, KEYS)
+    late.set()
+    other.join()
+    assert record.uses_several
+    assert record.seen is not None
+    assert not record.seen.overflow
+    assert (masks.visible(record.in_several(), KEYS) == expected).all()
 
 
 @torch.inference_mode()
@@ -469,7 +499,7 @@ def test_rows_of_a_mask_of_too_many_runs() -> None:
     assert record.seen.overflow
     assert (record.as_dense() == expected[:, :, -20:]).all()
     other = bounds[:, :, -20:].clone()  # nobody knows whose they are
-    with pytest.raises(ValueError, match="attention_mask: expected a mask as it was made, or its last rows"):
+    with pytest.raises(ValueError, match="attention_mask: expected a mask as the mask function made it"):
         masks.known(other, KEYS).as_dense()
 
 

@@ -1,22 +1,22 @@
-"""Attention under row bounds as one operation of a graph that `torch.compile` made.
+"""What graphs that `torch.compile` made do with row bounds, as operations that run eager code.
 
 The bounds are data of the graph, so the plan is made when it runs: by the first layer that has them, for all that have
 the same. A graph reuses memory, and copies, behind everybody's back, so neither a tensor's address nor its layer says
-which mask it is: the values do. A plan is made from a copy of them, and looking at them waits for the device.
+which mask it is: the values do. A plan is made from a copy of them, and looking at them waits for the device. A mask
+that eager code made, and that is alive, is found as in eager code: of several intervals it knows more than its values.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from fa4_prefixlm.batch.tensors import describe
 from fa4_prefixlm.integrations.transformers import masks
-from fa4_prefixlm.integrations.transformers.layer_attention import Call, dense, no_kernel, plan_of
-from fa4_prefixlm.integrations.transformers.masks import Record, warn_once
-from fa4_prefixlm.runtime.execute import run
+from fa4_prefixlm.integrations.transformers.layer_attention import Call, under
+from fa4_prefixlm.integrations.transformers.masks import Record
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,14 @@ def _attention(
     softcap: float,
     sink: torch.Tensor | None,
 ) -> torch.Tensor:
+    module = torch.nn.Module()
+    module.num_key_value_groups = q.shape[2] // k.shape[2]  # type: ignore[assignment]
+    query, key, value = (own.transpose(1, 2) for own in (q, k, v))
+    call = Call(module, query, key, value, scaling, softcap, sink, None, {})
+    if masks.made_here(bounds, k.shape[1]) is not None:
+        return under(call, bounds, masks.known(bounds, k.shape[1]), flex=False)[0]
     kept = _kept(bounds, k.shape[1])
-    record = kept.record
-    assert record.seen is not None
-    end = max(1, record.seen.end)
-    spec = describe(q, k[:, :end], v[:, :end])
-    made = plan_of(record, kept.bounds.squeeze(1), spec)
-    if isinstance(made, str):
-        warn_once(no_kernel(made))
-        return _sdpa(q, k, v, record.as_dense(), scaling, softcap, sink)
-    k, v = k[:, :end], v[:, :end]
-    return run(made, q, k, v, spec=spec, softmax_scale=scaling, softcap=softcap, learnable_sink=sink)[0]
+    return under(call, kept.bounds, kept.record, flex=False)[0]
 
 
 def _kept(bounds: torch.Tensor, keys: int) -> _Kept:
@@ -70,33 +67,39 @@ def _kept(bounds: torch.Tensor, keys: int) -> _Kept:
     return masks_of_forward[0]
 
 
-def _sdpa(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor,
-    scaling: float | None,
-    softcap: float,
-    sink: torch.Tensor | None,
-) -> torch.Tensor:
-    module = torch.nn.Module()
-    module.num_key_value_groups = q.shape[2] // k.shape[2]  # type: ignore[assignment]
-    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-    return dense(Call(module, q, k, v, scaling, softcap, sink, None, {}), mask)[0]
+def _dense_mask(bounds: torch.Tensor, keys: int) -> torch.Tensor:
+    """The mask as SDPA has it, a copy, for a graph writes where it likes."""
+    if masks.made_here(bounds, keys) is None:
+        return masks.alone(bounds, keys)
+    record = masks.known(bounds, keys)
+    assert record.seen is not None
+    if record.seen.overflow:
+        made = record.as_dense().expand(len(bounds), 1, bounds.shape[2], keys)
+        return made.clone(memory_format=torch.contiguous_format)
+    return masks.visible(record.in_several() if record.uses_several else bounds, keys)
 
 
 def _fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: object) -> torch.Tensor:
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
 
 
+def _fake_mask(bounds: torch.Tensor, keys: int) -> torch.Tensor:
+    return bounds.new_empty((bounds.shape[0], 1, bounds.shape[2], keys), dtype=torch.bool)
+
+
 _TAGS = [torch.Tag.pt2_compliant_tag]
 if hasattr(torch.Tag, "cudagraph_unsafe"):
     _TAGS.append(torch.Tag.cudagraph_unsafe)
-_NAME = "fa4_prefixlm::bounded_attention"
-torch.library.define(
-    _NAME,
-    "(Tensor q, Tensor k, Tensor v, Tensor bounds, float? scaling, float softcap, Tensor? sink) -> Tensor",
-    tags=_TAGS,
+_OPERATIONS: tuple[tuple[str, str, Callable[..., torch.Tensor], Callable[..., torch.Tensor]], ...] = (
+    (
+        "bounded_attention",
+        "(Tensor q, Tensor k, Tensor v, Tensor bounds, float? scaling, float softcap, Tensor? sink) -> Tensor",
+        _attention,
+        _fake,
+    ),
+    ("dense_mask", "(Tensor bounds, SymInt keys) -> Tensor", _dense_mask, _fake_mask),
 )
-torch.library.impl(_NAME, "CompositeExplicitAutograd", _attention)
-torch.library.register_fake(_NAME, _fake)
+for _name, _schema, _run, _shape in _OPERATIONS:
+    torch.library.define(f"fa4_prefixlm::{_name}", _schema, tags=_TAGS)
+    torch.library.impl(f"fa4_prefixlm::{_name}", "CompositeExplicitAutograd", _run)
+    torch.library.register_fake(f"fa4_prefixlm::{_name}", _shape)

@@ -27,6 +27,9 @@ from fa4_prefixlm.runtime.plans import Plan, plan_for
 FLEX_FROM = 2048
 WIDEST_OF_FA4 = 256
 
+# What models give their attention function that changes scores, or says which there are, and nothing here takes.
+OTHER_SCORES = ("indices", "block_indices", "sinks")
+
 Output = tuple[torch.Tensor, None]
 
 
@@ -94,6 +97,12 @@ def attention(
     """
     if dropout:
         raise InputError("attention_dropout", "0.0: no kernel of this library drops weights out", dropout)
+    for name in OTHER_SCORES:
+        if kwargs.get(name) is not None:
+            expected = "None: no kernel of this library, nor SDPA, takes it (attn_implementation='eager' may)"
+            raise UnsupportedError(name, expected, type(kwargs[name]).__name__)
+    if kwargs.get("output_attentions"):
+        warn_once("fa4_prefixlm: there are no attention weights to return; attn_implementation='eager' has them")
     query, key, value = _in_autocast(query, key, value)
     call = Call(module, query, key, value, scaling, float(softcap or 0.0), s_aux, is_causal, kwargs)
     if attention_mask is None:
@@ -104,11 +113,8 @@ def attention(
     if attention_mask.dtype != torch.int32:
         return dense(call, attention_mask)
     width = attention_mask.shape[-1] if attention_mask.ndim == 4 else 0
-    if (
-        attention_mask.shape[:3] != (query.shape[0], 1, query.shape[2])
-        or width % 2
-        or not 2 <= width <= 2 * MOST_INTERVALS
-    ):
+    rows_fit = attention_mask.shape[:3] == (query.shape[0], 1, query.shape[2])
+    if not rows_fit or width not in (2, 2 * MOST_INTERVALS):
         expected = f"row bounds {(query.shape[0], 1, query.shape[2], '2 n')}, as its mask function returned them"
         hint = "does the model change its masks? A dense mask of your own is bool or floating point"
         raise InputError("attention_mask", f"{expected} ({hint})", f"int32 {tuple(attention_mask.shape)}")
@@ -117,14 +123,21 @@ def attention(
         keys = key.shape[2]
         return dense(
             call,
-            masks.visible(attention_mask, keys) if in_graph else masks.found(attention_mask, keys).as_dense(),
+            torch.ops.fa4_prefixlm.dense_mask(attention_mask, keys)
+            if in_graph
+            else masks.found(attention_mask, keys).as_dense(),
         )
-    return _in_graph(call, attention_mask) if in_graph else _bounded(call, attention_mask)
+    if in_graph:
+        return _in_graph(call, attention_mask)
+    flex = not call.needs_grad and query.shape[2] >= FLEX_FROM
+    return under(call, attention_mask, masks.known(attention_mask, key.shape[2]), flex=flex)
 
 
-def _bounded(call: Call, bounds: torch.Tensor) -> Output:
-    """Under row bounds, with a plan that all layers of the kind share."""
-    record = masks.known(bounds, call.key.shape[2])
+def under(call: Call, bounds: torch.Tensor, record: Record, *, flex: bool) -> Output:
+    """Under row bounds that were read, with a plan that all layers of the kind share.
+
+    flex: FlexAttention may run head dims that FA4 lacks.
+    """
     bounds = record.in_several() if record.uses_several else bounds
     assert record.seen is not None
     if record.seen.overflow:
@@ -134,7 +147,6 @@ def _bounded(call: Call, bounds: torch.Tensor) -> Output:
         )
         return dense(call, record.as_dense())
     q, k, v = call.packed(max(1, record.seen.end))
-    flex = not call.needs_grad and q.shape[1] >= FLEX_FROM
     made = plan_of(record, bounds.squeeze(1), describe(q, k, v), flex=flex)
     if isinstance(made, str):
         # transformers' flex_attention does not train wider heads on an H100 either: no configuration fits its memory.
@@ -199,7 +211,7 @@ def _without_a_kernel(record: Record, call: Call) -> tuple[torch.Tensor | None, 
 def _in_graph(call: Call, bounds: torch.Tensor) -> Output:
     """What `torch.compile` traces: an operation that makes the eager call; with gradients, SDPA."""
     if call.needs_grad:
-        return dense(call, masks.visible(bounds, call.key.shape[2]))
+        return dense(call, torch.ops.fa4_prefixlm.dense_mask(bounds, call.key.shape[2]))
     out = torch.ops.fa4_prefixlm.bounded_attention(
         *call.packed(),
         bounds,

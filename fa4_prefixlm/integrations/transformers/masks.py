@@ -10,11 +10,12 @@ import contextlib
 import functools
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
+import transformers
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import masking_utils
 
@@ -33,6 +34,7 @@ from fa4_prefixlm.integrations.transformers.mask_functions import (
 from fa4_prefixlm.integrations.transformers.row_bounds import Grid, NotIntervals, bounds_of, first_runs
 from fa4_prefixlm.integrations.transformers.row_runs import bounds_of_runs
 from fa4_prefixlm.integrations.transformers.row_terms import FAR, ids_of, real_of, terms_of
+from fa4_prefixlm.masks.interval_lists import EMPTY_HI, EMPTY_LO
 from fa4_prefixlm.runtime.plans import Plan
 
 # A forward of this few queries (decoding, the candidates of assisted decoding) runs SDPA under SDPA's own mask: no
@@ -191,10 +193,11 @@ def mask(
         kv)`, for up to 16 queries; eager attention's, in `dtype`, of a mask that looks both ways by a function which
         is not transformers' own; or None where every query sees every key.
 
-    Raises:
-        RuntimeError: in a graph of `torch.compile`, where it runs, if a row sees more than 4 runs of keys (on a GPU, an
-            assertion there).
+    Models that calculate with their masks (transformers has neither SDPA nor FlexAttention for them) get eager
+    attention's, and `torch.jit.trace` SDPA's, for a trace would keep a plan of the one batch that it saw.
     """
+    if isinstance(q_offset, torch.Tensor) and not torch.compiler.is_compiling():
+        q_offset = q_offset.clone()  # the cache's own, which its first layer moves on; some masks are made after that
     sizes: Sizes = {
         "batch_size": batch_size,
         "q_length": q_length,
@@ -210,6 +213,10 @@ def mask(
     local = kwargs.get("local_size")  # of a window that looks both ways, which may be narrower than the keys
     if allow_is_bidirectional_skip and attention_mask is None and (local is None or kv_length < local):
         return None
+    if calculates_with_masks(type(kwargs.get("config")).__name__):
+        return masking_utils.eager_mask(**{**kwargs, **sizes})
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return _dense(sizes)
     if torch.compiler.is_compiling():
         return _dense(sizes) if q_length <= FEW_QUERIES else _evaluated(sizes)
     expression = read(mask_function)
@@ -227,6 +234,35 @@ def mask(
     with _lock:
         _records[bounds] = Record(kv_length, reading, functools.partial(_dense, sizes), general)
     return bounds
+
+
+@torch.compiler.assume_constant_result
+def calculates_with_masks(config: str) -> bool:
+    """Models of this configuration class do arithmetic on their masks, or put others beside them.
+
+    They are those that transformers has neither SDPA nor FlexAttention for, whose masks are not added to scores either.
+    """
+    known = _calculates.get(config)
+    if known is None:
+        models = [own for own in _below(transformers.PreTrainedModel) if config in _configurations(own)]
+        takes = any(own._supports_sdpa or own._supports_flex_attn for own in models)
+        known = _calculates[config] = bool(models) and not takes
+    return known
+
+
+_calculates: dict[str, bool] = {}
+
+
+def _below(base: Any) -> Iterator[Any]:
+    for own in base.__subclasses__():
+        yield own
+        yield from _below(own)
+
+
+def _configurations(model: Any) -> list[str]:
+    """Names of the classes that a model is configured by."""
+    own: Any = model.config_class
+    return [each.__name__ for each in (get_args(own) or (own,)) if isinstance(each, type)]
 
 
 def known(bounds: torch.Tensor, kv_length: int) -> Record:
@@ -250,7 +286,9 @@ def known(bounds: torch.Tensor, kv_length: int) -> Record:
         read_back(list(waiting.values()))
     assert record.seen is not None
     if record.seen.overflow and record.general is not None and not record.uses_several:
-        record.read, record.uses_several = _to_read(record.in_several().squeeze(1)), True
+        read = _to_read(record.in_several().squeeze(1))
+        with _lock:
+            record.read, record.uses_several = read, True
         read_back([record])
     return record
 
@@ -261,22 +299,57 @@ def found(bounds: torch.Tensor, kv_length: int) -> Record:
         record = _records.get(bounds) or _of_same_memory(bounds)
         if record is None:
             record = _records[bounds] = _of_some_rows(bounds) or record_of(bounds, kv_length)
-    if record.kv_length != kv_length:
-        expected = f"{record.kv_length} keys, as the mask was made for"
-        raise InputError("key", f"{expected} (a cache that returns other keys can't be run exactly)", kv_length)
+    _check_keys(record, kv_length)
     return record
 
 
+def made_here(bounds: torch.Tensor, kv_length: int) -> Record | None:
+    """What belongs to `bounds` where eager code made them, and they are alive; None for a graph's own, and copies."""
+    with _lock:
+        record = _records.get(bounds) or _of_same_memory(bounds)
+    if record is not None:
+        _check_keys(record, kv_length)
+    return record
+
+
+def _check_keys(record: Record, kv_length: int) -> None:
+    if record.kv_length != kv_length:
+        expected = f"{record.kv_length} keys, as the mask was made for"
+        raise InputError("key", f"{expected} (a cache that returns other keys can't be run exactly)", kv_length)
+
+
 def record_of(bounds: torch.Tensor, kv_length: int) -> Record:
-    """What belongs to bounds of which nothing else is known; not read yet."""
+    """What belongs to bounds of which nothing else is known; not read yet.
+
+    Raises:
+        InputError: they are no bounds: a model has put something beside them, or padded them.
+    """
+    if bounds.shape[3] > 2:
+        refuse_others(bounds)
     same = bounds.detach()  # another object: the record must not keep what it is found by
+    return Record(kv_length, _to_read(bounds.squeeze(1)), lambda: alone(same, kv_length))
 
-    def dense() -> torch.Tensor:
-        if bool((same == NO_GOOD).any()):
-            raise InputError("attention_mask", "a mask as it was made, or its last rows", "another part of one")
-        return visible(same, kv_length)
 
-    return Record(kv_length, _to_read(bounds.squeeze(1)), dense)
+def alone(bounds: torch.Tensor, kv_length: int) -> torch.Tensor:
+    """`visible` of bounds of which nothing else is known. Waits for the device.
+
+    Raises:
+        InputError: they are no bounds, or do not hold what rows see.
+    """
+    refuse_others(bounds)
+    return visible(bounds, kv_length)
+
+
+def refuse_others(bounds: torch.Tensor) -> None:
+    """Raise `InputError` for what is not the bounds of a mask whose rows see no more runs of keys than those hold."""
+    lo, hi = bounds.chunk(2, dim=3)
+    fine = lo != NO_GOOD
+    if bounds.shape[3] > 2:
+        fine &= ((lo >= 0) & (lo < hi)) | ((lo == EMPTY_LO) & (hi == EMPTY_HI))
+    if not bool(fine.all()):
+        expected = f"a mask as the mask function made it, of at most {MOST_INTERVALS} runs of keys a row"
+        hint = "a copy or a part of a mask, one that a model changed, or one of more runs in a graph of torch.compile"
+        raise InputError("attention_mask", f"{expected} (run this batch without torch.compile)", hint)
 
 
 def _of_some_rows(bounds: torch.Tensor) -> Record | None:
@@ -315,7 +388,11 @@ def _of_same_memory(bounds: torch.Tensor) -> Record | None:
 def read_back(waiting: list[Record]) -> None:
     """Read what the records wait for, all at once: the one time that a forward waits for the device."""
     for own in waiting:
-        own.seen = Seen.of(own.read.numbers())
+        read = own.read
+        seen = Seen.of(read.numbers())
+        with _lock:
+            if own.read is read:  # else another thread is at its several intervals already
+                own.seen = seen
 
 
 def visible(bounds: torch.Tensor, kv_length: int) -> torch.Tensor:
@@ -428,13 +505,7 @@ def _evaluated(sizes: Sizes) -> torch.Tensor:
         overflows.append(overflow.any())
         begin += rows
     bounds = torch.cat([torch.cat(los, dim=1), torch.cat(his, dim=1)], dim=2)
-    overflow = torch.stack(overflows).any()
-    if torch.compiler.is_compiling():
-        torch._assert_async(
-            overflow.logical_not(),
-            "fa4_prefixlm: a row sees more runs of keys than bounds hold; run this batch without torch.compile",
-        )
-    return _marked(bounds, overflow)
+    return _marked(bounds, torch.stack(overflows).any())
 
 
 def _to_read(bounds: torch.Tensor) -> Reading:
