@@ -8,5 +8,5 @@ from fa4_prefixlm.masks.base import Mask
 
 
 def sliding_window(tokens: int, argument: str = "window") -> Mask:
-    """`window(tokens)`. A layer without a window is a global one: None is a mistake here. argument: as errors name it."""
+    """`window(tokens)`; a layer without a window is a global one: None is a mistake here. argument: for errors."""
     return window(whole_number(argument, tokens, "a positive number of tokens", least=1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 import warnings
@@ -15,8 +16,9 @@ transformers = pytest.importorskip("transformers", minversion="5.23")
 import fa4_prefixlm as fp  # noqa: E402
 import fa4_prefixlm.integrations.transformers as integration  # noqa: E402
 from fa4_prefixlm.backends.reference import Dense  # noqa: E402
+from fa4_prefixlm.errors import UnsupportedError  # noqa: E402
 from fa4_prefixlm.integrations.transformers import layer_attention as attention_module  # noqa: E402
-from fa4_prefixlm.integrations.transformers import row_bounds, row_runs  # noqa: E402
+from fa4_prefixlm.integrations.transformers import masks, row_bounds, row_runs  # noqa: E402
 from tests.integrations import tiny_models  # noqa: E402
 from tests.integrations.tiny_models import CACHE, NAME, NAMES, WITH_WINDOW, inputs, logits, model, text_model, types_of  # noqa: E402
 
@@ -448,3 +450,74 @@ def test_versions(version: str, says: str) -> None:
     assert done.returncode
     assert says in done.stderr
     assert version in done.stderr
+
+
+@pytest.mark.parametrize("name", ["molmo2", "gemma3", "paligemma"])
+def test_a_static_cache_that_is_filled_again_and_in_chunks(name: str) -> None:
+    """With rows that see several runs of keys: their mask is made once the first layer has moved the cache on."""
+    made = model(name)
+    given = inputs(name, types_of(name, [[(3, 12), (20, 30)]], 60))
+    if name != "molmo2":  # a hole in the padding
+        given["attention_mask"] = torch.ones(1, 60, dtype=torch.long)
+        given["attention_mask"][:, 32:36] = 0
+    real = given.get("attention_mask", torch.ones(1, 60))[0] == 1
+    found = []
+    for attention in ("eager", NAME):
+        made.set_attn_implementation(attention)
+        cache = transformers.StaticCache(config=made.config.get_text_config(), max_cache_len=70)
+        with torch.no_grad():
+            made(**copy.deepcopy(given), **{CACHE: cache})
+            cache.reset()
+            found.append(made(**copy.deepcopy(given), **{CACHE: cache}).logits[0][real])
+    close(found[1], found[0])
+
+
+@pytest.mark.parametrize("rows", [10, 40])
+def test_models_that_calculate_with_their_masks(rows: int) -> None:
+    """Bloom adds its mask to scores itself, so it gets eager attention's."""
+    config = transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)
+    made = [
+        transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=attention).eval()
+        for attention in ("eager", NAME)
+    ]
+    made[1].load_state_dict(made[0].state_dict())
+    tokens = torch.randint(64, (2, rows), generator=torch.Generator().manual_seed(0))
+    real = torch.ones(2, rows, dtype=torch.long)
+    real[1, :4] = 0
+    with torch.no_grad():
+        eager, ours = (own(input_ids=tokens, attention_mask=real).logits[real == 1] for own in made)
+    close(ours, eager)
+
+
+@pytest.mark.parametrize("name", ["indices", "block_indices", "sinks"])
+def test_what_would_be_dropped_is_refused(name: str) -> None:
+    """A choice of keys, or sinks by another name, which a model gives its attention function."""
+    q = torch.randn(1, 2, 20, 16)
+    with pytest.raises(UnsupportedError, match=f"^{name}: expected None"):
+        integration.attention(torch.nn.Module(), q, q, q, None, **{name: torch.zeros(2)})
+
+
+def test_weights_that_are_not_there_are_told() -> None:
+    masks._warned.clear()
+    q = torch.randn(1, 2, 20, 16)
+    with pytest.warns(UserWarning, match="no attention weights"):
+        integration.attention(torch.nn.Module(), q, q, q, None, output_attentions=True)
+
+
+def test_a_trace_runs_batches_with_other_padding() -> None:
+    made = text_model("llama")
+    tokens = torch.randint(8, 60, (2, 40), generator=torch.Generator().manual_seed(0))
+    first, other = torch.ones(2, 40, dtype=torch.long), torch.ones(2, 40, dtype=torch.long)
+    first[0, :5], other[1, :9] = 0, 0
+
+    class Logits(torch.nn.Module):
+        def forward(self, tokens: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+            return made(input_ids=tokens, attention_mask=real, use_cache=False).logits
+
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made.set_attn_implementation(NAME)
+        traced = torch.jit.trace(Logits(), (tokens, first), check_trace=False)
+        found = traced(tokens, other)[other == 1]
+        made.set_attn_implementation("eager")
+        close(found, Logits()(tokens, other)[other == 1])
