@@ -299,7 +299,7 @@ def measure(
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 result.error = error_of(run_with(name))
-            result.note = "; ".join(str(own.message) for own in caught if "fa4_prefixlm" in str(own.message))
+            result.note = "; ".join(str(own.message) for own in caught if str(own.message).startswith("fa4_prefixlm: "))
         except Exception as raised:  # what does not run is a result too
             result.note = f"{type(raised).__name__}: {raised}"[:200]
         free()

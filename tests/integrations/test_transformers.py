@@ -452,7 +452,7 @@ def test_versions(version: str, says: str) -> None:
     assert version in done.stderr
 
 
-@pytest.mark.parametrize("name", ["molmo2", "gemma3", "paligemma"])
+@pytest.mark.parametrize("name", ["molmo2", "gemma3", "paligemma2"])
 def test_a_static_cache_that_is_filled_again_and_in_chunks(name: str) -> None:
     """With rows that see several runs of keys: their mask is made once the first layer has moved the cache on."""
     made = model(name)
@@ -505,8 +505,8 @@ def test_weights_that_are_not_there_are_told() -> None:
 
 
 def test_a_trace_runs_batches_with_other_padding() -> None:
-    made = text_model("llama")
-    tokens = torch.randint(8, 60, (2, 40), generator=torch.Generator().manual_seed(0))
+    made = text_model("llama").requires_grad_(False)
+    tokens = torch.randint(made.config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
     first, other = torch.ones(2, 40, dtype=torch.long), torch.ones(2, 40, dtype=torch.long)
     first[0, :5], other[1, :9] = 0, 0
 
