@@ -161,9 +161,21 @@ def mask_times() -> str:
     return across(cells, "mask", columns=sorted(paths, key=lambda path: path.startswith("FlexAttention")))
 
 
+def mask_work() -> str:
+    """Of `flex` and FlexAttention: milliseconds of a call, and microseconds that the GPU works in it."""
+    content = kept("h100-masks-flex")
+    cells: Cells = {}
+    for row in content["results"]:
+        cells.setdefault((row["workload"],), {})[f"{row['path']}, ms"] = f"{row['ms']:.3f}"
+    for work in content["gpu_us"]:
+        cells[(work["workload"],)] |= {f"{path}, GPU us": f"{us:.0f}" for path, us in work.items() if path != "workload"}
+    paths = ("flex", "FlexAttention, its own block mask")
+    return across(cells, "mask", columns=[f"{path}, {unit}" for unit in ("ms", "GPU us") for path in paths])
+
+
 def mask_plans() -> str:
     """Milliseconds to plan `flex`, and to make FlexAttention's own block mask."""
-    plans = kept("h100-masks")["plan_ms"]
+    plans = kept("h100-masks-flex")["plan_ms"]
     header = [name for name in plans[0] if name != "workload"]
     rows = [[own["workload"], *(f"{own[name]:.2f}" for name in header)] for own in plans]
     return "\n".join(markdown(["mask", *header], rows))
@@ -175,7 +187,7 @@ QUOTED = {
     "docs/transformers.md": (transformers_prefill, transformers_training, transformers_gemma4),
     "docs/training.md": (backward_times, training_steps),
     "docs/host_time.md": (host_times,),
-    "docs/other_kernels.md": (mask_times, mask_plans),
+    "docs/other_kernels.md": (mask_times, mask_work, mask_plans),
 }
 
 if __name__ == "__main__":
