@@ -230,9 +230,11 @@ def _pairs(argument: str, spans: object) -> SequenceSpans:
     for index, pair in enumerate(spans):
         try:
             start, end = pair
-            if isinstance(start, bool) or isinstance(end, bool):
-                raise TypeError
-            pairs.append((operator.index(start), operator.index(end)))
+            if type(start) is not int or type(end) is not int:  # the usual case needs nothing more
+                if isinstance(start, bool) or isinstance(end, bool):
+                    raise TypeError
+                start, end = operator.index(start), operator.index(end)
+            pairs.append((start, end))
         except (TypeError, ValueError):
             raise InputError(f"{argument}[{index}]", "a pair of integers (start, end)", _hinted(pair)) from None
     return tuple(pairs)
