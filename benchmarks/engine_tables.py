@@ -168,7 +168,8 @@ def mask_work() -> str:
     for row in content["results"]:
         cells.setdefault((row["workload"],), {})[f"{row['path']}, ms"] = f"{row['ms']:.3f}"
     for work in content["gpu_us"]:
-        cells[(work["workload"],)] |= {f"{path}, GPU us": f"{us:.0f}" for path, us in work.items() if path != "workload"}
+        name = work.pop("workload")
+        cells[(name,)] |= {f"{path}, GPU us": f"{us:.0f}" for path, us in work.items()}
     paths = ("flex", "FlexAttention, its own block mask")
     return across(cells, "mask", columns=[f"{path}, {unit}" for unit in ("ms", "GPU us") for path in paths])
 
