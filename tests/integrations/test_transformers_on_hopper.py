@@ -11,8 +11,8 @@ pytest.importorskip("flash_attn.cute")
 
 import fa4_prefixlm.integrations.transformers  # noqa: F401
 from fa4_prefixlm.batch.tensors import describe
-from fa4_prefixlm.integrations.transformers import compiled, masks
 from fa4_prefixlm.integrations.transformers import layer_attention as attention_module
+from fa4_prefixlm.integrations.transformers import masks
 from fa4_prefixlm.integrations.transformers.masks import Record, Seen
 from fa4_prefixlm.runtime.bounded_plans import BoundedBatch
 from fa4_prefixlm.runtime.plans import Plan
@@ -149,8 +149,8 @@ def test_sdpa_in_a_graph_has_groups_of_heads(
     monkeypatch: pytest.MonkeyPatch, heads: tuple[int, int], softcap: float
 ) -> None:
     """Where no kernel takes the layer; some are taken by SDPA, some by plain torch."""
-    monkeypatch.setattr(compiled, "plan_of", lambda *_: "no kernel")
-    monkeypatch.setattr(compiled, "warn_once", lambda _: None)
+    monkeypatch.setattr(attention_module, "plan_of", lambda *_, **__: "no kernel")
+    monkeypatch.setattr(attention_module, "warn_once", lambda _: None)
     q, (k, v) = torch.randn(2, 20, heads[0], 16), (torch.randn(2, 20, heads[1], 16) for _ in range(2))
     bounds = masks.mask(2, 20, 20, device="cpu")
     assert bounds is not None
