@@ -22,6 +22,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from fa4_prefixlm.batch.integers import whole_number
 from fa4_prefixlm.errors import InputError
 from fa4_prefixlm.fa4.builds import locate
 from fa4_prefixlm.fa4.kernels import disk_cache
@@ -157,14 +158,12 @@ def _trouble(arguments: argparse.Namespace) -> str | None:
 def _shape(arguments: argparse.Namespace) -> Shape:
     """What was asked for. Raises `InputError`."""
     for name in ("head_dim", "head_dim_v", "heads", "kv_heads", "page_size", "sms"):
-        given = getattr(arguments, name)
-        if given is not None and given < 1:
-            raise InputError(f"--{name.replace('_', '-')}", "a positive number", given)
+        if getattr(arguments, name) is not None:
+            whole_number(f"--{name.replace('_', '-')}", getattr(arguments, name), "a positive number", least=1)
     if arguments.heads % arguments.kv_heads:
         raise InputError("--heads", f"a multiple of --kv-heads = {arguments.kv_heads}", arguments.heads)
     for window in arguments.window or []:
-        if window < 0:
-            raise InputError("--window", "a number of tokens, 0 for layers without a window", window)
+        whole_number("--window", window, "a number of tokens, 0 for layers without a window")
     if not (math.isfinite(arguments.softcap) and arguments.softcap >= 0):
         raise InputError("--softcap", "a number of at least 0, 0 for layers without one", arguments.softcap)
     if arguments.sms is not None and arguments.arch is None:

@@ -45,10 +45,11 @@ def _attention(
     module.num_key_value_groups = q.shape[2] // k.shape[2]  # type: ignore[assignment]
     query, key, value = (own.transpose(1, 2) for own in (q, k, v))
     call = Call(module, query, key, value, scaling, softcap, sink, None, {})
-    if masks.made_here(bounds, k.shape[1]) is not None:
-        return under(call, bounds, masks.known(bounds, k.shape[1]), flex=False)[0]
-    kept = _kept(bounds, k.shape[1])
-    return under(call, kept.bounds, kept.record, flex=False)[0]
+    record = masks.made_here(bounds, k.shape[1])
+    if record is None:
+        kept = _kept(bounds, k.shape[1])
+        bounds, record = kept.bounds, kept.record
+    return under(call, bounds, masks.waited_for(record), flex=False)[0]
 
 
 def _kept(bounds: torch.Tensor, keys: int) -> _Kept:
@@ -69,9 +70,10 @@ def _kept(bounds: torch.Tensor, keys: int) -> _Kept:
 
 def _dense_mask(bounds: torch.Tensor, keys: int) -> torch.Tensor:
     """The mask as SDPA has it, a copy, for a graph writes where it likes."""
-    if masks.made_here(bounds, keys) is None:
+    record = masks.made_here(bounds, keys)
+    if record is None:
         return masks.alone(bounds, keys)
-    record = masks.known(bounds, keys)
+    record = masks.waited_for(record)
     assert record.seen is not None
     if record.seen.overflow:
         made = record.as_dense().expand(len(bounds), 1, bounds.shape[2], keys)

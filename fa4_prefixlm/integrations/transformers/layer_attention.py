@@ -141,11 +141,12 @@ def under(call: Call, bounds: torch.Tensor, record: Record, *, flex: bool) -> Ou
     bounds = record.in_several() if record.uses_several else bounds
     assert record.seen is not None
     if record.seen.overflow:
+        mask = record.as_dense()  # or there is none, and nothing to warn of
         warn_once(
             f"fa4_prefixlm: a row of the mask may see more than {bounds.shape[3] // 2} runs of keys, which its kernels "
             "do not take: SDPA runs such batches, under its own dense mask"
         )
-        return dense(call, record.as_dense())
+        return dense(call, mask)
     q, k, v = call.packed(max(1, record.seen.end))
     made = plan_of(record, bounds.squeeze(1), describe(q, k, v), flex=flex)
     if isinstance(made, str):

@@ -196,8 +196,6 @@ def mask(
     Models that calculate with their masks (transformers has neither SDPA nor FlexAttention for them) get eager
     attention's, and `torch.jit.trace` SDPA's, for a trace would keep a plan of the one batch that it saw.
     """
-    if isinstance(q_offset, torch.Tensor) and not torch.compiler.is_compiling():
-        q_offset = q_offset.clone()  # the cache's own, which its first layer moves on; some masks are made after that
     sizes: Sizes = {
         "batch_size": batch_size,
         "q_length": q_length,
@@ -225,6 +223,10 @@ def mask(
         return masking_utils.eager_mask(**{**kwargs, **sizes})
     if q_length <= FEW_QUERIES:
         return _dense(sizes)
+    if isinstance(
+        q_offset, torch.Tensor
+    ):  # the cache's own, which its first layer moves on, before some masks are made
+        sizes["q_offset"] = q_offset.clone()
     in_several = functools.partial(_bounds, expression, sizes)
     try:
         (bounds, reading), general = _one_interval(expression, sizes), in_several
@@ -242,12 +244,12 @@ def calculates_with_masks(config: str) -> bool:
 
     They are those that transformers has neither SDPA nor FlexAttention for, whose masks are not added to scores either.
     """
-    known = _calculates.get(config)
-    if known is None:
+    calculates = _calculates.get(config)
+    if calculates is None:
         models = [own for own in _below(transformers.PreTrainedModel) if config in _configurations(own)]
         takes = any(own._supports_sdpa or own._supports_flex_attn for own in models)
-        known = _calculates[config] = bool(models) and not takes
-    return known
+        calculates = _calculates[config] = bool(models) and not takes
+    return calculates
 
 
 _calculates: dict[str, bool] = {}
@@ -278,7 +280,11 @@ def known(bounds: torch.Tensor, kv_length: int) -> Record:
     Raises:
         InputError: the mask is for another number of keys.
     """
-    record = found(bounds, kv_length)
+    return waited_for(found(bounds, kv_length))
+
+
+def waited_for(record: Record) -> Record:
+    """The record, with what was read of its mask. See `known`."""
     if record.seen is None:
         device = record.read.device
         with _lock:

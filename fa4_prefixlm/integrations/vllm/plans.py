@@ -22,6 +22,7 @@ import torch
 
 from fa4_prefixlm.backends.flex import Flex
 from fa4_prefixlm.backends.reference import Reference
+from fa4_prefixlm.batch.tensors import DTYPES
 from fa4_prefixlm.device_checks import to_device
 from fa4_prefixlm.errors import InputError, UnsupportedError
 from fa4_prefixlm.fa4.builds import locate
@@ -33,9 +34,6 @@ from fa4_prefixlm.runtime.public_call import attention
 from fa4_prefixlm.runtime.serving_plans import ServingPlan, serving_plan
 
 VENDORED = "vllm.vllm_flash_attn.cute"
-
-# Of queries and cache. The last two are for the reference.
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 MMRanges = Mapping[int, Sequence[tuple[int, int]]]
 HostIntegers = torch.Tensor | Sequence[int]
