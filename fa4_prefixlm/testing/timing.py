@@ -1,4 +1,5 @@
-"""Times of several ways to do the same, measured in turns: comparable within one call of `time_in_rounds`.
+"""Times of several ways to do the same, measured in turns: comparable within one call of `time_in_rounds`. And what the
+GPU works in a call, by torch's profiler (`gpu_work`), which a slow host does not change.
 
 Times are CUDA events around a batch of calls. A GPU that comes from lighter work has power to spare, and one that comes
 from heavier work is throttled: so before each batch the same path runs for as long, and the order is balanced: each
