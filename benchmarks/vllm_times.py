@@ -5,15 +5,16 @@ GPU and take turns: each round times every workload on every backend, in another
 others are stopped. Times are wall clock: the median of the rounds, and their spread.
 
 - first token: one request, or eight mixed ones, until all have their first token; nothing is in the prefix cache.
-- decode: tokens a second of all requests, at the median of the steps in which all of them decode; and microseconds of a
-  step in the fastest four in a row, whose best round is what a host alone with the engine would give.
+- decode: tokens a second of all requests, at the median of the steps in which all of them decode; microseconds of a
+  step in the fastest four in a row, whose best round is what a host alone with the engine would give; and the calls of
+  functions, Python's and C's, in a step of the whole engine: what a backend adds to the host's work, wherever it does,
+  and the same number on a slow host.
 - GPU: what the GPU works in the prefill of all requests, and in one decoding step of them: the sum of its kernels and
   copies as torch's profiler has them. With the host's time, this says what a backend adds where wall clock is too
   noisy to.
 - host: what a step spends in the backend's own Python, its builders and its layers, in decoding and in steps that
   each prefill an image beside seven requests that decode, the median of them. Of the layers only what is not in a CUDA
-  graph. And the calls of functions, Python's and C's, in a decoding step of the whole engine: what a backend adds to
-  the host's work, wherever it does, and the same number on a slow host.
+  graph.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ TINY_PIXELS = 112
 class Steps:
     """How many of each kind are measured.
 
-    decoding: of a request. profiled: of them, for the GPU's work. settling, host: of them, for the host's time.
-    counted: of them, for the calls of functions. mixed: that prefill an image.
+    decoding: of a request, timed. profiled: of them, for the GPU's work. settling, host: of them, for the host's time.
+    counted: after them, for the calls of functions. mixed: that prefill an image.
     """
 
     decoding: int = 64
@@ -358,19 +359,29 @@ class Worker:
         """The median step, and the fastest few in a row: others on the host only make steps longer."""
         self._generate(asks, 1)  # the prompts are in the prefix cache now
         for one in asks:
-            self._add(one, self._steps.decoding + 1)
+            self._add(one, self._steps.decoding + self._steps.counted + self._steps.settling)
         ended: list[tuple[float, int]] = []  # when a step was over, and the tokens by then
-        while self._engine.llm_engine.has_unfinished_requests():
+        while len(ended) <= self._steps.decoding and self._engine.llm_engine.has_unfinished_requests():
             outputs = self._step()
             if len(outputs) == len(asks):  # all decode; a step may as well only hand work on
                 ended.append((time.perf_counter(), sum(len(output.outputs[0].token_ids) for output in outputs)))
+        calls = self._calls_of_functions()
+        self._finish()
         steps = [later - sooner for (sooner, _), (later, _) in itertools.pairwise(ended)]
         assert len(steps) >= self._steps.decoding // 2, f"{len(steps)} steps in which all requests decode"
         fastest = min(later - sooner for (sooner, _), (later, _) in zip(ended, ended[IN_A_ROW:], strict=False))
         return {
             "tokens/s": (ended[-1][1] - ended[0][1]) / len(steps) / statistics.median(steps),
             "fastest steps, us a step": 1e6 * fastest / IN_A_ROW,
+            "calls of functions a step": calls,
         }
+
+    def _calls_of_functions(self) -> float:
+        """Of a step of the whole engine."""
+        with cProfile.Profile() as profile:
+            for _ in range(self._steps.counted):
+                self._step()
+        return sum(own.callcount for own in profile.getstats()) / self._steps.counted
 
     def _gpu(self, asks: list[dict[str, Any]]) -> dict[str, float]:
         with profile_gpu() as prefill:
@@ -401,11 +412,6 @@ class Worker:
             self._step()
         torch.cuda.synchronize() if torch.cuda.is_available() else None
         found = {f"decoding: {name}": value for name, value in self._clock.a_step().items()}
-        with cProfile.Profile() as profile:
-            for _ in range(self._steps.counted):
-                self._step()
-        called = sum(own.callcount for own in profile.getstats())
-        found["decoding: calls of functions a step"] = called / self._steps.counted
         mixed = []
         for one in later:
             self._clock.reset()
