@@ -99,8 +99,12 @@ def transformers_gemma4() -> str:
 
 
 def transformers_training() -> str:
+    return stack_table(kept("h100-transformers-training")["results"])
+
+
+def transformers_training_h200() -> str:
     """A table for each stack."""
-    results = kept("h100-transformers-training")["results"]
+    results = kept("h200-transformers-training")["results"]
     stacks = dict.fromkeys(row["stack"] for row in results)
     return "\n\n".join(stack_table([row for row in results if row["stack"] == name]) for name in stacks)
 
@@ -185,7 +189,12 @@ def mask_plans() -> str:
 # The page that quotes each.
 QUOTED = {
     "docs/vllm.md": (vllm_times, vllm_gpu_times, vllm_times_gemma4, vllm_errors, vllm_tensor_parallel),
-    "docs/transformers.md": (transformers_prefill, transformers_training, transformers_gemma4),
+    "docs/transformers.md": (
+        transformers_prefill,
+        transformers_training,
+        transformers_training_h200,
+        transformers_gemma4,
+    ),
     "docs/training.md": (backward_times, training_steps),
     "docs/host_time.md": (host_times,),
     "docs/other_kernels.md": (mask_times, mask_work, mask_plans),
