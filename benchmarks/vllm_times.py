@@ -2,7 +2,9 @@
 
 Widths of Gemma 3 4B and of Gemma 4, six layers (five local, one global). All backends' engines are up at once on one
 GPU and take turns: each round times every workload on every backend, in another order, while the processes of the
-others are stopped. Times are wall clock: the median of the rounds, and their spread.
+others are stopped. All do their host's work on the same few cores. Times are wall clock: the median of the rounds, and
+their spread. A backend can be named twice, as `FLASH_ATTN FLASH_ATTN:again`: two engines of one code, which differ by
+what wall clock can't tell here.
 
 - first token: one request, or eight mixed ones, until all have their first token; nothing is in the prefix cache.
 - decode: tokens a second of all requests, at the median of the steps in which all of them decode; microseconds of a
@@ -41,7 +43,8 @@ from fa4_prefixlm.testing.tables import columns
 from fa4_prefixlm.testing.timing import gpu_busy, profile_gpu
 
 OURS = "FA4_PREFIXLM"
-LEAST, MOST = 3, 9  # rounds
+LEAST, MOST = 3, 20  # rounds
+CORES = 4  # for what an engine's main thread does
 IN_A_ROW = 4  # decoding steps: a single one can be short because the one before it was late
 # Per model: a checkpoint's shape, and pixels of an image, which gives 256 tokens.
 _COMMON = {"heads": 8, "kv_heads": 4, "head_dim": 256, "layer_types": ["sliding_attention"] * 5 + ["full_attention"]}
@@ -199,13 +202,13 @@ def _start(kind: str, arguments: argparse.Namespace, folder: pathlib.Path) -> di
             job = Job(
                 folder=str(folder / kind),
                 result="",
-                backend=name,
+                backend=name.partition(":")[0],
                 mode=arguments.modes[0],
                 cpu=arguments.cpu,
                 tensor_parallel=arguments.tensor_parallel,
             )
             log = folder / f"time-{kind}-{name}.log"
-            processes[name] = job.start(log, [__file__, str(listener.address)]), log
+            processes[name] = job.start(log, [__file__, str(listener.address), name]), log
         waiting = dict(processes)
         while waiting and time.monotonic() - began < arguments.timeout:
             accepted = _accept(listener)
@@ -470,16 +473,17 @@ class Worker:
 
 
 def main() -> None:
-    """The process of an engine: JOB.json, then the address of the one who asks."""
+    """The process of an engine: the address of the one who asks, what to call itself there, and JOB.json."""
     sys.path.insert(0, os.fspath(pathlib.Path(__file__).resolve().parents[1]))
     from tests.integrations.vllm_engine.engine import read_job
 
     # Pickled there as a class of this module, which is `__main__` here.
     sys.modules["vllm_times"] = sys.modules["__main__"]
-    job = read_job(pathlib.Path(sys.argv[2]))
-    worker = Worker(job)
-    with Client(sys.argv[1], "AF_UNIX") as connection:
-        connection.send(job.backend)
+    address, name, file = sys.argv[1:]
+    worker = Worker(read_job(pathlib.Path(file)))
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])  # of this thread: those of torch keep theirs
+    with Client(address, "AF_UNIX") as connection:
+        connection.send(name)
         while True:
             workload, seed = connection.recv()
             connection.send(worker.measure(workload, seed))
