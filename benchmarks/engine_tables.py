@@ -58,6 +58,16 @@ def vllm_gpu_times() -> str:
     return engine_table(kept("h100-vllm-gpu-time")["results"], models=True)
 
 
+def vllm_decoding() -> str:
+    """Tokens a second, a step in the fastest four of all rounds, and a step's calls; one backend twice as a control."""
+    cells: Cells = {}
+    for row in kept("h200-vllm-decode")["results"]:
+        fastest, calls = row["fastest steps, us a step, best"], row["calls of functions a step"]
+        cell = f"{row['tokens/s']:.0f} tokens/s, {fastest:.0f} us, {calls:.0f} calls"
+        cells.setdefault((row["model"], row["workload"].removeprefix("decode, ")), {})[row["backend"]] = cell
+    return across(cells, "model", "decoding")
+
+
 def engine_table(results: list[dict[str, Any]], *, models: bool = False) -> str:
     """A row for each workload and unit, and model where asked for, and a column for each backend."""
     cells: Cells = {}
@@ -188,7 +198,14 @@ def mask_plans() -> str:
 
 # The page that quotes each.
 QUOTED = {
-    "docs/vllm.md": (vllm_times, vllm_gpu_times, vllm_times_gemma4, vllm_errors, vllm_tensor_parallel),
+    "docs/vllm.md": (
+        vllm_times,
+        vllm_gpu_times,
+        vllm_decoding,
+        vllm_times_gemma4,
+        vllm_errors,
+        vllm_tensor_parallel,
+    ),
     "docs/transformers.md": (
         transformers_prefill,
         transformers_training,
