@@ -25,7 +25,7 @@ from fa4_prefixlm.testing.batches import UGLY, Batch, random_batch, random_spans
 from fa4_prefixlm.testing.stages import sizes_of
 from tests.geometry.test_measured import random_expression
 from tests.kernels.test_plan_rows import masked_batch
-from tests.kernels.triton_processes import INTERPRETED, compile_for_hopper, run_interpreted
+from tests.kernels.triton_processes import INTERPRETED, compile_for_hopper, random_cases, run_interpreted
 
 pytest.importorskip("triton", reason="triton is not installed")
 from fa4_prefixlm.kernels import composed_rows as kernel
@@ -92,7 +92,7 @@ if INTERPRETED:
     @pytest.mark.parametrize("seed", range(10))
     def test_random_masks(seed: int) -> None:
         rng, count = random.Random(seed), 0
-        while count < 20:
+        while count < random_cases(20):
             mask, batch = random_expression(rng, depth=rng.choice([2, 3, 3, 4])), random_batch(rng, longest=400)
             count += check(mask, as_spans(rng, batch, mask.names), sizes_of(batch))
 
@@ -144,7 +144,7 @@ if INTERPRETED:
         """Of values that only the device knows: spans that the keys end within, which some masks look past."""
         refused = 0
         rng = random.Random(0)
-        while refused < 20:
+        while refused < random_cases(20):
             mask = random_expression(rng, depth=2)
             batch = Batch(((40, 60),), ((),))
             span = (rng.randint(10, 59), rng.choice([60, 61, 90, INT32_MAX]))

@@ -15,7 +15,7 @@ import fa4_prefixlm as fp
 from fa4_prefixlm.masks import causal, key_in, one_block, window
 from fa4_prefixlm.testing.batches import UGLY, Batch, random_batch
 from tests.kernels.cases import MASKS, TWO_SETS, same_lists, spans_of
-from tests.kernels.triton_processes import INTERPRETED, compile_for_hopper, run_interpreted
+from tests.kernels.triton_processes import INTERPRETED, compile_for_hopper, random_cases, run_interpreted
 
 pytest.importorskip("triton", reason="triton is not installed")
 from fa4_prefixlm.backends.flex import BLOCK, LEAST_BLOCKS, tables_by_torch, tables_in_one_launch
@@ -75,7 +75,7 @@ if INTERPRETED:
     @pytest.mark.parametrize("mask", [MORE[0], MORE[1], MORE[3], fp.PrefixLM(30)], ids=str)
     def test_lists_of_fa4(mask: fp.Mask, tile: tuple[int, int]) -> None:
         rng = random.Random(f"{mask}{tile}")
-        for _ in range(4):
+        for _ in range(random_cases(4)):
             check_lists(random_batch(rng, longest=900), mask, tile)
 
     @pytest.mark.parametrize("name", UGLY)
@@ -91,14 +91,14 @@ if INTERPRETED:
     @pytest.mark.parametrize("rows", [True, False])
     def test_closed_forms(mask: fp.Mask, rows: bool) -> None:
         rng = random.Random(str(mask))
-        for _ in range(3):
+        for _ in range(random_cases(3)):
             batch = random_batch(rng)
             check(batch, mask, spans_of(rng, batch, mask), rows=rows)
 
     @pytest.mark.parametrize("mask", MORE, ids=str)
     def test_other_masks(mask: fp.Mask) -> None:
         rng = random.Random(str(mask))
-        for _ in range(6):
+        for _ in range(random_cases(6)):
             check(random_batch(rng, longest=900), mask)
 
     @pytest.mark.parametrize("batch", UGLY.values(), ids=list(UGLY))

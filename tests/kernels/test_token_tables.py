@@ -26,7 +26,7 @@ from fa4_prefixlm.testing.batches import UGLY, Batch, random_batch
 from tests.geometry.test_measured import random_expression
 from tests.kernels.test_composed_rows import as_spans
 from tests.kernels.test_plan_rows import masked_batch
-from tests.kernels.triton_processes import INTERPRETED, compile_for_hopper, run_interpreted
+from tests.kernels.triton_processes import INTERPRETED, compile_for_hopper, random_cases, run_interpreted
 
 pytest.importorskip("triton", reason="triton is not installed")
 from fa4_prefixlm.kernels import token_tables
@@ -79,14 +79,14 @@ if INTERPRETED:
     @pytest.mark.parametrize("seed", range(12))
     def test_numbers_of_rules(seed: int) -> None:
         rng = random.Random(seed)
-        for _ in range(10):
+        for _ in range(random_cases(10)):
             mask, batch = random_expression(rng), random_batch(rng, longest=600)
             check_rule(batch, mask, as_spans(rng, batch, mask.names))
 
     @pytest.mark.parametrize("seed", range(12))
     def test_tags(seed: int) -> None:
         rng = random.Random(seed)
-        for _ in range(5):
+        for _ in range(random_cases(5)):
             batch = random_batch(rng, longest=600)
             check_tags(batch, as_spans(rng, batch, frozenset({"image"})), rng.choice([32, 128]))
 

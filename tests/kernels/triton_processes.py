@@ -14,6 +14,13 @@ import triton
 
 ROOT = pathlib.Path(__file__).parents[2]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# CI's machine has two cores, and the interpreter takes long: it gets a third of the random cases, of every seed.
+THOROUGH = os.environ.get("FA4_PREFIXLM_THOROUGH") == "1"
+
+
+def random_cases(thorough: int) -> int:
+    """How many to try, where `FA4_PREFIXLM_THOROUGH=1` tries so many."""
+    return thorough if THOROUGH else -(-thorough // 3)
 
 
 def run_interpreted(file: str, *options: str) -> None:
