@@ -133,6 +133,7 @@ def check_tiles(
 
 @settings(max_examples=250, deadline=None)
 @given(mask=expressions(), seed=st.integers(0, 2**32))
+@pytest.mark.slow
 def test_random_expressions(mask: fp.Mask, seed: int) -> None:
     rng = random.Random(seed)
     batch = random_batch(rng, longest=30)
