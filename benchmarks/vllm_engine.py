@@ -165,7 +165,8 @@ def main() -> int:
     parser.add_argument("what", choices=("exact", "time"))
     parser.add_argument("--save", type=pathlib.Path, metavar="FILE", help="keep the results as JSON")
     parser.add_argument("--models", nargs="+", default=["gemma3", "gemma4"], choices=tuple(SHAPES))
-    parser.add_argument("--backends", nargs="+", default=list(BACKENDS))
+    again = "time: one can be named again, as FLASH_ATTN:again, to see how far two engines of the same code differ"
+    parser.add_argument("--backends", nargs="+", default=list(BACKENDS), help=again)
     parser.add_argument("--modes", nargs="+", choices=tuple(MODES), help="exact: all by default; time: compile")
     parser.add_argument("--jobs", type=int, default=8, help="exact: engines at once on one GPU")
     parser.add_argument(

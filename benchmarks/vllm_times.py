@@ -361,7 +361,7 @@ class Worker:
     def _decode(self, asks: list[dict[str, Any]]) -> dict[str, float]:
         """The median step, and the fastest few in a row: others on the host only make steps longer."""
         self._generate(asks, 1)  # the prompts are in the prefix cache now
-        for one in asks:
+        for one in asks:  # some to spare: in a request's last steps nothing is scheduled any more
             self._add(one, self._steps.decoding + self._steps.counted + self._steps.settling)
         ended: list[tuple[float, int]] = []  # when a step was over, and the tokens by then
         while len(ended) <= self._steps.decoding and self._engine.llm_engine.has_unfinished_requests():
